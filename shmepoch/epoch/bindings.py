@@ -1,0 +1,266 @@
+"""Bindings: the facts of one epoch that a runtime prepares and a factory consumes.
+
+One build consumes bindings, it does not create them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import threading
+import weakref
+from typing import Final, Self, TypeAlias
+
+import msgspec
+
+from shmepoch.epoch.cursors import EpochCursorState
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.layout import ID_SIZE, OpsLifecycleConfig
+from shmepoch.memory.participants import Participant, Role
+from shmepoch.memory.segment import Segment, SharedSegment, resolve_namespace
+
+_PREFIX: Final = "shmepoch1."
+_MAC_SIZE: Final = 8
+
+
+class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """What it takes to attach to an epoch. A capability: `repr` does not show its key."""
+
+    namespace: str
+    session_id: SessionId
+    epoch_id: RuntimeEpochId
+    witness: bytes
+
+    def to_token(self) -> str:
+        """The handle as text, for an environment variable or a command line."""
+        payload = msgspec.msgpack.encode(
+            (self.namespace, self.session_id.bytes, self.epoch_id.bytes, self.witness)
+        )
+        token = base64.urlsafe_b64encode(payload + _mac(payload, self.witness))
+        return _PREFIX + token.decode().rstrip("=")
+
+    @classmethod
+    def from_token(cls, text: str) -> Self:
+        """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
+        head, dot, body = text.strip().partition(".")
+        if not dot or not head.startswith("shmepoch"):
+            raise TokenInvalid(f"it does not begin with {_PREFIX!r}")
+        if head + dot != _PREFIX:
+            raise TokenInvalid(f"its version is {head!r}, this release reads {_PREFIX[:-1]!r}")
+        try:
+            data = base64.b64decode(body + "=" * (-len(body) % 4), b"-_", validate=True)
+            payload = data[:-_MAC_SIZE]
+            namespace, session, epoch, witness = msgspec.msgpack.decode(
+                payload, type=tuple[str, bytes, bytes, bytes]
+            )
+        except (binascii.Error, msgspec.DecodeError, ValueError) as error:
+            raise TokenInvalid("it was cut or edited") from error
+        sizes_match = {len(session), len(epoch), len(witness)} == {ID_SIZE}
+        if not sizes_match or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness)):
+            raise TokenInvalid("it was cut or edited")
+        return cls(
+            namespace=resolve_namespace(namespace),
+            session_id=SessionId.from_bytes(session),
+            epoch_id=RuntimeEpochId.from_bytes(epoch),
+            witness=witness,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"EpochHandle(namespace={self.namespace!r}, session_id={self.session_id!r}, "
+            f"epoch_id={self.epoch_id!r})"
+        )
+
+
+def _mac(payload: bytes, witness: bytes) -> bytes:
+    return hashlib.blake2b(payload, key=witness, digest_size=_MAC_SIZE).digest()
+
+
+class SessionRuntimeBindings:
+    """One process's bindings of one epoch: its registry and its cursors, and the way to share them.
+
+    Copies are the same object. Pickled, or passed as a token, they attach in the other process to
+    the same epoch; in this process they resolve to this object. Made by
+    `RuntimeSessionAdapter.prepare_bindings`, never by who consumes them.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment: Final = segment
+        self.session_id: Final = segment.session_id
+        self.epoch_id: Final = segment.epoch_id
+        self.ops_lifecycle: Final = RuntimeOpsLifecycleRegistry(segment)
+        self.cursor_state: Final = EpochCursorState(segment)
+        self.handle: Final = (
+            EpochHandle(
+                namespace=segment.namespace,
+                session_id=segment.session_id,
+                epoch_id=segment.epoch_id,
+                witness=segment.witness,
+            )
+            if isinstance(segment, SharedSegment)
+            else None
+        )
+
+    @classmethod
+    def standalone(
+        cls, session_id: SessionId, config: OpsLifecycleConfig | None = None
+    ) -> SessionRuntimeBindings:
+        """Local-only bindings, for a standalone build: nobody else will ever share them."""
+        return cls(Segment.private(config or OpsLifecycleConfig(), session_id=session_id))
+
+    @classmethod
+    def attach(cls, handle: EpochHandle) -> SessionRuntimeBindings:
+        """This process's bindings of the epoch that `handle` names, as a worker until it announces
+        another role.
+
+        Raises `EpochGone`, `EpochSealed`, `WitnessMismatch`, `ParticipantsExhausted`, and what
+        validating the segment may raise.
+        """
+        with _attached_lock:
+            bindings = _attached.get(handle.epoch_id)
+            if bindings is None:
+                segment = SharedSegment.attach_epoch(
+                    handle.namespace, handle.session_id, handle.epoch_id, handle.witness
+                )
+                try:
+                    segment.join(Role.WORKER)
+                except BaseException:
+                    segment.close()
+                    raise
+                return _remember(cls(segment))
+        segment = bindings.shared_segment()
+        if not hmac.compare_digest(segment.witness, handle.witness):
+            raise WitnessMismatch(handle.epoch_id)
+        if segment.sealed:
+            raise EpochSealed(handle.epoch_id)
+        segment.ensure_attached()
+        return bindings
+
+    @classmethod
+    def of_segment(cls, segment: SharedSegment) -> SessionRuntimeBindings:
+        """The process's bindings of an attached segment: those it has already, or new ones."""
+        with _attached_lock:
+            bindings = _attached.get(segment.epoch_id)
+            if bindings is None:
+                return _remember(cls(segment))
+        segment.close()
+        bindings.shared_segment().ensure_attached()
+        return bindings
+
+    def to_token(self) -> str:
+        """The bindings as text, for an environment variable or a command line.
+
+        Whoever has the text can attach: it is a capability. Raises `BindingsNotTransferable` for
+        standalone bindings.
+        """
+        if self.handle is None:
+            raise BindingsNotTransferable
+        return self.handle.to_token()
+
+    @classmethod
+    def from_token(cls, text: str) -> SessionRuntimeBindings:
+        """Attach to the epoch of a token; `TokenInvalid`, and what `attach` raises."""
+        return cls.attach(EpochHandle.from_token(text))
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the epoch has ended."""
+        return self._segment.sealed
+
+    def announce(self, role: Role) -> None:
+        """Say what this process does in the epoch; of no effect on standalone bindings."""
+        if isinstance(self._segment, SharedSegment):
+            self._segment.ensure_attached()
+            self._segment.join(role)
+
+    @property
+    def role(self) -> Role | None:
+        """What this process does in the epoch; None for standalone bindings."""
+        return self._segment.role if isinstance(self._segment, SharedSegment) else None
+
+    def participants(self) -> list[Participant]:
+        """Who is attached, and who died attached and has not been cleared yet."""
+        if not isinstance(self._segment, SharedSegment):
+            return []
+        self._segment.ensure_attached()
+        return self._segment.participants.list(me=self._segment.participant)
+
+    def shared_segment(self) -> SharedSegment:
+        """The segment, for who drives the epoch; `BindingsNotTransferable` for private memory."""
+        if not isinstance(self._segment, SharedSegment):
+            raise BindingsNotTransferable
+        return self._segment
+
+    def close(self) -> None:
+        """Leave the epoch: this process's running operations end as `Terminated` before long."""
+        if isinstance(self._segment, SharedSegment):
+            with _attached_lock:
+                if _attached.get(self.epoch_id) is self:
+                    del _attached[self.epoch_id]
+            self._segment.close()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SessionRuntimeBindings.from_token, (self.to_token(),)
+
+    def __repr__(self) -> str:
+        return (
+            f"SessionRuntimeBindings(session_id={self.session_id!r}, epoch_id={self.epoch_id!r}, "
+            f"cursor_state={self.cursor_state!r})"
+        )
+
+
+_attached: weakref.WeakValueDictionary[RuntimeEpochId, SessionRuntimeBindings] = (
+    weakref.WeakValueDictionary()
+)
+_attached_lock = threading.RLock()
+
+
+def _remember(bindings: SessionRuntimeBindings) -> SessionRuntimeBindings:
+    _attached[bindings.epoch_id] = bindings
+    return bindings
+
+
+class StandaloneEphemeral:
+    """Build with local-only bindings of its own: for tests, embedding and examples.
+
+    It works without /dev/shm, and what it makes cannot leave the process.
+    """
+
+    def __repr__(self) -> str:
+        return "StandaloneEphemeral()"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StandaloneEphemeral)
+
+    def __hash__(self) -> int:
+        return hash(StandaloneEphemeral)
+
+
+class SessionOwned:
+    """Build with the bindings that the session's runtime prepared, and make none."""
+
+    def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        self.bindings: Final = bindings
+
+    def __repr__(self) -> str:
+        return f"SessionOwned({self.bindings.session_id}, {self.bindings.epoch_id})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SessionOwned) and other.bindings is self.bindings
+
+    def __hash__(self) -> int:
+        return hash(self.bindings)
+
+
+RuntimeBuildMode: TypeAlias = StandaloneEphemeral | SessionOwned
+"""How a factory comes by the lifecycle resources of what it builds."""

@@ -1,0 +1,67 @@
+"""How records are written: JSON for people and stores, MessagePack for shared memory.
+
+The two differ in one thing only: an identifier is its text in JSON and its sixteen bytes in
+MessagePack.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from shmepoch.errors import RecordInvalid
+from shmepoch.ids import _Id
+
+T = TypeVar("T")
+
+
+def _id_to_text(value: object) -> str:
+    if isinstance(value, _Id):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} is not part of a record: {value!r}")
+
+
+def _id_to_bytes(value: object) -> bytes:
+    if isinstance(value, _Id):
+        return value.bytes
+    raise NotImplementedError(f"{type(value).__name__} is not part of a record: {value!r}")
+
+
+def _id_from_wire(kind: type[Any], value: Any) -> Any:
+    if issubclass(kind, _Id):
+        return kind.parse(value) if isinstance(value, str) else kind.from_bytes(value)
+    raise NotImplementedError(f"{kind.__name__} is not part of a record")
+
+
+_json_encoder = msgspec.json.Encoder(enc_hook=_id_to_text)
+_wire_encoder = msgspec.msgpack.Encoder(enc_hook=_id_to_bytes)
+
+#: Encodes a record for shared memory.
+to_wire = _wire_encoder.encode
+
+
+def wire_decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """A decoder for what `to_wire` wrote of a `kind`."""
+    return msgspec.msgpack.Decoder(kind, dec_hook=_id_from_wire)
+
+
+class Record(msgspec.Struct, frozen=True):
+    """An immutable value with fields, equal by value, written as JSON."""
+
+    def to_json(self) -> bytes:
+        """The record as one JSON object; identifiers are their text."""
+        return _json_encoder.encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        """Read what `to_json` wrote; `RecordInvalid` names the field that is wrong."""
+        return decode_json(cls, data)
+
+
+def decode_json(kind: type[T], data: bytes | str) -> T:
+    """Read one JSON value of type `kind`; `RecordInvalid` names the field that is wrong."""
+    try:
+        return msgspec.json.decode(data, type=kind, dec_hook=_id_from_wire)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RecordInvalid(getattr(kind, "__name__", str(kind)), str(error)) from error

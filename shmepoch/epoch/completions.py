@@ -1,0 +1,82 @@
+"""Completions: what the feed carries, and the protocol every feed keeps."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.operations import OperationKind, OperationTerminalOutcome
+from shmepoch.ids import OperationId
+
+CompletionSeq: TypeAlias = int
+"""A position in the completion feed: unsigned 64 bit, the first completion is 1."""
+
+
+class CompletionEntry(Record, kw_only=True, frozen=True):
+    """One operation's end; `(epoch_id, seq)` recognises a duplicate."""
+
+    seq: CompletionSeq
+    operation_id: OperationId
+    kind: OperationKind
+    display_name: str
+    terminal_outcome: OperationTerminalOutcome
+    completed_at_ms: int
+
+
+class CompletionFeedGap(Record, frozen=True):
+    """Completions that retention dropped before this consumer read them.
+
+    It stands for every sequence above `after_seq` up to and including `dropped_through`.
+    """
+
+    after_seq: CompletionSeq
+    dropped_through: CompletionSeq
+
+    @property
+    def missing(self) -> int:
+        """How many completions cannot be had."""
+        return self.dropped_through - self.after_seq
+
+
+class CompletionBatch(Record, kw_only=True, frozen=True):
+    """The retained entries above a position, and the feed's state at the same instant.
+
+    FEED-1: no entry is above `watermark`, and none at or below it is missing unless it is at or
+    below `dropped_through`.
+    """
+
+    entries: tuple[CompletionEntry, ...]
+    watermark: CompletionSeq
+    dropped_through: CompletionSeq = 0
+
+    def gap_after(self, after_seq: CompletionSeq) -> CompletionFeedGap | None:
+        """What a consumer that stood at `after_seq` can no longer read, or None."""
+        if after_seq < self.dropped_through:
+            return CompletionFeedGap(after_seq, self.dropped_through)
+        return None
+
+
+@runtime_checkable
+class CompletionFeed(Protocol):
+    """An epoch's append-only sequence of terminal outcomes; reading it takes no lock."""
+
+    def watermark(self) -> CompletionSeq:
+        """The highest committed sequence; 0 before the first."""
+        ...
+
+    def list_since(self, after_seq: CompletionSeq) -> CompletionBatch:
+        """The retained entries with `seq > after_seq`, in order, with the watermark."""
+        ...
+
+    def wait_for_advance(
+        self, after_seq: CompletionSeq, timeout: float | None = None
+    ) -> CompletionSeq:
+        """Block until the watermark is above `after_seq` and return it.
+
+        Raises `TimeoutError` after `timeout` seconds and `EpochSealed` when the epoch ends.
+        """
+        ...
+
+    async def advanced(self, after_seq: CompletionSeq) -> CompletionSeq:
+        """Like `wait_for_advance`, without blocking the event loop."""
+        ...

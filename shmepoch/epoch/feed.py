@@ -1,0 +1,166 @@
+"""The completion feed in an epoch's memory: readers take no lock, the writer appends under one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
+from shmepoch.errors import SegmentCorrupted
+from shmepoch.memory import layout as at
+from shmepoch.memory.segment import Segment
+
+#: The slot of an entry whose operation the table does not hold.
+NO_SLOT = 2**32 - 1
+
+_entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
+
+
+class SegmentFeed:
+    """The `CompletionFeed` of one segment.
+
+    FEED-2: `dropped_through` is raised before what it covers is overwritten. A reader copies
+    first and looks at it afterwards, so an entry that was overwritten while it was copied is known
+    to be dropped and is never returned.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._memory = segment.memory
+        self._ring = segment.layout.ring
+
+    def watermark(self) -> CompletionSeq:
+        """The highest committed sequence; 0 before the first."""
+        return self._memory.load(at.WATERMARK_AT)
+
+    def list_since(self, after_seq: CompletionSeq) -> CompletionBatch:
+        """The retained entries with `seq > after_seq`, in order, with the watermark.
+
+        Raises `SegmentCorrupted` for an entry that is neither whole nor dropped.
+        """
+        if after_seq < 0:
+            raise OverflowError(f"a feed position is 0 or above, not {after_seq}")
+        memory = self._memory
+        while True:
+            watermark = memory.load(at.WATERMARK_AT)
+            dropped = memory.load(at.DROPPED_AT)
+            first = max(after_seq, dropped) + 1
+            entries: tuple[CompletionEntry, ...] = ()
+            if first <= watermark:
+                first_whole, data = memory.ring_gather(self._ring, first, watermark)
+                dropped = memory.load(at.DROPPED_AT)
+                if first_whole > max(first, dropped + 1):
+                    raise self._corrupted(first_whole - 1, "a whole entry", "a torn one")
+                entries = self._decode(data, first)
+                if dropped >= first:
+                    entries = tuple(entry for entry in entries if entry.seq > dropped)
+            if dropped <= watermark:
+                return CompletionBatch(
+                    entries=entries, watermark=watermark, dropped_through=dropped
+                )
+
+    def wait_for_advance(
+        self, after_seq: CompletionSeq, timeout: float | None = None
+    ) -> CompletionSeq:
+        """Block until the watermark is above `after_seq` and return it.
+
+        Raises `TimeoutError` after `timeout` seconds and `EpochSealed` when the epoch ends.
+        """
+        return self._segment.waiters.wait_above(after_seq, timeout)
+
+    async def advanced(self, after_seq: CompletionSeq) -> CompletionSeq:
+        """Like `wait_for_advance`, without blocking the event loop."""
+        return await self._segment.waiters.above(after_seq)
+
+    def entry(self, seq: CompletionSeq) -> CompletionEntry | None:
+        """The entry of one committed sequence, or None if it was dropped."""
+        memory = self._memory
+        if seq <= memory.load(at.DROPPED_AT):
+            return None
+        first_whole, data = memory.ring_gather(self._ring, seq, seq)
+        if seq <= memory.load(at.DROPPED_AT):
+            return None
+        if first_whole > seq:
+            raise self._corrupted(seq, "a whole entry", "a torn one")
+        entries = self._decode(data, seq)
+        return entries[0] if entries else None
+
+    # --- the writer's side: all of it under the segment's writer lock -------------------------
+
+    @property
+    def payload_limit(self) -> int:
+        """The largest encoded entry that fits."""
+        return self._ring[3]
+
+    def make_room(self, lengths: Sequence[int]) -> int:
+        """Drop the oldest entries until new ones of these lengths fit; where they begin.
+
+        FEED-3: the entries of one commit fit the ring together, so none overwrites another.
+        """
+        memory, ring = self._memory, self._ring
+        watermark = memory.load(at.WATERMARK_AT)
+        dropped = before = memory.load(at.DROPPED_AT)
+        begin, length, _ = memory.ring_at(ring, watermark)
+        begin += _padded(length)
+        end = begin + sum(map(_padded, lengths))
+        dropped = max(dropped, watermark + len(lengths) - ring[1])
+        while dropped < watermark and memory.ring_at(ring, dropped + 1)[0] + ring[3] < end:
+            dropped += 1
+        if dropped > before:
+            memory.store(at.DROPPED_AT, dropped)
+        return begin
+
+    def put(self, seq: CompletionSeq, position: int, data: bytes, slot: int) -> int:
+        """Write the entry of a sequence past the watermark; where the next one begins."""
+        self._memory.ring_put(self._ring, seq, position, data, slot)
+        return position + _padded(len(data))
+
+    def slot_of(self, seq: CompletionSeq) -> int:
+        """The slot whose operation this entry ended, or `NO_SLOT`."""
+        return self._memory.ring_at(self._ring, seq)[2]
+
+    # --- audit --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Verify the rings against the words that say what is valid in them."""
+        memory, ring = self._memory, self._ring
+        watermark, dropped = self.watermark(), memory.load(at.DROPPED_AT)
+        if dropped > watermark:
+            raise self._corrupted_word("dropped_through", f"at most {watermark}", dropped)
+        if watermark - dropped > ring[1]:
+            raise self._corrupted_word(
+                "dropped_through", f"at least {watermark - ring[1]}", dropped
+            )
+        if memory.load(at.DURABLE_AT) > watermark:
+            raise self._corrupted_word(
+                "durable_seq", f"at most {watermark}", memory.load(at.DURABLE_AT)
+            )
+        end = None
+        for seq in range(dropped + 1, watermark + 1):
+            position, length, _ = memory.ring_at(ring, seq)
+            if end is not None and position != end:
+                raise self._corrupted(seq, f"position {end}", position)
+            end = position + _padded(length)
+            entry = self.entry(seq)
+            if entry is not None and entry.seq != seq:
+                raise self._corrupted(seq, seq, entry.seq)
+        if end is not None and end - memory.ring_at(ring, dropped + 1)[0] > ring[3]:
+            raise self._corrupted(watermark, f"entries of at most {ring[3]} bytes", "more")
+
+    def _decode(self, data: bytes, first: CompletionSeq) -> tuple[CompletionEntry, ...]:
+        try:
+            return _entries_decoder.decode(data)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise self._corrupted(first, "decodable entries", str(error)) from error
+
+    def _corrupted(self, seq: int, expected: object, actual: object) -> SegmentCorrupted:
+        return SegmentCorrupted(self._segment.name, f"feed[{seq}]", expected, actual)
+
+    def _corrupted_word(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
+        return SegmentCorrupted(self._segment.name, field, expected, actual)
+
+
+def _padded(length: int) -> int:
+    return -(-length // at.WORD) * at.WORD

@@ -1,0 +1,37 @@
+"""What of an epoch survives a reboot."""
+
+from __future__ import annotations
+
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec
+from shmepoch.ids import RuntimeEpochId
+
+
+class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
+    """An epoch as it is stored: enough to continue it in a new segment.
+
+    `operations` are those the registry held, terminal ones included, with the `specs` they were
+    registered with; `entries` are the feed's, those beyond the registry's retention too.
+    """
+
+    epoch_id: RuntimeEpochId
+    operations: tuple[OperationLifecycleSnapshot, ...] = ()
+    specs: tuple[OperationSpec, ...] = ()
+    entries: tuple[CompletionEntry, ...] = ()
+    cursors: EpochCursorSnapshot = EpochCursorSnapshot()
+
+    @property
+    def last_seq(self) -> CompletionSeq:
+        """RECOVERY-1: the next sequence is above the last entry and above every cursor.
+
+        A feed that restarted below a consumer's cursor would have its new completions taken for
+        old ones.
+        """
+        return max(
+            self.entries[-1].seq if self.entries else 0,
+            self.cursors.agent_applied_cursor,
+            self.cursors.runtime_observed_seq,
+            self.cursors.runtime_last_injected_seq,
+        )

@@ -1,0 +1,465 @@
+"""The operation registry over an epoch's memory: every transition of every operation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Self
+
+import msgspec
+
+from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.completions import CompletionEntry
+from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot
+from shmepoch.epoch.feed import SegmentFeed
+from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
+from shmepoch.epoch.operations import (
+    TRANSITIONS,
+    Aborted,
+    Action,
+    Cancelled,
+    Completed,
+    Failed,
+    OperationKind,
+    OperationLifecycleSnapshot,
+    OperationPeerHandle,
+    OperationProgressUpdate,
+    OperationResult,
+    OperationSpec,
+    OperationStatus,
+    OperationTerminalOutcome,
+    Retired,
+    Terminated,
+    WaitAllResult,
+    status_of,
+)
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.epoch.recovery import restore_completions
+from shmepoch.epoch.table import (
+    Detail,
+    OperationTable,
+    OperationView,
+    Slot,
+    encode_checked,
+    encode_spec,
+)
+from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll
+from shmepoch.errors import (
+    AlreadyPeerReady,
+    AlreadyRegistered,
+    CursorsOnly,
+    InvalidTransition,
+    MaxConcurrentExceeded,
+    NotFound,
+    PayloadTooLarge,
+    PeerNotExpected,
+    RecordInvalid,
+)
+from shmepoch.ids import OperationId, RunId, RuntimeEpochId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.segment import Segment
+
+_entry_decoder: Final = wire_decoder(CompletionEntry)
+_progress_decoder: Final = wire_decoder(OperationProgressUpdate)
+_peer_decoder: Final = wire_decoder(OperationPeerHandle)
+
+
+class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
+    """The `OpsLifecycleRegistry` of one segment, shared or private.
+
+    OPS-4: a transition becomes true by exactly one atomic store: of the watermark for those that
+    end operations, of `registrations` for a registration, of the slot's word for the rest. The
+    first two prepare several words; an intent word says so, and whoever takes the writer lock and
+    finds it undoes what was not committed.
+    """
+
+    def __init__(self, segment: Segment | None = None) -> None:
+        """A registry that stands alone, in private memory of its own, unless `segment` is given."""
+        segment = segment or Segment.private(OpsLifecycleConfig())
+        if segment.layout.config is None:
+            raise CursorsOnly
+        self._segment = segment
+        self._memory = segment.memory
+        self._config = segment.layout.config
+        self._feed = SegmentFeed(segment)
+        self._table = OperationTable(segment, self._feed)
+        self._wait_all = WaitAll(self)
+
+    @classmethod
+    def with_config(cls, config: OpsLifecycleConfig) -> Self:
+        """A registry that stands alone, of the given size."""
+        return cls(Segment.private(config))
+
+    @classmethod
+    def from_recovered(
+        cls, snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig | None = None
+    ) -> Self:
+        """A registry that stands alone and continues a stored epoch.
+
+        Operations that had not ended are dropped: their processes are gone.
+        """
+        self = cls(Segment.private(config or OpsLifecycleConfig(), epoch_id=snapshot.epoch_id))
+        self.restore(snapshot)
+        return self
+
+    # --- registration -------------------------------------------------------------------------
+
+    def register_operation(self, spec: OperationSpec) -> None:
+        data = encode_spec(spec)
+        with self._segment.writer:
+            self._begin()
+            if self._table.find(spec.id) is not None:
+                raise AlreadyRegistered(spec.id)
+            self._admit()
+            self._enter(spec, data, _now_ms(), time.monotonic_ns())
+
+    def _admit(self) -> None:
+        active, config = self._table.active(), self._config
+        if config.max_concurrent is not None and active >= config.max_concurrent:
+            raise MaxConcurrentExceeded(config.max_concurrent, active)
+        if active >= config.max_operations:
+            raise MaxConcurrentExceeded(config.max_operations, active, setting="max_operations")
+
+    def _enter(self, spec: OperationSpec, data: bytes, created_ms: int, mono_ns: int) -> Slot:
+        memory = self._memory
+        index = self._table.free_slot()
+        memory.store(at.INTENT_AT, 1)
+        birth = self._table.fill(index, spec, data, created_ms, mono_ns)
+        memory.store(at.REGISTRATIONS_AT, birth)
+        memory.store(at.INTENT_AT, 0)
+        return self._table.slot(index)
+
+    # --- transitions that do not end an operation ---------------------------------------------
+
+    def provisioning_succeeded(self, id: OperationId) -> None:
+        def started(view: OperationView) -> Detail:
+            return msgspec.structs.replace(
+                view.detail, started_at_ms=max(_now_ms(), view.slot.created_at_ms)
+            )
+
+        self._change(id, Action.PROVISIONING_SUCCEEDED, started)
+
+    def peer_ready(self, id: OperationId, handle: OperationPeerHandle) -> None:
+        encode_checked(handle, _peer_decoder)
+
+        def ready(view: OperationView) -> Detail:
+            if view.detail.peer_handle is not None:
+                raise AlreadyPeerReady(id)
+            return msgspec.structs.replace(view.detail, peer_handle=handle)
+
+        self._change(id, Action.PEER_READY, ready)
+
+    def report_progress(self, id: OperationId, update: OperationProgressUpdate) -> None:
+        encode_checked(update, _progress_decoder)
+
+        def reported(view: OperationView) -> Detail:
+            count = view.detail.progress_count + 1
+            return msgspec.structs.replace(view.detail, progress_count=count, last_progress=update)
+
+        self._change(id, Action.REPORT_PROGRESS, reported)
+
+    def request_retire(self, id: OperationId) -> None:
+        self._change(id, Action.REQUEST_RETIRE, lambda view: view.detail)
+
+    def _change(
+        self, id: OperationId, action: Action, detail: Callable[[OperationView], Detail]
+    ) -> None:
+        with self._segment.writer:
+            self._begin()
+            view = self._require(id)
+            if action is Action.PEER_READY and view.spec.kind is not OperationKind.MOB_MEMBER_CHILD:
+                raise PeerNotExpected(id)
+            status = self._guard(view, action)
+            self._table.change(view.slot, status or view.slot.status, detail(view))
+
+    # --- transitions that end operations ------------------------------------------------------
+
+    def provisioning_failed(self, id: OperationId, error: str) -> None:
+        self._end(id, Action.PROVISIONING_FAILED, Failed(error))
+
+    def abort_provisioning(self, id: OperationId, reason: str | None = None) -> None:
+        self._end(id, Action.ABORT_PROVISIONING, Aborted(reason))
+
+    def complete_operation(self, id: OperationId, result: OperationResult) -> None:
+        if result.id != id:
+            raise RecordInvalid(
+                "OperationResult", f"its id is {result.id} and the operation's is {id}"
+            )
+        self._end(id, Action.COMPLETE_OPERATION, Completed(result))
+
+    def fail_operation(self, id: OperationId, error: str) -> None:
+        self._end(id, Action.FAIL_OPERATION, Failed(error))
+
+    def cancel_operation(self, id: OperationId, reason: str | None = None) -> None:
+        self._end(id, Action.CANCEL_OPERATION, Cancelled(reason))
+
+    def mark_retired(self, id: OperationId) -> None:
+        self._end(id, Action.MARK_RETIRED, Retired())
+
+    def terminate_owner(self, reason: str) -> None:
+        self.terminate_where(lambda participant: True, reason)
+
+    def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
+        """End, as `Terminated` and in one commit, the operations that have not ended and whose
+        participant `ended` says so of; how many there were."""
+        with self._segment.writer:
+            self._begin()
+            live = [
+                slot
+                for slot in self._table.held()
+                if not self._table.is_terminal(slot) and ended(slot.participant)
+            ]
+            live.sort(key=lambda slot: slot.birth)
+            views = [view for view in map(self._table.view, live) if view is not None]
+            self._commit(views, Terminated(reason))
+        if views:
+            self._segment.waiters.notify()
+        return len(views)
+
+    def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
+        with self._segment.writer:
+            self._begin()
+            view = self._require(id)
+            self._guard(view, action)
+            self._commit([view], outcome)
+        self._segment.waiters.notify()
+
+    def _commit(self, views: Sequence[OperationView], outcome: OperationTerminalOutcome) -> None:
+        """End all of `views` by one store of the watermark."""
+        memory, now_ms, now_ns = self._memory, _now_ms(), time.monotonic_ns()
+        first = memory.load(at.WATERMARK_AT) + 1
+        encoded = [
+            encode_checked(
+                CompletionEntry(
+                    seq=seq,
+                    operation_id=view.spec.id,
+                    kind=view.spec.kind,
+                    display_name=view.spec.display_name,
+                    terminal_outcome=outcome,
+                    completed_at_ms=max(
+                        now_ms, view.detail.started_at_ms or view.slot.created_at_ms
+                    ),
+                ),
+                _entry_decoder,
+            )
+            for seq, view in enumerate(views, first)
+        ]
+        size = sum(len(data) + at.WORD for data in encoded)
+        if size > self._feed.payload_limit:
+            raise PayloadTooLarge(
+                size, self._feed.payload_limit, what="the outcome", setting="feed_bytes"
+            )
+        if not encoded:
+            return
+        position = self._feed.make_room([len(data) for data in encoded])
+        memory.store(at.INTENT_AT, 1)
+        for seq, (view, data) in enumerate(zip(views, encoded, strict=True), first):
+            position = self._feed.put(seq, position, data, view.slot.number)
+            elapsed_ns = max(0, now_ns - view.slot.created_mono_ns)
+            self._table.end(view.slot, seq, elapsed_ns // 1_000_000)
+        memory.store(at.WATERMARK_AT, first + len(encoded) - 1)
+        memory.store(at.INTENT_AT, 0)
+
+    # --- guards, under the writer lock --------------------------------------------------------
+
+    def _begin(self) -> None:
+        """What every transition does first: nothing on a sealed epoch, and repair before all."""
+        if self._segment.sealed:
+            raise self._segment.closed_error()
+        if self._memory.load(at.INTENT_AT):
+            self._table.repair()
+            self._memory.store(at.INTENT_AT, 0)
+
+    def _require(self, id: OperationId) -> OperationView:
+        slot = self._table.find(id)
+        view = slot and self._table.view(slot)
+        if view is None:
+            raise NotFound(id)
+        return view
+
+    def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
+        """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
+        allowed, target = TRANSITIONS[action]
+        if self._table.is_terminal(view.slot):
+            entry = self._feed.entry(view.slot.terminal_seq)
+            status = status_of(entry.terminal_outcome) if entry else OperationStatus.ABSENT
+        else:
+            status = view.slot.status
+        if status not in allowed:
+            raise InvalidTransition(view.spec.id, status, action)
+        return target
+
+    # --- reading, without a lock --------------------------------------------------------------
+
+    def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
+        slot = self._table.find(id)
+        return slot and self._snapshot(slot)
+
+    def list_operations(self) -> list[OperationLifecycleSnapshot]:
+        found = (self._snapshot(slot) for slot in self._table.held())
+        return sorted(
+            (snapshot for snapshot in found if snapshot is not None),
+            key=lambda snapshot: (snapshot.display_name, snapshot.id),
+        )
+
+    def _snapshot(self, slot: Slot) -> OperationLifecycleSnapshot | None:
+        view = self._table.view(slot)
+        if view is None:
+            return None
+        entry = None
+        if self._table.is_terminal(view.slot):
+            entry = self._feed.entry(view.slot.terminal_seq)
+            if entry is None:
+                return None  # dropped from the feed since, and with it from the registry
+        return OperationLifecycleSnapshot(
+            id=view.spec.id,
+            kind=view.spec.kind,
+            display_name=view.spec.display_name,
+            status=status_of(entry.terminal_outcome) if entry else view.slot.status,
+            peer_ready=view.detail.peer_handle is not None,
+            progress_count=view.detail.progress_count,
+            watcher_count=0 if entry else view.watchers,
+            last_progress=view.detail.last_progress,
+            terminal_outcome=entry.terminal_outcome if entry else None,
+            child_session_id=view.spec.child_session_id,
+            peer_handle=view.detail.peer_handle,
+            created_at_ms=view.slot.created_at_ms,
+            started_at_ms=view.detail.started_at_ms,
+            completed_at_ms=entry.completed_at_ms if entry else None,
+            elapsed_ms=view.slot.elapsed_ms if entry else None,
+        )
+
+    def active_count(self) -> int:
+        """How many operations have not ended."""
+        return self._table.active()
+
+    def completion_feed(self) -> SegmentFeed:
+        return self._feed
+
+    def collect_completed(self) -> list[tuple[OperationId, OperationTerminalOutcome]]:
+        with self._segment.writer:
+            self._begin()
+            floor = self._table.floor()
+            retained = {slot.terminal_seq for slot in self._table.held()}
+            batch = self._feed.list_since(floor)
+            self._memory.store(at.COLLECTED_AT, batch.watermark)
+        return [
+            (entry.operation_id, entry.terminal_outcome)
+            for entry in batch.entries
+            if entry.seq in retained
+        ]
+
+    # --- waiting ------------------------------------------------------------------------------
+
+    def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
+        with self._segment.writer:
+            self._begin()
+            view = self._require(id)
+            since = self._memory.load(at.WATERMARK_AT)
+            outcome = self.outcome_at(view.slot, since)
+            if outcome is None:
+                self._table.count_watcher(view.slot, self._segment.participant, 1)
+        return OperationCompletionWatch(self, id, view.slot, since, outcome)
+
+    def unregister_watcher(self, slot: Slot) -> None:
+        """One watcher less, if the operation is still there; for `OperationCompletionWatch`."""
+        with self._segment.writer:
+            if self._table.slot(slot.number).birth == slot.birth:
+                self._table.count_watcher(slot, self._segment.participant, -1)
+
+    def forget_watchers(self, participant: int) -> None:
+        """Nobody of a participant that died watches any more."""
+        with self._segment.writer:
+            self._table.forget_watchers(participant)
+
+    def wait_all(
+        self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
+    ) -> WaitAllResult:
+        return self._wait_all.wait(run_id, ids, timeout)
+
+    async def all_ended(self, run_id: RunId, ids: Sequence[OperationId]) -> WaitAllResult:
+        return await self._wait_all.wait_async(run_id, ids)
+
+    def locate(self, id: OperationId) -> Slot:
+        """Where an operation lies; `NotFound` if the registry does not hold it."""
+        slot = self._table.find(id)
+        if slot is None:
+            raise NotFound(id)
+        return slot
+
+    def outcome_at(self, slot: Slot, since: int) -> OperationTerminalOutcome | None:
+        """How the operation that lay in `slot` ended, or None while it has not.
+
+        `since` is a watermark at which it had not ended: should its slot have passed to another
+        operation, its entry is looked for in the feed from there. Raises `NotFound` if retention
+        has dropped that, too.
+        """
+        now = self._table.slot(slot.number)
+        if now.birth == slot.birth:
+            if not self._table.is_terminal(now):
+                return None
+            entry = self._feed.entry(now.terminal_seq)
+            if entry is not None:
+                return entry.terminal_outcome
+        for entry in self._feed.list_since(since).entries:
+            if entry.operation_id.bytes == slot.id:
+                return entry.terminal_outcome
+        raise NotFound(OperationId.from_bytes(slot.id))
+
+    # --- persistence --------------------------------------------------------------------------
+
+    def capture_persistence_snapshot(
+        self, epoch_id: RuntimeEpochId, cursor_state: CursorState
+    ) -> PersistedOpsSnapshot:
+        # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
+        # above an entry that was not, and that completion would never be delivered.
+        cursors: EpochCursorSnapshot = cursor_state.snapshot()
+        views = [view for slot in self._table.held() if (view := self._table.view(slot))]
+        views.sort(key=lambda view: view.slot.birth)
+        snapshots = [self._snapshot(view.slot) for view in views]
+        held = [(s, v.spec) for s, v in zip(snapshots, views, strict=True) if s is not None]
+        return PersistedOpsSnapshot(
+            epoch_id=epoch_id,
+            operations=tuple(snapshot for snapshot, _ in held),
+            specs=tuple(spec for _, spec in held),
+            entries=self._feed.list_since(0).entries,
+            cursors=cursors,
+        )
+
+    def restore(self, snapshot: PersistedOpsSnapshot, *, unfinished: bool = False) -> None:
+        """Continue a stored epoch in this fresh one, which nobody else uses yet.
+
+        With `unfinished`, operations that had not ended are entered as running, for the caller to
+        end; without, they are dropped.
+        """
+        restore_completions(self._segment, self._feed, self._table, snapshot)
+        if not unfinished:
+            return
+        specs = {spec.id: spec for spec in snapshot.specs}
+        for operation in snapshot.operations:
+            if not operation.status.is_terminal and operation.id in specs:
+                spec = specs[operation.id]
+                slot = self._enter(
+                    spec, encode_spec(spec), operation.created_at_ms, time.monotonic_ns()
+                )
+                self._table.change(slot, OperationStatus.RUNNING, Detail.of(operation))
+
+    # --- audit --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Verify every invariant of the epoch's memory against the others.
+
+        Takes the writer lock, and repairs first, as any transition would. Raises
+        `SegmentCorrupted` that names what is wrong.
+        """
+        with self._segment.writer:
+            if self._memory.load(at.INTENT_AT):
+                self._table.repair()
+                self._memory.store(at.INTENT_AT, 0)
+            self._feed.check()
+            self._table.check()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,378 @@
+"""The operation table in an epoch's memory: slots, how they are found, changed and given back."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple, Self
+
+import msgspec
+
+from shmepoch.epoch.codec import to_wire, wire_decoder
+from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
+from shmepoch.epoch.operations import (
+    OperationLifecycleSnapshot,
+    OperationPeerHandle,
+    OperationProgressUpdate,
+    OperationSpec,
+    OperationStatus,
+)
+from shmepoch.errors import PayloadTooLarge, RecordInvalid, SegmentCorrupted
+from shmepoch.ids import OperationId
+from shmepoch.memory import layout as at
+from shmepoch.memory.participants import slot_of
+from shmepoch.memory.segment import Segment
+
+_HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
+_STATUSES: Final = (
+    OperationStatus.ABSENT,
+    OperationStatus.PROVISIONING,
+    OperationStatus.RUNNING,
+    OperationStatus.RETIRING,
+)
+
+
+class Detail(msgspec.Struct, frozen=True, array_like=True):
+    """What changes of an operation while it lives, as its slot holds it."""
+
+    started_at_ms: int | None = None
+    progress_count: int = 0
+    last_progress: OperationProgressUpdate | None = None
+    peer_handle: OperationPeerHandle | None = None
+
+    @classmethod
+    def of(cls, operation: OperationLifecycleSnapshot) -> Self:
+        """The detail of an operation that a store kept."""
+        return cls(
+            started_at_ms=operation.started_at_ms,
+            progress_count=operation.progress_count,
+            last_progress=operation.last_progress,
+            peer_handle=operation.peer_handle,
+        )
+
+
+_spec_decoder = wire_decoder(OperationSpec)
+_detail_decoder = wire_decoder(Detail)
+
+
+class Slot(NamedTuple):
+    """The fixed part of one slot, as it was read."""
+
+    number: int
+    word: int
+    birth: int
+    terminal_seq: int
+    id: bytes
+    participant: int
+    created_at_ms: int
+    created_mono_ns: int
+    elapsed_ms: int
+    spec_length: int
+    detail_length_0: int
+    detail_length_1: int
+
+    @property
+    def status(self) -> OperationStatus:
+        """The status while the operation has not ended."""
+        return _STATUSES[self.word & 3]
+
+    @property
+    def buffer(self) -> int:
+        """Which of the two detail buffers is current."""
+        return self.word >> 8 & 1
+
+    @property
+    def detail_length(self) -> int:
+        """The length of the current detail; 0 stands for a fresh one."""
+        return self.detail_length_1 if self.buffer else self.detail_length_0
+
+
+class OperationView(NamedTuple):
+    """One operation as a reader found it, whole."""
+
+    slot: Slot
+    spec: OperationSpec
+    detail: Detail
+    watchers: int
+
+
+def encode_spec(spec: OperationSpec) -> bytes:
+    """A spec as its slot holds it; `RecordInvalid` or `PayloadTooLarge` if it cannot be held."""
+    data = encode_checked(spec, _spec_decoder)
+    if len(data) > at.SPEC_LIMIT:
+        raise PayloadTooLarge(
+            len(data),
+            at.SPEC_LIMIT,
+            what=f"the spec of operation {spec.id} (display_name and source_label above all)",
+        )
+    return data
+
+
+def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[Any]) -> bytes:
+    """A record for shared memory, refused if a reader could not decode it."""
+    try:
+        data = to_wire(record)
+        decoder.decode(data)
+    except (msgspec.MsgspecError, NotImplementedError, OverflowError, ValueError) as error:
+        raise RecordInvalid(type(record).__name__, str(error)) from error
+    return data
+
+
+class OperationTable:
+    """The slots of one segment.
+
+    OPS-2: a slot holds an operation if its birth is at most `registrations`; the operation is
+    terminal if `0 < terminal_seq <= watermark`, and nothing else says so.
+    OPS-3: a terminal operation is retained while it is among the newest `max_completed`, was not
+    collected, and its entry is in the feed, which is where its outcome is kept.
+    """
+
+    def __init__(self, segment: Segment, feed: SegmentFeed) -> None:
+        self._segment = segment
+        self._memory = segment.memory
+        self._layout = segment.layout
+        self._feed = feed
+        assert segment.layout.config is not None
+        self._config = segment.layout.config
+
+    # --- reading, without a lock --------------------------------------------------------------
+
+    def floor(self) -> int:
+        """The sequence up to which terminal operations are not retained any more."""
+        memory = self._memory
+        return max(
+            memory.load(at.COLLECTED_AT),
+            memory.load(at.DROPPED_AT),
+            memory.load(at.WATERMARK_AT) - self._config.max_completed,
+        )
+
+    def active(self) -> int:
+        """How many operations have not ended: what was registered less what has ended."""
+        memory = self._memory
+        ended = memory.load(at.WATERMARK_AT) - memory.load(at.ORIGIN_AT)
+        return memory.load(at.REGISTRATIONS_AT) - ended
+
+    def is_terminal(self, slot: Slot) -> bool:
+        """Whether the operation of `slot` has ended."""
+        return 0 < slot.terminal_seq <= self._memory.load(at.WATERMARK_AT)
+
+    def find(self, id: OperationId) -> Slot | None:
+        """The slot of an operation that the registry holds."""
+        memory, layout = self._memory, self._layout
+        fingerprint = _fingerprint(id.bytes)
+        index = -1
+        while True:
+            index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
+            if index < 0:
+                return None
+            slot = self.slot(index)
+            if slot.id == id.bytes and self._is_held(slot):
+                return slot
+
+    def slot(self, index: int) -> Slot:
+        """The fixed part of a slot. Whole only under the writer lock; its birth tells which
+        operation it is about."""
+        raw = self._memory.read(self._layout.slot(index), _HEADER.size)
+        return Slot(index, *_HEADER.unpack(raw))
+
+    def view(self, slot: Slot) -> OperationView | None:
+        """The whole of the operation in `slot`, or None if the slot has passed to another.
+
+        The slot is copied and its word looked at again: the word changes before anything it covers
+        is overwritten, so an equal word means that the copy is of one moment.
+        """
+        memory, offset = self._memory, self._layout.slot(slot.number)
+        while True:
+            raw = memory.read(offset, at.SLOT_SIZE)
+            now = Slot(slot.number, *_HEADER.unpack_from(raw))
+            if now.birth != slot.birth or now.status is OperationStatus.ABSENT:
+                return None
+            if memory.load(offset) == now.word:
+                break
+        if now.terminal_seq:
+            # Stored before terminal_seq, but it may have been copied before, too.
+            now = now._replace(elapsed_ms=memory.load(offset + at.SLOT_ELAPSED_MS))
+        return OperationView(now, *self._decode(now, raw))
+
+    def held(self) -> Iterator[Slot]:
+        """Every slot whose operation the registry holds, in no order."""
+        layout = self._layout
+        column = self._memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+        for index, fingerprint in enumerate(column):
+            if fingerprint:
+                slot = self.slot(index)
+                if self._is_held(slot):
+                    yield slot
+
+    def _is_held(self, slot: Slot) -> bool:
+        if not 0 < slot.birth <= self._memory.load(at.REGISTRATIONS_AT):
+            return False
+        return not self.is_terminal(slot) or slot.terminal_seq > self.floor()
+
+    def _decode(self, slot: Slot, raw: bytes) -> tuple[OperationSpec, Detail, int]:
+        spec_end = at.SLOT_SPEC + slot.spec_length
+        begin = at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT
+        detail = raw[begin : begin + slot.detail_length]
+        try:
+            spec = _spec_decoder.decode(raw[at.SLOT_SPEC : spec_end])
+            decoded = _detail_decoder.decode(detail) if detail else Detail()
+        except (msgspec.DecodeError, ValueError) as error:
+            raise SegmentCorrupted(
+                self._segment.name, f"slot[{slot.number}]", "a decodable operation", str(error)
+            ) from error
+        lanes = raw[at.SLOT_WATCHERS : at.SLOT_WATCHERS + 2 * self._layout.max_participants]
+        return spec, decoded, sum(memoryview(lanes).cast("H"))
+
+    # --- the writer's side: all of it under the segment's writer lock -------------------------
+
+    def free_slot(self) -> int:
+        """The index of a slot that holds nothing any more; -1 if there is none."""
+        self._reclaim()
+        return self._memory.find(self._layout.fingerprints, self._layout.slots, 0, 0)
+
+    def fill(
+        self, index: int, spec: OperationSpec, data: bytes, created_at_ms: int, created_mono_ns: int
+    ) -> int:
+        """Prepare a free slot for a new operation; its birth, which is not committed yet."""
+        memory, offset = self._memory, self._layout.slot(index)
+        birth = memory.load(at.REGISTRATIONS_AT) + 1
+        word = self._next_word(memory.load(offset), OperationStatus.ABSENT, 0)
+        memory.store(offset, word)  # readers of what was here before see that it is going
+        header = _HEADER.pack(
+            word,
+            birth,
+            0,
+            spec.id.bytes,
+            self._segment.participant,
+            created_at_ms,
+            created_mono_ns,
+            0,
+            len(data),
+            0,
+            0,
+        )
+        lanes = bytes(at.SLOT_SPEC - _HEADER.size)
+        memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + data)
+        memory.store(self._layout.fingerprint(index), _fingerprint(spec.id.bytes))
+        memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
+        return birth
+
+    def change(self, slot: Slot, status: OperationStatus, detail: Detail | None) -> None:
+        """Give a live operation another status and, unless it is None, another detail: one store
+        of the slot's word makes both true."""
+        memory, offset = self._memory, self._layout.slot(slot.number)
+        buffer = slot.buffer
+        if detail is not None:
+            data = to_wire(detail)
+            if len(data) > at.DETAIL_LIMIT:
+                raise PayloadTooLarge(
+                    len(data),
+                    at.DETAIL_LIMIT,
+                    what="the operation's last progress and peer handle together",
+                )
+            buffer ^= 1
+            memory.write(offset + at.SLOT_DETAIL + buffer * at.DETAIL_LIMIT, data)
+            memory.store(offset + at.SLOT_DETAIL_LENGTH + buffer * at.WORD, len(data))
+        memory.store(offset, self._next_word(slot.word, status, buffer))
+
+    def end(self, slot: Slot, seq: int, elapsed_ms: int) -> None:
+        """Say which sequence ends the operation; true once the watermark reaches it."""
+        offset = self._layout.slot(slot.number)
+        self._memory.store(offset + at.SLOT_ELAPSED_MS, elapsed_ms)
+        self._memory.store(offset + at.SLOT_TERMINAL_SEQ, seq)
+
+    def count_watcher(self, slot: Slot, participant: int, by: int) -> None:
+        """Add to the watchers that a participant has on an operation."""
+        offset = self._layout.slot(slot.number) + at.SLOT_WATCHERS
+        lane = slot_of(participant)
+        word_at = offset + lane // 4 * at.WORD
+        shift = 16 * (lane % 4)
+        word = self._memory.load(word_at)
+        count = min(max((word >> shift & 0xFFFF) + by, 0), 0xFFFF)
+        self._memory.store(word_at, word & ~(0xFFFF << shift) | count << shift)
+
+    def forget_watchers(self, participant: int) -> None:
+        """Drop the watchers that a dead participant had."""
+        for slot in self.held():
+            self.count_watcher(slot, participant, -0xFFFF)
+
+    def _reclaim(self) -> None:
+        """Give back the slots of operations that are not retained any more."""
+        memory = self._memory
+        done, floor = memory.load(at.RECLAIMED_AT), self.floor()
+        for seq in range(done + 1, floor + 1):
+            index = self._feed.slot_of(seq)
+            if index == NO_SLOT:
+                continue
+            if index >= self._layout.slots:
+                raise SegmentCorrupted(
+                    self._segment.name, f"feed[{seq}].slot", f"below {self._layout.slots}", index
+                )
+            if self.slot(index).terminal_seq == seq:
+                memory.store(self._layout.fingerprint(index), 0)
+        if floor > done:
+            memory.store(at.RECLAIMED_AT, floor)
+
+    def repair(self) -> None:
+        """Undo what a writer that was killed had prepared and not committed."""
+        memory, layout = self._memory, self._layout
+        watermark = memory.load(at.WATERMARK_AT)
+        registrations = memory.load(at.REGISTRATIONS_AT)
+        for index in range(layout.slots):
+            slot = self.slot(index)
+            if slot.birth > registrations:
+                memory.store(layout.fingerprint(index), 0)
+            elif slot.terminal_seq > watermark:
+                memory.store(layout.slot(index) + at.SLOT_TERMINAL_SEQ, 0)
+
+    @staticmethod
+    def _next_word(word: int, status: OperationStatus, buffer: int) -> int:
+        return (word >> 16) + 1 << 16 | buffer << 8 | _STATUSES.index(status)
+
+    # --- audit --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Verify every slot against the words that commit it, and the counts against each other."""
+        memory, layout = self._memory, self._layout
+        name = self._segment.name
+        watermark, floor = memory.load(at.WATERMARK_AT), self.floor()
+        live, seen = 0, set()
+        for slot in self.held():
+            view = self.view(slot)
+            field = f"slot[{slot.number}]"
+            if view is None or view.spec.id.bytes != slot.id:
+                raise SegmentCorrupted(name, f"{field}.spec.id", slot.id.hex(), view)
+            if slot.id in seen:
+                raise SegmentCorrupted(name, f"{field}.id", "held once", slot.id.hex())
+            seen.add(slot.id)
+            if memory.load(layout.fingerprint(slot.number)) != _fingerprint(slot.id):
+                raise SegmentCorrupted(name, f"{field}.fingerprint", "that of its id", "another")
+            if not self.is_terminal(slot):
+                live += 1
+                if slot.terminal_seq:
+                    raise SegmentCorrupted(
+                        name, f"{field}.terminal_seq", f"at most {watermark}", slot.terminal_seq
+                    )
+                continue
+            entry = self._feed.entry(slot.terminal_seq)
+            if slot.terminal_seq > floor and (entry is None or entry.operation_id.bytes != slot.id):
+                raise SegmentCorrupted(name, f"{field}.terminal_seq", "its own entry", entry)
+            if self._feed.slot_of(slot.terminal_seq) != slot.number:
+                raise SegmentCorrupted(
+                    name,
+                    f"feed[{slot.terminal_seq}].slot",
+                    slot.number,
+                    self._feed.slot_of(slot.terminal_seq),
+                )
+        if live != self.active():
+            raise SegmentCorrupted(name, "registrations", f"{live} operations live", self.active())
+        for field, offset in (("collected", at.COLLECTED_AT), ("reclaimed", at.RECLAIMED_AT)):
+            if memory.load(offset) > watermark:
+                raise SegmentCorrupted(
+                    name, f"{field}_through", f"at most {watermark}", memory.load(offset)
+                )
+
+
+def _fingerprint(raw: bytes) -> int:
+    """The random half of a UUID v7; never 0, which marks a free slot."""
+    return int.from_bytes(raw[8:], "little") or 1

@@ -1,0 +1,466 @@
+"""What can go wrong: one hierarchy, each class with its facts as attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+
+
+class ShmepochError(Exception):
+    """Base of everything shmepoch raises on its own account.
+
+    The keyword arguments of a subclass become its attributes, and it survives pickling, so that
+    an error raised in a worker arrives whole in its parent.
+    """
+
+    def __init__(self, message: str, /, **facts: object) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+    def __reduce__(self) -> tuple[Callable[..., ShmepochError], tuple[Any, ...]]:
+        return _restore, (type(self), self.args, self.__dict__.copy())
+
+
+def _restore(
+    kind: type[ShmepochError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> ShmepochError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+# --- operations -------------------------------------------------------------------------------
+
+
+class AlreadyRegistered(ShmepochError):
+    """An operation with this id is in the registry already."""
+
+    id: OperationId
+
+    def __init__(self, id: OperationId) -> None:
+        super().__init__(
+            f"operation {id} is already registered; register each operation once, "
+            "a retry under a new id",
+            id=id,
+        )
+
+
+class NotFound(ShmepochError, LookupError):
+    """The registry holds no operation with this id: never registered, collected, or evicted."""
+
+    id: OperationId
+
+    def __init__(self, id: OperationId) -> None:
+        super().__init__(
+            f"operation {id} is not in the registry: it was never registered here, "
+            "or it ended and was collected or evicted",
+            id=id,
+        )
+
+
+class InvalidTransition(ShmepochError):
+    """The operation's status does not allow this action."""
+
+    id: OperationId
+    status: str
+    action: str
+
+    def __init__(self, id: OperationId, status: str, action: str) -> None:
+        super().__init__(
+            f"operation {id} is {status}, which does not allow {action}",
+            id=id,
+            status=status,
+            action=action,
+        )
+
+
+class PeerNotExpected(ShmepochError):
+    """A peer channel was handed over for a kind of operation that has none."""
+
+    id: OperationId
+
+    def __init__(self, id: OperationId) -> None:
+        super().__init__(
+            f"operation {id} does not expect a peer: only mob_member_child operations do", id=id
+        )
+
+
+class AlreadyPeerReady(ShmepochError):
+    """The operation's peer channel was handed over before."""
+
+    id: OperationId
+
+    def __init__(self, id: OperationId) -> None:
+        super().__init__(f"operation {id} already has its peer; it is handed over once", id=id)
+
+
+class MaxConcurrentExceeded(ShmepochError):
+    """As many operations are running as the registry allows."""
+
+    limit: int
+    active: int
+
+    def __init__(self, limit: int, active: int, *, setting: str = "max_concurrent") -> None:
+        super().__init__(
+            f"{active} operations have not ended and the limit is {limit}; "
+            f"end some first, or create the epoch with a larger {setting}",
+            limit=limit,
+            active=active,
+            setting=setting,
+        )
+
+
+class DuplicateWaitOperation(ShmepochError, ValueError):
+    """`wait_all` was given the same operation twice."""
+
+    id: OperationId
+
+    def __init__(self, id: OperationId) -> None:
+        super().__init__(f"operation {id} is in the same wait_all twice; name it once", id=id)
+
+
+class WaitAlreadyActive(ShmepochError):
+    """A `wait_all` is in progress on this registry handle."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this registry handle is already in a wait_all; await or cancel that one first"
+        )
+
+
+class PayloadTooLarge(ShmepochError, ValueError):
+    """An encoded record does not fit the room that the epoch reserved for it."""
+
+    size: int
+    limit: int
+
+    def __init__(self, size: int, limit: int, *, what: str, setting: str | None = None) -> None:
+        larger = f", or create the epoch with a larger {setting}" if setting else ""
+        super().__init__(
+            f"{what} takes {size} bytes and the limit is {limit}; shorten it{larger}",
+            size=size,
+            limit=limit,
+            what=what,
+            setting=setting,
+        )
+
+
+class RecordInvalid(ShmepochError, ValueError):
+    """A value is not the record it should be; `reason` names the field."""
+
+    kind: str
+    reason: str
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"not a valid {kind}: {reason}", kind=kind, reason=reason)
+
+
+class ConfigInvalid(ShmepochError, ValueError):
+    """A setting is outside its range."""
+
+    setting: str
+    value: object
+    allowed: str
+
+    def __init__(self, setting: str, value: object, allowed: str) -> None:
+        super().__init__(
+            f"{setting} is {value!r}; it must be {allowed}",
+            setting=setting,
+            value=value,
+            allowed=allowed,
+        )
+
+
+# --- epochs -----------------------------------------------------------------------------------
+
+
+class EpochSealed(ShmepochError):
+    """The epoch was ended by a reset or an unregister and takes no more changes."""
+
+    epoch_id: RuntimeEpochId
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        super().__init__(
+            f"epoch {epoch_id} is sealed: its session was reset or unregistered; "
+            "ask the runtime for new bindings",
+            epoch_id=epoch_id,
+        )
+
+
+class EpochGone(ShmepochError):
+    """The epoch's segment is not in shared memory any more."""
+
+    session_id: SessionId
+    epoch_id: RuntimeEpochId
+    name: str
+
+    def __init__(self, session_id: SessionId, epoch_id: RuntimeEpochId, name: str) -> None:
+        super().__init__(
+            f"epoch {epoch_id} of session {session_id} is gone: there is no {name!r}. "
+            "The session was unregistered, the machine restarted, or systemd removed it when the "
+            "user's last login ended (RemoveIPC=yes in logind.conf); "
+            "ask the runtime for new bindings",
+            session_id=session_id,
+            epoch_id=epoch_id,
+            name=name,
+        )
+
+
+class WitnessMismatch(ShmepochError):
+    """The handle carries another key than the epoch it names."""
+
+    epoch_id: RuntimeEpochId
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        super().__init__(
+            f"the handle does not carry the witness key of epoch {epoch_id}; "
+            "it was not issued by this epoch's runtime",
+            epoch_id=epoch_id,
+        )
+
+
+class BindingsMismatch(ShmepochError):
+    """A factory was handed the bindings of another session."""
+
+    expected: SessionId
+    actual: SessionId
+
+    def __init__(self, expected: SessionId, actual: SessionId) -> None:
+        super().__init__(
+            f"building session {expected}, but the bindings were prepared for session {actual}; "
+            "pass the bindings that prepare_bindings returned for the session being built",
+            expected=expected,
+            actual=actual,
+        )
+
+
+class BindingsNotTransferable(ShmepochError):
+    """Local-only bindings cannot leave their process."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "standalone bindings live in this process's private memory and cannot leave it; "
+            "use RuntimeSessionAdapter.prepare_bindings for bindings that other processes share"
+        )
+
+
+class TokenInvalid(ShmepochError, ValueError):
+    """A token is cut, edited, of another version, or no token at all."""
+
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"not a usable bindings token: {reason}; pass the text of to_token() unchanged",
+            reason=reason,
+        )
+
+
+class BindingsClosed(ShmepochError):
+    """This process gave up its bindings of the epoch."""
+
+    epoch_id: RuntimeEpochId
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        super().__init__(
+            f"this process closed its bindings of epoch {epoch_id}; "
+            "keep them open while they are used, or attach again from the token",
+            epoch_id=epoch_id,
+        )
+
+
+class SessionNotRegistered(ShmepochError, LookupError):
+    """The adapter does not run this session."""
+
+    session_id: SessionId
+
+    def __init__(self, session_id: SessionId) -> None:
+        super().__init__(
+            f"session {session_id} is not registered with this adapter; "
+            "call register_session or prepare_bindings first",
+            session_id=session_id,
+        )
+
+
+class RuntimeAlreadyActive(ShmepochError):
+    """Another live runtime owns the session."""
+
+    session_id: SessionId
+    pid: int
+
+    def __init__(self, session_id: SessionId, pid: int) -> None:
+        super().__init__(
+            f"session {session_id} already has a live runtime: process {pid} "
+            "(its own PID namespace); attach with its bindings, or end it first",
+            session_id=session_id,
+            pid=pid,
+        )
+
+
+class AdapterClosed(ShmepochError):
+    """The session adapter was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("this RuntimeSessionAdapter is closed; make a new one")
+
+
+# --- segments ---------------------------------------------------------------------------------
+
+
+class NamespaceInvalid(ShmepochError, ValueError):
+    """A namespace is not a short plain word."""
+
+    namespace: str
+    limit: int
+
+    def __init__(self, namespace: str, limit: int) -> None:
+        super().__init__(
+            f"namespace {namespace!r} is not usable; it takes 1 to {limit} letters, digits, "
+            "'-' or '_' (parameter namespace or environment variable SHMEPOCH_NAMESPACE)",
+            namespace=namespace,
+            limit=limit,
+        )
+
+
+class SegmentExists(ShmepochError):
+    """A segment of this name is there already."""
+
+    name: str
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"segment {name!r} exists already; attach to it, or remove it first", name=name
+        )
+
+
+class SegmentForeign(ShmepochError, PermissionError):
+    """The segment belongs to another user or is open to others."""
+
+    name: str
+    field: str
+    expected: object
+    actual: object
+
+    def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
+        super().__init__(
+            f"segment {name!r} is not this user's alone: its {field} is {actual}, not {expected}; "
+            "it was not made by shmepoch for this user, or somebody changed it",
+            name=name,
+            field=field,
+            expected=expected,
+            actual=actual,
+        )
+
+
+class SegmentCorrupted(ShmepochError):
+    """A segment does not hold what its layout promises; `field` is what is wrong."""
+
+    name: str
+    field: str
+    expected: object
+    actual: object
+
+    def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
+        super().__init__(
+            f"segment {name!r} is corrupted: {field} is {actual!r}, not {expected!r}; "
+            "remove it with its session's unregister, the session then starts a new epoch",
+            name=name,
+            field=field,
+            expected=expected,
+            actual=actual,
+        )
+
+
+class LayoutUnsupported(ShmepochError):
+    """The segment was written by a release with another layout."""
+
+    name: str
+    expected: int
+    actual: int
+
+    def __init__(self, name: str, expected: int, actual: int) -> None:
+        super().__init__(
+            f"segment {name!r} has layout version {actual}, this release reads {expected}; "
+            "use the same release of shmepoch in every process of a deployment",
+            name=name,
+            expected=expected,
+            actual=actual,
+        )
+
+
+class SharedMemoryExhausted(ShmepochError, OSError):
+    """There is no room in shared memory for a new segment."""
+
+    need: int
+    room: int
+
+    def __init__(self, need: int, room: int, directory: str) -> None:
+        super().__init__(
+            f"a new epoch needs {need} bytes in {directory} and {room} are free; "
+            "enlarge it (docker run --shm-size=1g; Compose shm_size: 1g; Kubernetes: an emptyDir "
+            "with medium: Memory mounted there), remove epochs that are no longer used, "
+            "or create the epoch with a smaller OpsLifecycleConfig",
+            need=need,
+            room=room,
+            directory=directory,
+        )
+
+
+class ParticipantsExhausted(ShmepochError):
+    """Every participant slot of the epoch is held by a live process."""
+
+    limit: int
+
+    def __init__(self, limit: int, name: str) -> None:
+        super().__init__(
+            f"all {limit} participant slots of segment {name!r} are held by live processes; "
+            "detach some, or create the epoch with a larger max_participants",
+            limit=limit,
+            name=name,
+        )
+
+
+class CursorsOnly(ShmepochError):
+    """An epoch that was made without a feed was asked for one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this memory holds cursors only; operations and a feed need an OpsLifecycleConfig"
+        )
+
+
+# --- stores -----------------------------------------------------------------------------------
+
+
+class StoreError(ShmepochError):
+    """Base of what can go wrong between an epoch and its store."""
+
+
+class StoreLoadFailed(StoreError):
+    """The store could not say what it holds of a session. That is not an empty store."""
+
+    session_id: SessionId
+    reason: str
+
+    def __init__(self, session_id: SessionId, reason: str) -> None:
+        super().__init__(
+            f"the store could not load session {session_id}: {reason}. Nothing was started, since "
+            "a failed load is not an empty store; mend the store, or rotate the epoch on purpose",
+            session_id=session_id,
+            reason=reason,
+        )
+
+
+class StoreWriteFailed(StoreError):
+    """The store did not take a write; the epoch goes on and the write is tried again."""
+
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the store did not take a write: {reason}; it is tried again", reason=reason
+        )

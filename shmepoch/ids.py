@@ -1,0 +1,146 @@
+"""Identifiers: typed, time-ordered names for sessions, epochs, operations, runs and waits.
+
+An identifier keeps the sixteen bytes of its UUID: that is what lies in shared memory and
+what compares, sorts and hashes fastest. The text and the `uuid.UUID` are made on request.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Final, Self
+
+from uuid_utils import uuid7
+
+__all__ = ["OperationId", "RunId", "RuntimeEpochId", "SessionId", "WaitRequestId"]
+
+_HYPHENS: Final = (8, 13, 18, 23)
+_HEX: Final = frozenset("0123456789abcdefABCDEF")
+
+
+class _Id:
+    """What every identifier has in common; never instantiated itself."""
+
+    __slots__ = ("_bytes",)
+    _bytes: bytes
+
+    @classmethod
+    def new(cls) -> Self:
+        """A fresh identifier (UUID v7: later ones sort after earlier ones)."""
+        return cls.from_bytes(uuid7().bytes)
+
+    @classmethod
+    def from_uuid(cls, value: uuid.UUID) -> Self:
+        """The identifier that names the same thing as `value`; `TypeError` for anything else."""
+        if not isinstance(value, uuid.UUID):
+            raise TypeError(f"{cls.__name__}.from_uuid takes a uuid.UUID, not {value!r}")
+        return cls.from_bytes(value.bytes)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """The identifier whose UUID has these sixteen bytes; `ValueError` for another length."""
+        if len(raw) != 16:
+            raise ValueError(f"{cls.__name__} takes 16 bytes, not {len(raw)}: {raw!r}")
+        self = cls.__new__(cls)
+        self._bytes = raw
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the hyphenated UUID text; `ValueError` that shows the text for anything else.
+
+        `uuid.UUID` alone would also take braces, a URN or misplaced hyphens, and then one
+        identifier would have many texts.
+        """
+        well_formed = (
+            isinstance(text, str)
+            and len(text) == 36
+            and all((c == "-") if i in _HYPHENS else (c in _HEX) for i, c in enumerate(text))
+        )
+        if not well_formed:
+            raise ValueError(
+                f"not a {cls.__name__}: {text!r}; "
+                "it is written as a hyphenated UUID, such as 0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"
+            )
+        return cls.from_bytes(bytes.fromhex(text.replace("-", "")))
+
+    @property
+    def bytes(self) -> bytes:
+        """The sixteen bytes of the UUID, most significant first."""
+        return self._bytes
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """The same name as a `uuid.UUID`."""
+        return uuid.UUID(bytes=self._bytes)
+
+    def __str__(self) -> str:
+        digits = self._bytes.hex()
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}('{self}')"
+
+    def __hash__(self) -> int:
+        return hash(self._bytes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._bytes == other._bytes
+
+    def __lt__(self, other: Self) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._bytes < other._bytes
+
+    def __le__(self, other: Self) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._bytes <= other._bytes
+
+    def __gt__(self, other: Self) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._bytes > other._bytes
+
+    def __ge__(self, other: Self) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._bytes >= other._bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).from_bytes, (self._bytes,)
+
+
+class SessionId(_Id):
+    """Names one conversation or job of an agent."""
+
+    __slots__ = ()
+
+
+class RuntimeEpochId(_Id):
+    """Names one continuous async-ordering domain of a session.
+
+    Stable across rebuilds and recovery; rotated on reset, and on a restart that could not
+    recover.
+    """
+
+    __slots__ = ()
+
+
+class OperationId(_Id):
+    """Names one background operation."""
+
+    __slots__ = ()
+
+
+class RunId(_Id):
+    """Names one run of an agent: the turn on whose behalf a barrier is waited for."""
+
+    __slots__ = ()
+
+
+class WaitRequestId(_Id):
+    """Names one satisfied `wait_all`."""
+
+    __slots__ = ()

@@ -1,0 +1,1440 @@
+/* The native edge of shmepoch: atomics, ring copies, futexes and record locks on mapped memory.
+ *
+ * Nothing here knows what lies in the memory. A caller names byte offsets; every function checks
+ * that they are inside the mapping and aligned before it touches a byte, then does one thing.
+ *
+ *   Memory     a mapping, shared (of a descriptor) or private, with atomic access to its words
+ *   Cell       one word of a Memory that only grows, behind a gate word that can close it
+ *   WriterLock a thread lock and an open-file-description lock, taken together
+ *   try_lock, unlock, is_locked   single open-file-description byte locks
+ *
+ * Memory order. Words that publish are stored with release and read with acquire. Bytes that may be
+ * overwritten while they are copied (ring entries, slots) are copied with relaxed word accesses, so
+ * that the race is defined behaviour, between fences that make the validation around the copy sound:
+ * `write` begins with a release fence, so whoever sees a byte of it also sees the words stored
+ * before (the invalidation); `read` ends with an acquire fence, so words loaded after it (the
+ * validation) are at least as new as every byte it copied.
+ *
+ * The standard library's mmap is not used because it duplicates the descriptor: a duplicate in a
+ * forked child would keep the parent's open-file-description locks alive after the parent's death.
+ */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef __linux__
+#error "shmepoch needs Linux: futexes and open-file-description locks"
+#endif
+
+_Static_assert(sizeof(_Atomic uint64_t) == 8, "a 64-bit atomic is exactly one word");
+_Static_assert(sizeof(_Atomic uint32_t) == 4, "a futex word is exactly 32 bit");
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics are lock-free, always");
+_Static_assert(ATOMIC_INT_LOCK_FREE == 2, "32-bit atomics are lock-free, always");
+
+#define WORD ((Py_ssize_t)sizeof(uint64_t))
+
+typedef _Atomic uint64_t word_t;
+
+/* A sleeping waiter looks again after this long: whoever was to wake it may have been killed
+ * between its store and its wake call, and the 32-bit event count may have come round. */
+static const int64_t RECHECK_NS = 250 * 1000 * 1000;
+
+/* The longest that a wait spins before it sleeps: about what a futex round trip costs. */
+static const uint32_t SPIN_MAX_NS = 50 * 1000;
+static const uint32_t SPIN_START_NS = 20 * 1000;
+/* Once spinning was found not to pay, every so many waits try again, for so long. */
+static const uint32_t SPIN_PROBE_EVERY = 64;
+static const uint32_t SPIN_PROBE_NS = 4 * 1000;
+
+typedef struct {
+    PyObject_HEAD
+    unsigned char *base;
+    Py_ssize_t size;
+    /* What this process learned about spinning on this memory: how long, and how many waits since
+     * it gave up. Several threads may learn at once; a lost update costs one guess. */
+    _Atomic uint32_t spin_ns;
+    _Atomic uint32_t spin_skipped;
+} Memory;
+
+typedef struct {
+    PyTypeObject *memory_type;
+} ModuleState;
+
+/* --- arguments ------------------------------------------------------------------------------ */
+
+/* An unsigned 64-bit integer; OverflowError outside its range, TypeError for anything else. */
+static bool
+as_u64(PyObject *object, uint64_t *value)
+{
+    if (PyLong_Check(object)) {
+        *value = PyLong_AsUnsignedLongLong(object);
+        return !(*value == UINT64_MAX && PyErr_Occurred());
+    }
+    PyObject *index = PyNumber_Index(object);
+    if (index == NULL) {
+        return false;
+    }
+    *value = PyLong_AsUnsignedLongLong(index);
+    Py_DECREF(index);
+    return !(*value == UINT64_MAX && PyErr_Occurred());
+}
+
+/* `count` spans of `length` bytes, `stride` apart, from `offset` on: inside, and word-aligned. */
+static bool
+check_spans(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
+            Py_ssize_t length)
+{
+    const bool aligned = offset % WORD == 0 && stride % WORD == 0;
+    if (aligned && offset >= 0 && count >= 0 && stride >= 0 && length >= 0
+        && offset <= self->size && length <= self->size - offset
+        && (count <= 1 || stride == 0 || (count - 1) <= (self->size - offset - length) / stride)) {
+        return true;
+    }
+    PyErr_Format(PyExc_IndexError,
+                 "%zd spans of %zd bytes, %zd apart, at offset %zd are not word-aligned inside a "
+                 "memory of %zd bytes",
+                 count, length, stride, offset, self->size);
+    return false;
+}
+
+static bool
+check_word(const Memory *self, Py_ssize_t offset)
+{
+    return check_spans(self, offset, 1, 0, WORD);
+}
+
+static word_t *
+word_at(const Memory *self, Py_ssize_t offset)
+{
+    return (word_t *)(void *)(self->base + offset);
+}
+
+static bool
+parse_word(const Memory *self, PyObject *object, Py_ssize_t *offset)
+{
+    *offset = PyLong_AsSsize_t(object);
+    if (*offset == -1 && PyErr_Occurred()) {
+        return false;
+    }
+    return check_word(self, *offset);
+}
+
+static bool
+check_arity(const char *name, Py_ssize_t got, Py_ssize_t expected)
+{
+    if (got == expected) {
+        return true;
+    }
+    PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, expected, got);
+    return false;
+}
+
+static PyObject *
+bool_object(bool value)
+{
+    PyObject *result = value ? Py_True : Py_False;
+    Py_INCREF(result);
+    return result;
+}
+
+/* --- Memory: life ---------------------------------------------------------------------------- */
+
+static PyObject *
+memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
+{
+    if (size <= 0) {
+        PyErr_Format(PyExc_ValueError, "a memory has at least one byte, not %zd", size);
+        return NULL;
+    }
+    void *base = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (base == MAP_FAILED) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Memory *self = (Memory *)allocate(type, 0);
+    if (self == NULL) {
+        munmap(base, (size_t)size);
+        return NULL;
+    }
+    self->base = base;
+    self->size = size;
+    atomic_init(&self->spin_ns, SPIN_START_NS);
+    atomic_init(&self->spin_skipped, 0);
+    return (PyObject *)self;
+}
+
+static PyObject *
+memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"fd", "size", NULL};
+    int fd;
+    Py_ssize_t size;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in:Memory", keywords, &fd, &size)) {
+        return NULL;
+    }
+    return memory_map(type, fd, size, MAP_SHARED);
+}
+
+static PyObject *
+memory_private(PyObject *type, PyObject *size_object)
+{
+    Py_ssize_t size = PyLong_AsSsize_t(size_object);
+    if (size == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    return memory_map((PyTypeObject *)type, -1, size, MAP_PRIVATE | MAP_ANONYMOUS);
+}
+
+static void
+memory_dealloc(PyObject *object)
+{
+    Memory *self = (Memory *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (self->base != NULL) {
+        munmap(self->base, (size_t)self->size);
+    }
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+/* Exported read-only: a store through a view would not be atomic. */
+static int
+memory_getbuffer(PyObject *object, Py_buffer *view, int flags)
+{
+    Memory *self = (Memory *)object;
+    return PyBuffer_FillInfo(view, object, self->base, self->size, 1, flags);
+}
+
+static Py_ssize_t
+memory_length(PyObject *object)
+{
+    return ((Memory *)object)->size;
+}
+
+/* --- Memory: single words ---------------------------------------------------------------------- */
+
+/* Acquire; pairs with the release in `store` and in the read-modify-writes: what was written before
+ * a word was published is seen by whoever reads the word. */
+static PyObject *
+memory_load(PyObject *object, PyObject *offset_object)
+{
+    Memory *self = (Memory *)object;
+    Py_ssize_t offset;
+    if (!parse_word(self, offset_object, &offset)) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLongLong(
+        atomic_load_explicit(word_at(self, offset), memory_order_acquire));
+}
+
+static bool
+parse_word_and_value(PyObject *object, const char *name, PyObject *const *args, Py_ssize_t nargs,
+                     word_t **word, uint64_t *value)
+{
+    Memory *self = (Memory *)object;
+    Py_ssize_t offset;
+    if (!check_arity(name, nargs, 2) || !parse_word(self, args[0], &offset)
+        || !as_u64(args[1], value)) {
+        return false;
+    }
+    *word = word_at(self, offset);
+    return true;
+}
+
+/* Release: publishes everything this thread wrote before. */
+static PyObject *
+memory_store(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    word_t *word;
+    uint64_t value;
+    if (!parse_word_and_value(object, "store", args, nargs, &word, &value)) {
+        return NULL;
+    }
+    atomic_store_explicit(word, value, memory_order_release);
+    Py_RETURN_NONE;
+}
+
+/* Sequentially consistent: a bell mask is set before, or taken after, a look at another word. */
+static PyObject *
+memory_exchange(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    word_t *word;
+    uint64_t value;
+    if (!parse_word_and_value(object, "exchange", args, nargs, &word, &value)) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLongLong(
+        atomic_exchange_explicit(word, value, memory_order_seq_cst));
+}
+
+static PyObject *
+memory_fetch_add(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    word_t *word;
+    uint64_t value;
+    if (!parse_word_and_value(object, "fetch_add", args, nargs, &word, &value)) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLongLong(
+        atomic_fetch_add_explicit(word, value, memory_order_seq_cst));
+}
+
+static PyObject *
+memory_fetch_or(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    word_t *word;
+    uint64_t value;
+    if (!parse_word_and_value(object, "fetch_or", args, nargs, &word, &value)) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLongLong(atomic_fetch_or_explicit(word, value, memory_order_seq_cst));
+}
+
+/* --- Memory: many words -------------------------------------------------------------------------- */
+
+static bool
+parse_column(PyObject *object, const char *name, PyObject *const *args, Py_ssize_t nargs,
+             Py_ssize_t *offset, Py_ssize_t *count, Py_ssize_t *stride)
+{
+    if (!check_arity(name, nargs, 3)) {
+        return false;
+    }
+    *offset = PyLong_AsSsize_t(args[0]);
+    *count = PyLong_AsSsize_t(args[1]);
+    *stride = PyLong_AsSsize_t(args[2]);
+    if (PyErr_Occurred()) {
+        return false;
+    }
+    return check_spans((Memory *)object, *offset, *count, *stride, WORD);
+}
+
+/* Each word with acquire, one after the other: not one instant. */
+static PyObject *
+memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t offset, count, stride;
+    if (!parse_column(object, "load_column", args, nargs, &offset, &count, &stride)) {
+        return NULL;
+    }
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(atomic_load_explicit(
+            word_at((Memory *)object, offset + i * stride), memory_order_acquire));
+        if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
+            Py_CLEAR(tuple);
+        }
+    }
+    return tuple;
+}
+
+#define SNAPSHOT_MAX 8
+
+/* Words that only grow, as they stood at one instant: two equal passes mean that none moved between
+ * its two reads, so all stood together at the end of the first. Acquire keeps the passes apart. */
+static PyObject *
+memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    Py_ssize_t offset, count, stride;
+    uint64_t first[SNAPSHOT_MAX] = {0};
+    if (!parse_column(object, "snapshot", args, nargs, &offset, &count, &stride)) {
+        return NULL;
+    }
+    if (count > SNAPSHOT_MAX) {
+        return PyErr_Format(PyExc_ValueError, "a snapshot covers at most %d words, not %zd",
+                            SNAPSHOT_MAX, count);
+    }
+    for (bool again = true, primed = false; again; primed = true) {
+        again = !primed;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            uint64_t value =
+                atomic_load_explicit(word_at(self, offset + i * stride), memory_order_acquire);
+            again = again || value != first[i];
+            first[i] = value;
+        }
+    }
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(first[i]);
+        if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
+            Py_CLEAR(tuple);
+        }
+    }
+    return tuple;
+}
+
+/* The index of the first of `count` adjacent words, from `start` on, that holds `value`, or -1.
+ * Relaxed: a column is searched under the writer lock, or the hit is verified by its reader. */
+static PyObject *
+memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    uint64_t value;
+    if (!check_arity("find", nargs, 4)) {
+        return NULL;
+    }
+    Py_ssize_t offset = PyLong_AsSsize_t(args[0]);
+    Py_ssize_t count = PyLong_AsSsize_t(args[1]);
+    Py_ssize_t start = PyLong_AsSsize_t(args[3]);
+    if (PyErr_Occurred() || !as_u64(args[2], &value)
+        || !check_spans(self, offset, count, WORD, WORD)) {
+        return NULL;
+    }
+    if (start < 0) {
+        return PyErr_Format(PyExc_IndexError, "a search starts at 0 or above, not %zd", start);
+    }
+    for (Py_ssize_t i = start; i < count; i++) {
+        if (atomic_load_explicit(word_at(self, offset + i * WORD), memory_order_relaxed) == value) {
+            return PyLong_FromSsize_t(i);
+        }
+    }
+    return PyLong_FromLong(-1);
+}
+
+/* --- Memory: bytes --------------------------------------------------------------------------- */
+
+static void
+copy_out(const Memory *self, Py_ssize_t offset, unsigned char *target, Py_ssize_t length)
+{
+    for (; length > 0; offset += WORD, target += WORD, length -= WORD) {
+        uint64_t value = atomic_load_explicit(word_at(self, offset), memory_order_relaxed);
+        memcpy(target, &value, (size_t)(length < WORD ? length : WORD));
+    }
+}
+
+/* The last word is padded with zeros: a span of bytes always ends on a word. */
+static void
+copy_in(const Memory *self, Py_ssize_t offset, const unsigned char *source, Py_ssize_t length)
+{
+    for (; length > 0; offset += WORD, source += WORD, length -= WORD) {
+        uint64_t value = 0;
+        memcpy(&value, source, (size_t)(length < WORD ? length : WORD));
+        atomic_store_explicit(word_at(self, offset), value, memory_order_relaxed);
+    }
+}
+
+static Py_ssize_t
+padded(Py_ssize_t length)
+{
+    return (length + WORD - 1) / WORD * WORD;
+}
+
+static PyObject *
+memory_read(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    if (!check_arity("read", nargs, 2)) {
+        return NULL;
+    }
+    Py_ssize_t offset = PyLong_AsSsize_t(args[0]);
+    Py_ssize_t length = PyLong_AsSsize_t(args[1]);
+    if (PyErr_Occurred()
+        || !check_spans(self, offset, 1, 0, length < 0 ? length : padded(length))) {
+        return NULL;
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, length);
+    if (bytes != NULL) {
+        copy_out(self, offset, (unsigned char *)PyBytes_AsString(bytes), length);
+        atomic_thread_fence(memory_order_acquire);
+    }
+    return bytes;
+}
+
+static PyObject *
+memory_write(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    char *source;
+    Py_ssize_t length;
+    if (!check_arity("write", nargs, 2)) {
+        return NULL;
+    }
+    Py_ssize_t offset = PyLong_AsSsize_t(args[0]);
+    if ((offset == -1 && PyErr_Occurred()) || PyBytes_AsStringAndSize(args[1], &source, &length) < 0
+        || !check_spans(self, offset, 1, 0, padded(length))) {
+        return NULL;
+    }
+    atomic_thread_fence(memory_order_release);
+    copy_in(self, offset, (const unsigned char *)source, length);
+    Py_RETURN_NONE;
+}
+
+/* --- Memory: rings --------------------------------------------------------------------------
+ *
+ * A ring of byte strings: an index ring of (position, checksum, length and tag) by sequence, and a
+ * byte ring that the positions, which only grow, are taken modulo. Both are the caller's; so are
+ * the words that say which sequences are valid.
+ */
+
+typedef struct {
+    Py_ssize_t index, capacity; /* the index ring's offset, and its number of entries */
+    Py_ssize_t bytes, budget;   /* the byte ring's offset and size */
+} Ring;
+
+#define INDEX_WORDS 3
+#define LENGTH_BITS 32
+
+static bool
+parse_ring(const Memory *self, PyObject *object, Ring *ring)
+{
+    if (!PyArg_ParseTuple(object, "nnnn;a ring is (index, capacity, bytes, budget)", &ring->index,
+                          &ring->capacity, &ring->bytes, &ring->budget)) {
+        return false;
+    }
+    if (ring->capacity <= 0 || ring->budget <= 0 || ring->budget % WORD != 0
+        || ring->budget >> LENGTH_BITS != 0) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a ring has at least one entry and a whole number of words below 4 GiB");
+        return false;
+    }
+    return check_spans(self, ring->index, ring->capacity, INDEX_WORDS * WORD, INDEX_WORDS * WORD)
+           && check_spans(self, ring->bytes, 1, 0, ring->budget);
+}
+
+static word_t *
+ring_index(const Memory *self, const Ring *ring, uint64_t seq)
+{
+    return word_at(self, ring->index
+                             + (Py_ssize_t)(seq % (uint64_t)ring->capacity) * INDEX_WORDS * WORD);
+}
+
+/* FNV-1a over words instead of bytes, seeded with the sequence: an entry that was torn, or that
+ * belongs to another sequence, does not match. It guards against races, not against enemies. */
+static uint64_t
+checksum_step(uint64_t sum, uint64_t value)
+{
+    sum = (sum ^ value) * UINT64_C(0x100000001b3);
+    return sum ^ (sum >> 29);
+}
+
+static uint64_t
+checksum_start(uint64_t seq, Py_ssize_t length)
+{
+    return checksum_step(UINT64_C(0xcbf29ce484222325) ^ seq, (uint64_t)length);
+}
+
+/* ring_put(ring, seq, position, data, tag): entry and index of one sequence. The caller has already
+ * stored the words that invalidate what is overwritten; the fence makes them visible first. */
+static PyObject *
+memory_ring_put(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    Ring ring;
+    uint64_t seq, position, tag;
+    char *data;
+    Py_ssize_t length;
+    if (!check_arity("ring_put", nargs, 5) || !parse_ring(self, args[0], &ring)
+        || !as_u64(args[1], &seq) || !as_u64(args[2], &position)
+        || PyBytes_AsStringAndSize(args[3], &data, &length) < 0 || !as_u64(args[4], &tag)) {
+        return NULL;
+    }
+    if (length > ring.budget || position % WORD != 0 || tag >> (64 - LENGTH_BITS) != 0) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a ring entry is no longer than the ring, starts on a word and has a tag "
+                        "below 2**32");
+        return NULL;
+    }
+    atomic_thread_fence(memory_order_release);
+    uint64_t sum = checksum_start(seq, length);
+    for (Py_ssize_t done = 0; done < length; done += WORD) {
+        uint64_t value = 0;
+        memcpy(&value, data + done, (size_t)(length - done < WORD ? length - done : WORD));
+        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring.budget);
+        atomic_store_explicit(word_at(self, ring.bytes + at), value, memory_order_relaxed);
+        sum = checksum_step(sum, value);
+    }
+    word_t *index = ring_index(self, &ring, seq);
+    atomic_store_explicit(&index[0], position, memory_order_relaxed);
+    atomic_store_explicit(&index[1], sum, memory_order_relaxed);
+    atomic_store_explicit(&index[2], tag << LENGTH_BITS | (uint64_t)length, memory_order_relaxed);
+    Py_RETURN_NONE;
+}
+
+/* ring_at(ring, seq) -> (position, length, tag) as the index has it. Under the writer lock. */
+static PyObject *
+memory_ring_at(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    Ring ring;
+    uint64_t seq;
+    if (!check_arity("ring_at", nargs, 2) || !parse_ring(self, args[0], &ring)
+        || !as_u64(args[1], &seq)) {
+        return NULL;
+    }
+    word_t *index = ring_index(self, &ring, seq);
+    uint64_t position = atomic_load_explicit(&index[0], memory_order_relaxed);
+    uint64_t tail = atomic_load_explicit(&index[2], memory_order_relaxed);
+    return Py_BuildValue("KKK", (unsigned long long)position,
+                         (unsigned long long)(tail & UINT32_MAX),
+                         (unsigned long long)(tail >> LENGTH_BITS));
+}
+
+/* Copies the entry of `seq` to `target` if it is whole; `length` is what its index said before. */
+static bool
+ring_take(const Memory *self, const Ring *ring, uint64_t seq, Py_ssize_t length,
+          unsigned char *target)
+{
+    word_t *index = ring_index(self, ring, seq);
+    uint64_t position = atomic_load_explicit(&index[0], memory_order_relaxed);
+    uint64_t expected = atomic_load_explicit(&index[1], memory_order_relaxed);
+    uint64_t tail = atomic_load_explicit(&index[2], memory_order_relaxed);
+    if (position % WORD != 0 || (tail & UINT32_MAX) != (uint64_t)length) {
+        return false;
+    }
+    uint64_t sum = checksum_start(seq, length);
+    for (Py_ssize_t done = 0; done < length; done += WORD) {
+        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring->budget);
+        uint64_t value =
+            atomic_load_explicit(word_at(self, ring->bytes + at), memory_order_relaxed);
+        memcpy(target + done, &value, (size_t)(length - done < WORD ? length - done : WORD));
+        sum = checksum_step(sum, value);
+    }
+    return sum == expected;
+}
+
+#define ARRAY_HEADER 5 /* MessagePack's array32: one byte, then a 32-bit big-endian count */
+
+/* ring_gather(ring, first, last) -> (first_whole, data)
+ *
+ * The entries first..last, adjacent, behind a MessagePack array header: one decode reads them all.
+ * Overwriting goes from the oldest on, so an entry that is not whole voids those before it: `data`
+ * starts at `first_whole`. Whether that is explained is for the caller to check against its own
+ * words, which the acquire fence at the end lets it load anew. Empty entries are left out. */
+static PyObject *
+memory_ring_gather(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    Ring ring;
+    uint64_t first, last;
+    if (!check_arity("ring_gather", nargs, 3) || !parse_ring(self, args[0], &ring)
+        || !as_u64(args[1], &first) || !as_u64(args[2], &last)) {
+        return NULL;
+    }
+    if (last < first || last - first >= (uint64_t)ring.capacity) {
+        return PyErr_Format(PyExc_ValueError, "%zd entries do not hold %llu to %llu",
+                            ring.capacity, (unsigned long long)first, (unsigned long long)last);
+    }
+    const Py_ssize_t count = (Py_ssize_t)(last - first) + 1;
+    Py_ssize_t *lengths = PyMem_Malloc((size_t)count * sizeof *lengths);
+    if (lengths == NULL) {
+        return PyErr_NoMemory();
+    }
+    Py_ssize_t total = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        uint64_t tail = atomic_load_explicit(&ring_index(self, &ring, first + (uint64_t)i)[2],
+                                             memory_order_relaxed);
+        lengths[i] = (Py_ssize_t)(tail & UINT32_MAX);
+        if (lengths[i] > ring.budget) {
+            lengths[i] = -1; /* no writer wrote this: it counts as not whole */
+        }
+        else if (total <= ring.budget) {
+            total += lengths[i];
+        }
+    }
+    /* What is whole together fits the ring; more than that is lengths of different rounds. */
+    if (total > ring.budget) {
+        total = ring.budget;
+    }
+    PyObject *data = PyBytes_FromStringAndSize(NULL, ARRAY_HEADER + total);
+    if (data == NULL) {
+        PyMem_Free(lengths);
+        return NULL;
+    }
+    unsigned char *start = (unsigned char *)PyBytes_AsString(data);
+    Py_ssize_t used = 0;
+    uint32_t entries = 0;
+    uint64_t first_whole = first;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const uint64_t seq = first + (uint64_t)i;
+        if (lengths[i] == 0) {
+            continue;
+        }
+        if (lengths[i] > 0 && lengths[i] <= total - used
+            && ring_take(self, &ring, seq, lengths[i], start + ARRAY_HEADER + used)) {
+            used += lengths[i];
+            entries++;
+        }
+        else {
+            used = 0;
+            entries = 0;
+            first_whole = seq + 1;
+        }
+    }
+    PyMem_Free(lengths);
+    atomic_thread_fence(memory_order_acquire);
+    start[0] = 0xdd;
+    for (int byte = 0; byte < 4; byte++) {
+        start[1 + byte] = (unsigned char)(entries >> (24 - 8 * byte));
+    }
+    if (used < total) {
+        PyObject *shorter = PyBytes_FromStringAndSize((const char *)start, ARRAY_HEADER + used);
+        Py_DECREF(data);
+        data = shorter;
+        if (data == NULL) {
+            return NULL;
+        }
+    }
+    return Py_BuildValue("KN", (unsigned long long)first_whole, data);
+}
+
+/* --- Memory: waiting ----------------------------------------------------------------------------
+ *
+ * An event is one word: a 32-bit count that is the futex, and a 32-bit flag that says somebody may
+ * sleep on it. The flag is set by whoever is about to sleep and taken by whoever wakes, so a killed
+ * sleeper costs one superfluous wake call and nothing after that.
+ */
+
+typedef struct {
+    _Atomic uint32_t count;
+    _Atomic uint32_t sleepers;
+} Event;
+
+_Static_assert(sizeof(Event) == sizeof(uint64_t), "an event is one word");
+
+static Event *
+event_at(const Memory *self, Py_ssize_t offset)
+{
+    return (Event *)(void *)(self->base + offset);
+}
+
+static int64_t
+monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void
+cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+typedef struct {
+    word_t *value;
+    uint64_t above;
+    word_t *gate;
+    Event *event;
+} Wait;
+
+static bool
+wait_is_over(const Wait *wait)
+{
+    return atomic_load_explicit(wait->value, memory_order_acquire) > wait->above
+           || atomic_load_explicit(wait->gate, memory_order_acquire) != 0;
+}
+
+/* Spins for as long as spinning has lately paid, and learns. Across cores the other side answers
+ * while this one spins and the budget grows; on one core it cannot answer until this one sleeps,
+ * and the budget falls to nothing within a few waits. */
+static bool
+wait_spinning(Memory *self, const Wait *wait)
+{
+    uint32_t budget = atomic_load_explicit(&self->spin_ns, memory_order_relaxed);
+    if (budget == 0) {
+        uint32_t skipped =
+            atomic_fetch_add_explicit(&self->spin_skipped, 1, memory_order_relaxed);
+        if (skipped % SPIN_PROBE_EVERY != SPIN_PROBE_EVERY - 1) {
+            return false;
+        }
+        budget = SPIN_PROBE_NS;
+    }
+    const int64_t end = monotonic_ns() + budget;
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (wait_is_over(wait)) {
+                uint32_t more = budget * 2;
+                atomic_store_explicit(&self->spin_ns, more < SPIN_MAX_NS ? more : SPIN_MAX_NS,
+                                      memory_order_relaxed);
+                return true;
+            }
+            cpu_relax();
+        }
+    } while (monotonic_ns() < end);
+    atomic_store_explicit(&self->spin_ns, budget / 2 < SPIN_PROBE_NS ? 0 : budget / 2,
+                          memory_order_relaxed);
+    return false;
+}
+
+/* One sleep of at most `limit_ns`. Returns 0 or the errno of the futex call.
+ *
+ * No wake-up is lost: this side raises the flag, then the kernel compares the count; the other side
+ * raises the count, then looks at the flag. All four are sequentially consistent, so at least one
+ * side sees the other. */
+static int
+wait_sleeping(const Wait *wait, int64_t limit_ns)
+{
+    uint32_t seen = atomic_load_explicit(&wait->event->count, memory_order_acquire);
+    atomic_exchange_explicit(&wait->event->sleepers, 1, memory_order_seq_cst);
+    if (wait_is_over(wait)) {
+        return 0;
+    }
+    struct timespec limit = {.tv_sec = (time_t)(limit_ns / 1000000000),
+                             .tv_nsec = (long)(limit_ns % 1000000000)};
+    /* Not FUTEX_PRIVATE: the sleeper and the waker are different processes. */
+    long result = syscall(SYS_futex, &wait->event->count, FUTEX_WAIT, seen, &limit, NULL, 0);
+    return result == 0 ? 0 : errno;
+}
+
+/* wait_above(value, above, event, gate, timeout_ns) -> bool
+ *
+ * Blocks until the word at `value` is above `above` or the word at `gate` is not zero; False if
+ * `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits. */
+static PyObject *
+memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Memory *self = (Memory *)object;
+    Py_ssize_t value, event, gate;
+    Wait wait;
+    if (!check_arity("wait_above", nargs, 5) || !parse_word(self, args[0], &value)
+        || !as_u64(args[1], &wait.above) || !parse_word(self, args[2], &event)
+        || !parse_word(self, args[3], &gate)) {
+        return NULL;
+    }
+    int64_t deadline = INT64_MAX;
+    if (args[4] != Py_None) {
+        int64_t timeout = PyLong_AsLongLong(args[4]);
+        if (timeout == -1 && PyErr_Occurred()) {
+            return NULL;
+        }
+        int64_t now = monotonic_ns();
+        deadline = timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
+    }
+    wait.value = word_at(self, value);
+    wait.gate = word_at(self, gate);
+    wait.event = event_at(self, event);
+    if (wait_is_over(&wait)) {
+        Py_RETURN_TRUE;
+    }
+    bool over = false, spin = true;
+    for (;;) {
+        int64_t remaining = INT64_MAX;
+        if (deadline != INT64_MAX) {
+            remaining = deadline - monotonic_ns();
+        }
+        if (remaining <= 0) {
+            return bool_object(wait_is_over(&wait));
+        }
+        int error = 0;
+        Py_BEGIN_ALLOW_THREADS
+        over = spin && remaining > SPIN_MAX_NS && wait_spinning(self, &wait);
+        if (!over) {
+            error = wait_sleeping(&wait, remaining < RECHECK_NS ? remaining : RECHECK_NS);
+            over = wait_is_over(&wait);
+        }
+        Py_END_ALLOW_THREADS
+        spin = false;
+        if (over) {
+            Py_RETURN_TRUE;
+        }
+        if (error == EINTR && PyErr_CheckSignals() < 0) {
+            return NULL;
+        }
+        if (error != 0 && error != EINTR && error != EAGAIN && error != ETIMEDOUT) {
+            errno = error;
+            return PyErr_SetFromErrno(PyExc_OSError);
+        }
+    }
+}
+
+/* wake(event) -> whether anybody may have slept. Called after the store that they wait for. The
+ * fence at the end orders it before whatever the caller looks at next (the bells). */
+static PyObject *
+memory_wake(PyObject *object, PyObject *offset_object)
+{
+    Memory *self = (Memory *)object;
+    Py_ssize_t offset;
+    if (!parse_word(self, offset_object, &offset)) {
+        return NULL;
+    }
+    Event *event = event_at(self, offset);
+    atomic_fetch_add_explicit(&event->count, 1, memory_order_seq_cst);
+    bool asleep = atomic_load_explicit(&event->sleepers, memory_order_seq_cst) != 0
+                  && atomic_exchange_explicit(&event->sleepers, 0, memory_order_seq_cst) != 0;
+    if (asleep) {
+        syscall(SYS_futex, &event->count, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+    atomic_thread_fence(memory_order_seq_cst);
+    return bool_object(asleep);
+}
+
+static PyMethodDef memory_methods[] = {
+    {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
+    {"load", (PyCFunction)memory_load, METH_O, NULL},
+    {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
+    {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
+    {"fetch_add", (PyCFunction)(void (*)(void))memory_fetch_add, METH_FASTCALL, NULL},
+    {"fetch_or", (PyCFunction)(void (*)(void))memory_fetch_or, METH_FASTCALL, NULL},
+    {"load_column", (PyCFunction)(void (*)(void))memory_load_column, METH_FASTCALL, NULL},
+    {"snapshot", (PyCFunction)(void (*)(void))memory_snapshot, METH_FASTCALL, NULL},
+    {"find", (PyCFunction)(void (*)(void))memory_find, METH_FASTCALL, NULL},
+    {"read", (PyCFunction)(void (*)(void))memory_read, METH_FASTCALL, NULL},
+    {"write", (PyCFunction)(void (*)(void))memory_write, METH_FASTCALL, NULL},
+    {"ring_put", (PyCFunction)(void (*)(void))memory_ring_put, METH_FASTCALL, NULL},
+    {"ring_at", (PyCFunction)(void (*)(void))memory_ring_at, METH_FASTCALL, NULL},
+    {"ring_gather", (PyCFunction)(void (*)(void))memory_ring_gather, METH_FASTCALL, NULL},
+    {"wait_above", (PyCFunction)(void (*)(void))memory_wait_above, METH_FASTCALL, NULL},
+    {"wake", (PyCFunction)memory_wake, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot memory_slots[] = {
+    {Py_tp_doc, "Memory(fd, size): the first `size` bytes of `fd`, mapped shared."},
+    {Py_tp_new, memory_new},
+    {Py_tp_dealloc, memory_dealloc},
+    {Py_tp_methods, memory_methods},
+    {Py_bf_getbuffer, memory_getbuffer},
+    {Py_sq_length, memory_length},
+    {0, NULL},
+};
+
+static PyType_Spec memory_spec = {
+    .name = "shmepoch.memory._native.Memory",
+    .basicsize = sizeof(Memory),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = memory_slots,
+};
+
+/* --- Cell ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *memory; /* keeps the mapping alive */
+    word_t *word;
+    word_t *gate;
+    PyObject *on_closed;
+} Cell;
+
+static PyObject *
+cell_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"memory", "offset", "gate", "on_closed", NULL};
+    PyObject *memory, *on_closed;
+    Py_ssize_t offset, gate;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnnO:Cell", keywords, &memory, &offset, &gate,
+                                     &on_closed)) {
+        return NULL;
+    }
+    ModuleState *state = PyType_GetModuleState(type);
+    if (state == NULL) {
+        return NULL;
+    }
+    if (!PyObject_TypeCheck(memory, state->memory_type)) {
+        PyErr_SetString(PyExc_TypeError, "a Cell lies in a Memory");
+        return NULL;
+    }
+    if (!check_word((Memory *)memory, offset) || !check_word((Memory *)memory, gate)) {
+        return NULL;
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Cell *self = (Cell *)allocate(type, 0);
+    if (self != NULL) {
+        Py_INCREF(memory);
+        Py_INCREF(on_closed);
+        self->memory = memory;
+        self->word = word_at((Memory *)memory, offset);
+        self->gate = word_at((Memory *)memory, gate);
+        self->on_closed = on_closed;
+    }
+    return (PyObject *)self;
+}
+
+static int
+cell_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Cell *self = (Cell *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->memory);
+    Py_VISIT(self->on_closed);
+    return 0;
+}
+
+/* Only what can be part of a cycle; the memory stays until the cell itself goes, so that a cell
+ * that is used while its cycle is being collected still has a mapping under it. */
+static int
+cell_clear(PyObject *object)
+{
+    Py_CLEAR(((Cell *)object)->on_closed);
+    return 0;
+}
+
+static void
+cell_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    cell_clear(object);
+    Py_CLEAR(((Cell *)object)->memory);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+/* `on_closed` makes the error, since what a closed gate means is not known here. */
+static bool
+cell_is_open(Cell *self)
+{
+    if (atomic_load_explicit(self->gate, memory_order_acquire) == 0) {
+        return true;
+    }
+    PyObject *error =
+        self->on_closed == NULL ? NULL : PyObject_CallFunctionObjArgs(self->on_closed, NULL);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    else if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "the cell is closed");
+    }
+    return false;
+}
+
+static PyObject *
+cell_load(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLongLong(
+        atomic_load_explicit(((Cell *)object)->word, memory_order_acquire));
+}
+
+/* CURSOR-1: max(cell, value). Lock-free: an exchange fails only because another one succeeded.
+ * Acquire-release, so that what this process did before it advanced is seen by whoever reads the
+ * new position. */
+static PyObject *
+cell_advance(PyObject *object, PyObject *value_object)
+{
+    Cell *self = (Cell *)object;
+    uint64_t value;
+    if (!as_u64(value_object, &value) || !cell_is_open(self)) {
+        return NULL;
+    }
+    uint64_t current = atomic_load_explicit(self->word, memory_order_relaxed);
+    while (current < value) {
+        if (atomic_compare_exchange_weak_explicit(self->word, &current, value, memory_order_acq_rel,
+                                                  memory_order_relaxed)) {
+            Py_RETURN_TRUE;
+        }
+    }
+    Py_RETURN_FALSE;
+}
+
+static PyObject *
+cell_compare_and_swap(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Cell *self = (Cell *)object;
+    uint64_t expected, value;
+    if (!check_arity("compare_and_swap", nargs, 2) || !as_u64(args[0], &expected)
+        || !as_u64(args[1], &value)) {
+        return NULL;
+    }
+    if (value < expected) {
+        return PyErr_Format(PyExc_ValueError,
+                            "a cursor cannot move back from %llu to %llu; "
+                            "pass a new value that is not below the expected one",
+                            (unsigned long long)expected, (unsigned long long)value);
+    }
+    if (!cell_is_open(self)) {
+        return NULL;
+    }
+    return bool_object(atomic_compare_exchange_strong_explicit(
+        self->word, &expected, value, memory_order_acq_rel, memory_order_relaxed));
+}
+
+#ifdef SHMEPOCH_BENCH
+/* What a call with one argument costs by itself: the floor that bench/ compares `advance` with. */
+static PyObject *
+cell_empty(PyObject *Py_UNUSED(object), PyObject *Py_UNUSED(value))
+{
+    Py_RETURN_NONE;
+}
+#endif
+
+static PyMethodDef cell_methods[] = {
+    {"load", (PyCFunction)cell_load, METH_NOARGS, "The cell's value."},
+    {"advance", (PyCFunction)cell_advance, METH_O,
+     "Make the cell the larger of itself and a value; whether this call moved it."},
+    {"compare_and_swap", (PyCFunction)(void (*)(void))cell_compare_and_swap, METH_FASTCALL,
+     "Put a new value, not below the expected one, if the cell holds the expected one; whether it "
+     "did."},
+#ifdef SHMEPOCH_BENCH
+    {"empty", (PyCFunction)cell_empty, METH_O, NULL},
+#endif
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot cell_slots[] = {
+    {Py_tp_doc, "One shared unsigned 64-bit word that never moves backwards."},
+    {Py_tp_new, cell_new},
+    {Py_tp_dealloc, cell_dealloc},
+    {Py_tp_traverse, cell_traverse},
+    {Py_tp_clear, cell_clear},
+    {Py_tp_methods, cell_methods},
+    {0, NULL},
+};
+
+static PyType_Spec cell_spec = {
+    .name = "shmepoch.memory._native.Cell",
+    .basicsize = sizeof(Cell),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = cell_slots,
+};
+
+/* --- open-file-description locks ------------------------------------------------------------------
+ *
+ * They belong to the open file description, not to the process (fcntl(2)): two attachments of one
+ * process exclude each other, and the kernel drops them with the last descriptor, however its
+ * holder died.
+ */
+
+static struct flock
+byte_lock(short type, off_t at)
+{
+    struct flock lock;
+    memset(&lock, 0, sizeof lock); /* l_pid must be zero for the F_OFD commands */
+    lock.l_type = type;
+    lock.l_whence = SEEK_SET;
+    lock.l_start = at;
+    lock.l_len = 1;
+    return lock;
+}
+
+static bool
+parse_lock(PyObject *const *args, int *fd, off_t *at)
+{
+    long descriptor = PyLong_AsLong(args[0]);
+    long long start = PyLong_AsLongLong(args[1]);
+    if (PyErr_Occurred()) {
+        return false;
+    }
+    if (descriptor < 0 || descriptor > INT_MAX || start < 0) {
+        PyErr_Format(PyExc_ValueError, "no byte %lld of descriptor %ld", start, descriptor);
+        return false;
+    }
+    *fd = (int)descriptor;
+    *at = (off_t)start;
+    return true;
+}
+
+/* try_lock(fd, byte, shared) -> whether the lock is now held through this description */
+static PyObject *
+native_try_lock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    int fd;
+    off_t at;
+    if (!check_arity("try_lock", nargs, 3) || !parse_lock(args, &fd, &at)) {
+        return NULL;
+    }
+    int shared = PyObject_IsTrue(args[2]);
+    if (shared < 0) {
+        return NULL;
+    }
+    struct flock lock = byte_lock(shared ? F_RDLCK : F_WRLCK, at);
+    if (fcntl(fd, F_OFD_SETLK, &lock) == 0) {
+        Py_RETURN_TRUE;
+    }
+    if (errno == EAGAIN || errno == EACCES) {
+        Py_RETURN_FALSE;
+    }
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *
+native_unlock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    int fd;
+    off_t at;
+    if (!check_arity("unlock", nargs, 2) || !parse_lock(args, &fd, &at)) {
+        return NULL;
+    }
+    struct flock lock = byte_lock(F_UNLCK, at);
+    if (fcntl(fd, F_OFD_SETLK, &lock) != 0) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
+/* is_locked(fd, byte) -> whether another description holds a lock on the byte */
+static PyObject *
+native_is_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    int fd;
+    off_t at;
+    if (!check_arity("is_locked", nargs, 2) || !parse_lock(args, &fd, &at)) {
+        return NULL;
+    }
+    struct flock lock = byte_lock(F_WRLCK, at);
+    if (fcntl(fd, F_OFD_GETLK, &lock) != 0) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return bool_object(lock.l_type != F_UNLCK);
+}
+
+static PyMethodDef module_methods[] = {
+    {"try_lock", (PyCFunction)(void (*)(void))native_try_lock, METH_FASTCALL, NULL},
+    {"unlock", (PyCFunction)(void (*)(void))native_unlock, METH_FASTCALL, NULL},
+    {"is_locked", (PyCFunction)(void (*)(void))native_is_locked, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+/* --- WriterLock ------------------------------------------------------------------------------
+ *
+ * A context manager in C: between taking the lock and entering the block there is no instruction at
+ * which a signal handler could raise and leave the lock taken.
+ */
+
+typedef struct {
+    PyObject_HEAD
+    PyThread_type_lock threads; /* between the threads of this process */
+    int fd;                     /* between processes; -1 for private memory */
+    off_t at;
+    _Atomic unsigned long owner; /* the thread inside, to refuse it a second time */
+} WriterLock;
+
+static PyObject *
+writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"fd", "byte", NULL};
+    int fd;
+    long long at;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iL:WriterLock", keywords, &fd, &at)) {
+        return NULL;
+    }
+    if (fd < -1 || at < 0) {
+        return PyErr_Format(PyExc_ValueError, "no byte %lld of descriptor %d", at, fd);
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    WriterLock *self = (WriterLock *)allocate(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->fd = fd;
+    self->at = (off_t)at;
+    atomic_init(&self->owner, 0);
+    self->threads = PyThread_allocate_lock();
+    if (self->threads == NULL) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void
+writer_dealloc(PyObject *object)
+{
+    WriterLock *self = (WriterLock *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (self->threads != NULL) {
+        PyThread_free_lock(self->threads);
+    }
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static bool
+writer_take_thread_lock(WriterLock *self)
+{
+    const unsigned long me = PyThread_get_thread_ident();
+    if (atomic_load_explicit(&self->owner, memory_order_relaxed) == me) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "this thread is in a transition of the same epoch already (a signal "
+                        "handler or finalizer may not start another)");
+        return false;
+    }
+    PyLockStatus status = PyThread_acquire_lock_timed(self->threads, 0, 0);
+    while (status != PY_LOCK_ACQUIRED) {
+        Py_BEGIN_ALLOW_THREADS
+        status = PyThread_acquire_lock_timed(self->threads, -1, 1);
+        Py_END_ALLOW_THREADS
+        if (status == PY_LOCK_INTR && PyErr_CheckSignals() < 0) {
+            return false;
+        }
+    }
+    atomic_store_explicit(&self->owner, me, memory_order_relaxed);
+    return true;
+}
+
+static void
+writer_drop_thread_lock(WriterLock *self)
+{
+    atomic_store_explicit(&self->owner, 0, memory_order_relaxed);
+    PyThread_release_lock(self->threads);
+}
+
+/* First without releasing the interpreter lock, since the lock is nearly always free; only a wait
+ * is worth the price of letting other threads run. */
+static bool
+writer_take_process_lock(WriterLock *self)
+{
+    struct flock lock = byte_lock(F_WRLCK, self->at);
+    if (self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
+        return true;
+    }
+    while (errno == EAGAIN || errno == EACCES || errno == EINTR) {
+        int error = 0;
+        if (errno == EINTR && PyErr_CheckSignals() < 0) {
+            return false;
+        }
+        Py_BEGIN_ALLOW_THREADS
+        error = fcntl(self->fd, F_OFD_SETLKW, &lock) == 0 ? 0 : errno;
+        Py_END_ALLOW_THREADS
+        if (error == 0) {
+            return true;
+        }
+        errno = error;
+    }
+    PyErr_SetFromErrno(PyExc_OSError);
+    return false;
+}
+
+static PyObject *
+writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    WriterLock *self = (WriterLock *)object;
+    if (!writer_take_thread_lock(self)) {
+        return NULL;
+    }
+    if (!writer_take_process_lock(self)) {
+        writer_drop_thread_lock(self);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    WriterLock *self = (WriterLock *)object;
+    if (atomic_load_explicit(&self->owner, memory_order_relaxed) != PyThread_get_thread_ident()) {
+        PyErr_SetString(PyExc_RuntimeError, "the writer lock is released by the thread that holds it");
+        return NULL;
+    }
+    struct flock lock = byte_lock(F_UNLCK, self->at);
+    bool released = self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0;
+    int error = errno;
+    writer_drop_thread_lock(self);
+    if (!released) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef writer_methods[] = {
+    {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot writer_slots[] = {
+    {Py_tp_doc, "WriterLock(fd, byte): excludes threads and processes; fd -1 excludes threads."},
+    {Py_tp_new, writer_new},
+    {Py_tp_dealloc, writer_dealloc},
+    {Py_tp_methods, writer_methods},
+    {0, NULL},
+};
+
+static PyType_Spec writer_spec = {
+    .name = "shmepoch.memory._native.WriterLock",
+    .basicsize = sizeof(WriterLock),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = writer_slots,
+};
+
+/* --- module ---------------------------------------------------------------------------------- */
+
+static PyTypeObject *
+add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type != NULL && PyModule_AddType(module, type) < 0) {
+        Py_CLEAR(type);
+    }
+    return type;
+}
+
+static int
+module_exec(PyObject *module)
+{
+    ModuleState *state = PyModule_GetState(module);
+    state->memory_type = add_type(module, &memory_spec);
+    if (state->memory_type == NULL) {
+        return -1;
+    }
+    PyType_Spec *others[] = {&cell_spec, &writer_spec};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        PyTypeObject *type = add_type(module, others[i]);
+        if (type == NULL) {
+            return -1;
+        }
+        Py_DECREF(type);
+    }
+    return 0;
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_VISIT(state->memory_type);
+    return 0;
+}
+
+static int
+module_clear(PyObject *module)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_CLEAR(state->memory_type);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmepoch.memory._native",
+    .m_doc = "Atomics, ring copies, futexes and record locks on mapped memory.",
+    .m_size = sizeof(ModuleState),
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__native(void)
+{
+    return PyModuleDef_Init(&module_definition);
+}

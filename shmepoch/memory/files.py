@@ -1,0 +1,86 @@
+"""Files in /dev/shm: made whole, opened only if they are this user's alone.
+
+POSIX shared memory on Linux is a file in /dev/shm (shm_overview(7)). It is opened as one here, so
+that it can be made without a name (O_TMPFILE), filled, and only then linked: whoever opens the name
+finds it whole, and a creator that is killed leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
+
+SHM_DIR: Final = Path("/dev/shm")
+
+_MODE: Final = 0o600
+
+
+def create_unnamed(size: int) -> int:
+    """A descriptor of a new file of `size` bytes, all reserved, that has no name yet.
+
+    Raises `SharedMemoryExhausted` where there is not enough room: a write to a page that tmpfs
+    cannot provide later would be a SIGBUS.
+    """
+    fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
+    try:
+        os.fchmod(fd, _MODE)  # gives back what the umask took away
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.close(fd)
+        if error.errno != errno.ENOSPC:
+            raise
+        room = os.statvfs(SHM_DIR)
+        raise SharedMemoryExhausted(size, room.f_bavail * room.f_frsize, str(SHM_DIR)) from error
+    return fd
+
+
+def link(fd: int, path: Path) -> None:
+    """Give the file of `fd` a name; `FileExistsError` if it is taken."""
+    shm = os.open(SHM_DIR, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # os.link follows the symbolic link, as it must here, only beside a directory descriptor.
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=shm, follow_symlinks=True)
+    finally:
+        os.close(shm)
+
+
+def unlink(fd: int, path: Path) -> None:
+    """Remove the name `path` if it still names the file of `fd`."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    mine = os.fstat(fd)
+    if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
+        path.unlink(missing_ok=True)
+
+
+def open_owned(path: Path) -> int:
+    """Open a file of this user's that nobody else may open.
+
+    Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except PermissionError:
+        raise SegmentForeign(path.name, "owner", os.geteuid(), os.lstat(path).st_uid) from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise SegmentForeign(path.name, "type", "regular file", "symbolic link") from None
+    found = os.fstat(fd)
+    facts = (
+        ("type", "regular file", "regular file" if stat.S_ISREG(found.st_mode) else "other"),
+        ("owner", os.geteuid(), found.st_uid),
+        ("mode", oct(_MODE), oct(stat.S_IMODE(found.st_mode))),
+    )
+    for field, expected, actual in facts:
+        if actual != expected:
+            os.close(fd)
+            raise SegmentForeign(path.name, field, expected, actual)
+    return fd

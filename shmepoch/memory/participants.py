@@ -1,0 +1,146 @@
+"""Participants: who is attached to a segment, and who of them is still alive.
+
+A participant holds the lock byte of its slot for as long as it lives. The kernel drops the lock
+with the process, however it died and in whatever container, so nobody needs a heartbeat, a PID or a
+clock. A number that is never used twice tells a slot's present holder from those before it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
+from shmepoch.memory import layout as at
+from shmepoch.memory._native import Memory, is_locked, try_lock, unlock
+from shmepoch.memory.layout import Layout
+
+_SLOT_BITS: Final = 8
+
+
+class Role(StrEnum):
+    """What a participant does in its epoch."""
+
+    RUNTIME = "runtime"
+    AGENT = "agent"
+    WORKER = "worker"
+    PERSISTENCE = "persistence"
+    OBSERVER = "observer"
+
+
+_ROLES: Final = tuple(Role)
+
+
+class Participant(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot that is or was held: `alive` says which. `pid` is of its own PID namespace."""
+
+    slot: int
+    number: int
+    role: Role
+    pid: int
+    joined_at_ms: int
+    alive: bool
+    is_self: bool
+
+    @property
+    def key(self) -> int:
+        """How operation slots name the participant that runs them."""
+        return self.number << _SLOT_BITS | self.slot
+
+
+class Participants:
+    """The participant table of one attached segment."""
+
+    def __init__(self, memory: Memory, fd: int, capacity: int, name: str) -> None:
+        self._memory = memory
+        self._fd = fd
+        self._capacity = capacity
+        self._name = name
+
+    def join(self, role: Role) -> int:
+        """Take a free slot, or one whose holder died; the key of the new participant.
+
+        The slot's lock is what is taken, so two that join at once need no other lock. Raises
+        `ParticipantsExhausted` when every slot has a live holder.
+        """
+        words = self._words()
+        for slot in sorted(range(self._capacity), key=lambda slot: words[slot] != 0):
+            if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
+                offset = Layout.participant(slot)
+                number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
+                self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
+                self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
+                self._memory.store(offset, _word(number, role))
+                return number << _SLOT_BITS | slot
+        raise ParticipantsExhausted(self._capacity, self._name)
+
+    def announce(self, key: int, role: Role) -> None:
+        """Change the role of the participant that this attachment is."""
+        self._memory.store(Layout.participant(slot_of(key)), _word(key >> _SLOT_BITS, role))
+
+    def leave(self, key: int) -> None:
+        """Free the slot of the participant that this attachment is."""
+        slot = slot_of(key)
+        self._memory.store(Layout.participant(slot), 0)
+        unlock(self._fd, at.PARTICIPANT_BYTE + slot)
+
+    def list(self, *, me: int = 0) -> list[Participant]:
+        """Everybody who holds a slot and everybody who died in one; `me` is this attachment."""
+        found = []
+        for slot, word in enumerate(self._words()):
+            if word == 0:
+                continue
+            offset = Layout.participant(slot)
+            number, role = word >> _SLOT_BITS, word & ((1 << _SLOT_BITS) - 1)
+            if role >= len(_ROLES):
+                raise SegmentCorrupted(
+                    self._name, f"participants[{slot}].role", f"below {len(_ROLES)}", role
+                )
+            is_self = (number << _SLOT_BITS | slot) == me
+            found.append(
+                Participant(
+                    slot=slot,
+                    number=number,
+                    role=_ROLES[role],
+                    pid=self._memory.load(offset + at.PARTICIPANT_PID),
+                    joined_at_ms=self._memory.load(offset + at.PARTICIPANT_JOINED),
+                    alive=is_self or is_locked(self._fd, at.PARTICIPANT_BYTE + slot),
+                    is_self=is_self,
+                )
+            )
+        return found
+
+    def is_alive(self, key: int) -> bool:
+        """Whether the participant that operations name by `key` is attached; asked of others."""
+        slot = slot_of(key)
+        number = self._memory.load(Layout.participant(slot)) >> _SLOT_BITS
+        return number == key >> _SLOT_BITS and is_locked(self._fd, at.PARTICIPANT_BYTE + slot)
+
+    def joined(self) -> int:
+        """How many participants ever joined."""
+        return self._memory.load(at.JOINED_AT)
+
+    def clear(self, dead: Participant) -> None:
+        """Free the slot of a participant that died, unless somebody has taken it since."""
+        if not try_lock(self._fd, at.PARTICIPANT_BYTE + dead.slot, False):
+            return
+        offset = Layout.participant(dead.slot)
+        if self._memory.load(offset) >> _SLOT_BITS == dead.number:
+            self._memory.store(offset, 0)
+        unlock(self._fd, at.PARTICIPANT_BYTE + dead.slot)
+
+    def _words(self) -> tuple[int, ...]:
+        return self._memory.load_column(at.PARTICIPANTS_AT, self._capacity, at.PARTICIPANT_SIZE)
+
+
+def slot_of(key: int) -> int:
+    """The slot in a participant's key."""
+    return key & ((1 << _SLOT_BITS) - 1)
+
+
+def _word(number: int, role: Role) -> int:
+    return number << _SLOT_BITS | _ROLES.index(role)

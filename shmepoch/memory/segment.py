@@ -1,0 +1,438 @@
+"""Segments: the memory of one epoch, private to a process or a file in /dev/shm."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol
+
+from shmepoch.errors import (
+    BindingsClosed,
+    ConfigInvalid,
+    EpochGone,
+    EpochSealed,
+    LayoutUnsupported,
+    NamespaceInvalid,
+    SegmentCorrupted,
+    SegmentExists,
+    WitnessMismatch,
+)
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory import layout as at
+from shmepoch.memory._native import Memory, WriterLock, is_locked, try_lock
+from shmepoch.memory.bells import SharedWaits
+from shmepoch.memory.files import SHM_DIR, create_unnamed, link, open_owned, unlink
+from shmepoch.memory.layout import Layout
+from shmepoch.memory.participants import Participants, Role
+from shmepoch.memory.waiting import LocalWaits, Waiters
+
+_NAMESPACE_LIMIT: Final = 64
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
+
+
+def resolve_namespace(namespace: str | None) -> str:
+    """`namespace`, else the environment's SHMEPOCH_NAMESPACE, else "default"; checked."""
+    chosen = os.environ.get("SHMEPOCH_NAMESPACE", "default") if namespace is None else namespace
+    if len(chosen) > _NAMESPACE_LIMIT or not _NAMESPACE.fullmatch(chosen):
+        raise NamespaceInvalid(chosen, _NAMESPACE_LIMIT)
+    return chosen
+
+
+def segment_path(namespace: str, session_id: SessionId) -> Path:
+    """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
+    return SHM_DIR / f"shmepoch.{namespace}.{session_id.bytes.hex()}"
+
+
+def list_sessions(namespace: str) -> Iterator[SessionId]:
+    """The sessions of a namespace that have a segment, in no order."""
+    with os.scandir(SHM_DIR) as entries:
+        for entry in entries:
+            match = _NAME.fullmatch(entry.name)
+            if match and match["namespace"] == namespace:
+                yield SessionId.from_bytes(bytes.fromhex(match["session"]))
+
+
+class Lock(Protocol):
+    """The writer lock of a segment, as its transitions see it."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
+class Segment:
+    """An epoch's memory with its layout, writer lock and waiters; as it stands, private memory.
+
+    It works without /dev/shm, and a forked child has a copy of its own.
+    """
+
+    name: str = "private memory"
+    #: Who this process is in the slots it writes; private memory has nobody else.
+    participant: int = 0
+    writer: Lock
+
+    def __init__(self, memory: Memory, layout: Layout) -> None:
+        self.memory: Final = memory
+        self.layout: Final = layout
+        self.epoch_id: Final = RuntimeEpochId.from_bytes(memory.read(at.EPOCH_ID_AT, at.ID_SIZE))
+        self.session_id: Final = SessionId.from_bytes(memory.read(at.SESSION_ID_AT, at.ID_SIZE))
+        self.waiters: Final = self._make_waiters()
+        self.writer = WriterLock(-1, 0)
+        _every_segment.add(self)
+
+    @classmethod
+    def private(
+        cls,
+        config: at.OpsLifecycleConfig | None,
+        *,
+        session_id: SessionId | None = None,
+        epoch_id: RuntimeEpochId | None = None,
+    ) -> Segment:
+        """Fresh private memory; `config` None makes room for cursors only."""
+        layout = Layout(config)
+        memory = Memory.private(layout.size)
+        _format(memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new())
+        return Segment(memory, layout)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the epoch takes no more changes."""
+        return self.memory.load(at.STATE_AT) != at.OPEN
+
+    def closed_error(self) -> EpochSealed:
+        """What a change of a sealed epoch raises."""
+        return EpochSealed(self.epoch_id)
+
+    def seal(self) -> None:
+        """End the epoch for good and wake everybody who waits for it."""
+        with self.writer:
+            self.memory.store(at.STATE_AT, at.SEALED)
+        self.waiters.notify()
+
+    def _make_waiters(self) -> Waiters:
+        return Waiters(self.memory, self.closed_error, LocalWaits())
+
+    def _after_fork(self) -> None:
+        # Another thread of the parent may have held it; here that thread does not exist.
+        self.writer = WriterLock(-1, 0)
+        self.waiters.after_fork()
+
+
+class SharedSegment(Segment):
+    """A segment in /dev/shm, attached by this process.
+
+    Its descriptor carries every lock this attachment holds. Closing it, or dying, gives all of
+    them up; only `unlink` removes the segment.
+    """
+
+    def __init__(self, namespace: str, fd: int, memory: Memory, layout: Layout) -> None:
+        self.namespace: Final = namespace
+        super().__init__(memory, layout)
+        self.path: Final = segment_path(namespace, self.session_id)
+        self.name = self.path.name
+        self.witness: Final = memory.read(at.WITNESS_AT, at.ID_SIZE)
+        self.role = Role.WORKER
+        self._attaching = threading.Lock()
+        self._hold(fd)
+
+    @classmethod
+    def allocate(
+        cls,
+        namespace: str,
+        config: at.OpsLifecycleConfig | None,
+        *,
+        session_id: SessionId,
+        epoch_id: RuntimeEpochId,
+    ) -> SharedSegment:
+        """A whole segment that has no name yet: nobody finds it before `publish`.
+
+        Raises `SharedMemoryExhausted` where /dev/shm has not enough room: all pages are reserved
+        now, because a write to a page that tmpfs cannot provide later is a SIGBUS.
+        """
+        layout = Layout(config)
+        fd = create_unnamed(layout.size)
+        try:
+            memory = Memory(fd, layout.size)
+            _format(memory, layout, session_id, epoch_id)
+            try_lock(fd, at.PRESENCE_BYTE, True)
+            return cls(namespace, fd, memory, layout)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give the segment its name; `SegmentExists` if it is taken and not to be replaced."""
+        target = self.path
+        if replace:
+            target = target.with_name(f"{target.name}.new")
+            target.unlink(missing_ok=True)
+        try:
+            link(self.fd, target)
+        except FileExistsError:
+            raise SegmentExists(self.name) from None
+        if replace:
+            target.rename(self.path)
+
+    @classmethod
+    def attach(cls, namespace: str, session_id: SessionId) -> SharedSegment:
+        """The session's segment, checked from its owner to its last capacity before any use.
+
+        Raises `FileNotFoundError` if there is none, `SegmentForeign`, `SegmentCorrupted` or
+        `LayoutUnsupported` if it is not what it should be. A failed attach leaves no trace.
+        """
+        path = segment_path(namespace, session_id)
+        fd = _open_present(path)
+        try:
+            size = os.fstat(fd).st_size
+            if size < at.PAGE:
+                raise SegmentCorrupted(path.name, "file size", f"at least {at.PAGE}", size)
+            memory = Memory(fd, size)
+            return cls(namespace, fd, memory, _check_header(path.name, memory, session_id))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach_epoch(
+        cls, namespace: str, session_id: SessionId, epoch_id: RuntimeEpochId, witness: bytes
+    ) -> SharedSegment:
+        """Attach to one particular epoch, as a handle names it.
+
+        Raises, besides what `attach` does, `EpochGone`, `EpochSealed` and `WitnessMismatch`.
+        """
+        try:
+            self = cls.attach(namespace, session_id)
+        except FileNotFoundError:
+            name = segment_path(namespace, session_id).name
+            raise EpochGone(session_id, epoch_id, name) from None
+        try:
+            self._check_epoch(epoch_id, witness)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _check_epoch(self, epoch_id: RuntimeEpochId, witness: bytes) -> None:
+        if self.epoch_id != epoch_id:
+            raise EpochSealed(epoch_id)  # a name is only taken over from a sealed epoch
+        if not hmac.compare_digest(self.witness, witness):
+            raise WitnessMismatch(epoch_id)
+        if self.sealed:
+            raise EpochSealed(epoch_id)
+
+    def join(self, role: Role) -> None:
+        """Become a participant, or change the role of the one this attachment is."""
+        self.role = role
+        if self.participant:
+            self.participants.announce(self.participant, role)
+        else:
+            self.participant = self.participants.join(role)
+
+    def try_own(self) -> bool:
+        """Become the session's one runtime; False while another attachment is."""
+        return try_lock(self.fd, at.RUNTIME_BYTE, False)
+
+    @property
+    def owned(self) -> bool:
+        """Whether another attachment is the session's live runtime."""
+        return is_locked(self.fd, at.RUNTIME_BYTE)
+
+    def unlink(self) -> None:
+        """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
+        unlink(self.fd, self.path)
+
+    def close(self) -> None:
+        """Leave the epoch: give up the participant slot and every lock. The memory stays readable
+        to whoever still holds a cursor of it."""
+        if self.fd >= 0 and self.participant:
+            self.participants.leave(self.participant)
+        self._close_fd()
+        self.participant = 0
+        self.writer = _Closed(self)
+
+    def _hold(self, fd: int) -> None:
+        self.fd = fd
+        self.writer = WriterLock(fd, at.WRITER_BYTE)
+        self.participants = Participants(self.memory, fd, self.layout.max_participants, self.name)
+        self._finalizer = weakref.finalize(self, os.close, fd)
+
+    def _close_fd(self) -> None:
+        if self.fd >= 0:
+            self._finalizer()
+            self.fd = -1
+
+    def _make_waiters(self) -> Waiters:
+        return Waiters(self.memory, self.closed_error, SharedWaits(self.memory, self.namespace))
+
+    def _after_fork(self) -> None:
+        """In a forked child: let go of the parent's locks and identity.
+
+        The descriptor shares the parent's locks, so it is closed and not unlocked; what the memory
+        holds stays readable, and cursors stay usable.
+        """
+        self._attaching = threading.Lock()
+        if self.fd >= 0:
+            self._close_fd()
+            self.participant = 0
+            self.writer = _AttachAgain(self)
+        self.waiters.after_fork()
+
+    def ensure_attached(self) -> None:
+        """Attach again if this was inherited by a fork and not used since.
+
+        Raises `EpochGone` or `EpochSealed` if the epoch has ended meanwhile.
+        """
+        with self._attaching:
+            if isinstance(self.writer, _AttachAgain):
+                self._attach_again()
+
+    def _attach_again(self) -> None:
+        fd = -1
+        try:
+            fd = _open_present(self.path)
+            other = Memory(fd, at.PAGE)
+            if other.read(at.EPOCH_ID_AT, at.ID_SIZE) != self.epoch_id.bytes:
+                raise self.closed_error()
+        except FileNotFoundError:
+            raise EpochGone(self.session_id, self.epoch_id, self.name) from None
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
+        self._hold(fd)
+        self.join(Role.WORKER if self.role is Role.RUNTIME else self.role)
+
+
+class _AttachAgain:
+    """The writer lock of a segment that was inherited by a fork: attaches on its first use."""
+
+    def __init__(self, segment: SharedSegment) -> None:
+        self._segment: SharedSegment = weakref.proxy(segment)
+
+    def __enter__(self) -> None:
+        self._segment.ensure_attached()
+        self._segment.writer.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._segment.writer.__exit__(kind, value, traceback)
+
+
+class _Closed:
+    """The writer lock of a segment that this process has left."""
+
+    def __init__(self, segment: SharedSegment) -> None:
+        self._segment: SharedSegment = weakref.proxy(segment)
+
+    def __enter__(self) -> None:
+        if self._segment.sealed:
+            raise self._segment.closed_error()
+        raise BindingsClosed(self._segment.epoch_id)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        raise AssertionError("never entered")
+
+
+def remove_unused(namespace: str, session_id: SessionId) -> bool:
+    """Remove a session's segment if no process has it attached; whether it was removed.
+
+    Safe against any attach: an attachment holds the presence byte shared before it looks at the
+    name a last time, and this holds it exclusively.
+    """
+    path = segment_path(namespace, session_id)
+    try:
+        fd = open_owned(path)
+    except FileNotFoundError:
+        return False
+    try:
+        if not try_lock(fd, at.PRESENCE_BYTE, False) or os.fstat(fd).st_nlink == 0:
+            return False
+        path.unlink()
+        return True
+    finally:
+        os.close(fd)
+
+
+def _open_present(path: Path) -> int:
+    """Open a segment and hold its presence byte; `FileNotFoundError` if it is not there."""
+    while True:
+        fd = open_owned(path)
+        # Not granted while somebody removes it, which takes two system calls: look again.
+        if try_lock(fd, at.PRESENCE_BYTE, True) and os.fstat(fd).st_nlink > 0:
+            return fd
+        os.close(fd)
+        time.sleep(0.0001)
+
+
+def _format(
+    memory: Memory, layout: Layout, session_id: SessionId, epoch_id: RuntimeEpochId
+) -> None:
+    memory.store(at.VERSION_AT, at.VERSION)
+    memory.store(at.SIZE_AT, layout.size)
+    memory.write(at.EPOCH_ID_AT, epoch_id.bytes)
+    memory.write(at.SESSION_ID_AT, session_id.bytes)
+    memory.write(at.WITNESS_AT, secrets.token_bytes(at.ID_SIZE))
+    for index, value in enumerate(layout.capacities()):
+        memory.store(at.CAPACITIES_AT + index * at.WORD, value)
+    memory.store(at.CREATED_AT, time.time_ns() // 1_000_000)
+    memory.store(at.MAGIC_AT, at.MAGIC)
+
+
+def _check_header(name: str, memory: Memory, session_id: SessionId) -> Layout:
+    """LAYOUT-1: nothing of a segment is used before its header was found consistent."""
+
+    def require(field: str, expected: object, actual: object) -> None:
+        if actual != expected:
+            raise SegmentCorrupted(name, field, expected, actual)
+
+    require("magic", at.MAGIC, memory.load(at.MAGIC_AT))
+    version = memory.load(at.VERSION_AT)
+    if version != at.VERSION:
+        raise LayoutUnsupported(name, at.VERSION, version)
+    require("size", len(memory), memory.load(at.SIZE_AT))
+    require("session_id", session_id.bytes, memory.read(at.SESSION_ID_AT, at.ID_SIZE))
+    try:
+        layout = Layout.from_capacities(
+            memory.load_column(at.CAPACITIES_AT, at.CAPACITIES, at.WORD)
+        )
+    except ConfigInvalid as error:
+        raise SegmentCorrupted(name, error.setting, error.allowed, error.value) from error
+    require("size of its capacities", len(memory), layout.size)
+    if memory.load(at.STATE_AT) not in (at.OPEN, at.SEALED):
+        require("state", f"{at.OPEN} or {at.SEALED}", memory.load(at.STATE_AT))
+    return layout
+
+
+_every_segment: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for segment in list(_every_segment):
+        segment._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,209 @@
+"""The session adapter: the runtime's end of every session it owns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Self
+
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.errors import (
+    AdapterClosed,
+    RuntimeAlreadyActive,
+    SegmentExists,
+    SessionNotRegistered,
+)
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.bells import remove_unused_bells
+from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.participants import Role
+from shmepoch.memory.segment import SharedSegment, resolve_namespace
+from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
+
+_log = logging.getLogger(__name__)
+
+
+class RuntimeSessionAdapter:
+    """Owns sessions: makes their epochs, finds them again, looks after them and ends them.
+
+    A session has one live runtime. Closing the adapter, or dying, leaves the segments, and the
+    next adapter goes on with them. Its methods may be called from any thread; after a fork it
+    belongs to the parent.
+    """
+
+    def __init__(self, *, namespace: str | None, config: OpsLifecycleConfig | None) -> None:
+        self._namespace = resolve_namespace(namespace)
+        self._config = config or OpsLifecycleConfig()
+        self._lock = threading.RLock()
+        self._sessions: dict[SessionId, SessionRuntimeBindings] = {}
+        self._supervised: dict[SessionId, EpochSupervisor] = {}
+        self._supervisor: Supervisor | None = None
+        self._pid: int | None = os.getpid()
+
+    @classmethod
+    def ephemeral(
+        cls, *, namespace: str | None = None, config: OpsLifecycleConfig | None = None
+    ) -> Self:
+        """An adapter whose epochs survive every process, and end with the machine.
+
+        `namespace` keeps deployments apart (default: SHMEPOCH_NAMESPACE, else "default");
+        `config` sizes the epochs that it makes. Raises `NamespaceInvalid`.
+        """
+        return cls(namespace=namespace, config=config)
+
+    # --- sessions -----------------------------------------------------------------------------
+
+    def register_session(self, session_id: SessionId) -> None:
+        """Own a session: go on with its live epoch, or make one.
+
+        Does nothing if this adapter owns it already. Raises `RuntimeAlreadyActive` while another
+        runtime does, `SharedMemoryExhausted`, and what validating a segment may raise.
+        """
+        self.prepare_bindings(session_id)
+
+    def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
+        """The bindings of a session, registering it first if need be: the same ones every time."""
+        with self._lock:
+            self._check_open()
+            bindings = self._sessions.get(session_id)
+            if bindings is None:
+                bindings = self._open(session_id)
+                self._adopt(bindings)
+            return bindings
+
+    def ops_lifecycle_registry(self, session_id: SessionId) -> RuntimeOpsLifecycleRegistry:
+        """The registry of a session's epoch; `SessionNotRegistered`."""
+        return self._registered(session_id).ops_lifecycle
+
+    def contains_session(self, session_id: SessionId) -> bool:
+        """Whether this adapter owns the session."""
+        with self._lock:
+            return session_id in self._sessions
+
+    def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
+        """Seal the session's epoch and start a new one with fresh cursors; its bindings.
+
+        Who waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`.
+        """
+        with self._lock:
+            old = self._registered(session_id)
+            old.shared_segment().seal()
+            bindings = self._create(session_id, replace=True)
+            _log.info(
+                "session %s: reset from epoch %s to %s", session_id, old.epoch_id, bindings.epoch_id
+            )
+            self._adopt(bindings)
+            old.close()
+            return bindings
+
+    def unregister_session(self, session_id: SessionId) -> None:
+        """End the session: its operations end as `Terminated`, its epoch is sealed and its segment
+        removed. Raises `SessionNotRegistered`."""
+        with self._lock:
+            bindings = self._registered(session_id)
+            del self._sessions[session_id], self._supervised[session_id]
+            bindings.ops_lifecycle.terminate_owner("the session was unregistered")
+            segment = bindings.shared_segment()
+            segment.seal()
+            segment.unlink()
+            bindings.close()
+
+    def close(self) -> None:
+        """Give up every session, leaving the segments for the next runtime."""
+        with self._lock:
+            if self._pid is None:
+                return
+            mine, self._pid = self._pid == os.getpid(), None
+        if not mine:
+            return
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        for bindings in self._sessions.values():
+            bindings.close()
+        self._sessions.clear()
+        self._supervised.clear()
+        remove_unused_bells(self._namespace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- where an epoch comes from ------------------------------------------------------------
+
+    def _open(self, session_id: SessionId) -> SessionRuntimeBindings:
+        while True:
+            try:
+                found = SharedSegment.attach(self._namespace, session_id)
+            except FileNotFoundError:
+                try:
+                    bindings = self._create(session_id, replace=False)
+                except SegmentExists:
+                    continue  # another runtime was faster; it will be named
+                _log.info("session %s: new epoch %s", session_id, bindings.epoch_id)
+                return bindings
+            return self._take_over(found)
+
+    def _take_over(self, found: SharedSegment) -> SessionRuntimeBindings:
+        """Become the runtime of a live segment, whose runtime was killed or closed."""
+        bindings = SessionRuntimeBindings.of_segment(found)
+        segment = bindings.shared_segment()
+        if not segment.try_own():
+            runtimes = [p.pid for p in bindings.participants() if p.role is Role.RUNTIME]
+            if segment is found:
+                bindings.close()
+            raise RuntimeAlreadyActive(segment.session_id, runtimes[0] if runtimes else 0)
+        if segment.sealed:
+            # Its runtime was killed between sealing it and replacing or removing it.
+            bindings.close()
+            bindings = self._create(segment.session_id, replace=True)
+            _log.info(
+                "session %s: new epoch %s, the one found was sealed",
+                segment.session_id,
+                bindings.epoch_id,
+            )
+            return bindings
+        segment.join(Role.RUNTIME)
+        _log.info("session %s: live epoch %s", segment.session_id, segment.epoch_id)
+        return bindings
+
+    def _create(self, session_id: SessionId, *, replace: bool) -> SessionRuntimeBindings:
+        segment = SharedSegment.allocate(
+            self._namespace, self._config, session_id=session_id, epoch_id=RuntimeEpochId.new()
+        )
+        try:
+            segment.try_own()
+            segment.join(Role.RUNTIME)
+            segment.publish(replace=replace)
+        except BaseException:
+            segment.close()
+            raise
+        return SessionRuntimeBindings.of_segment(segment)
+
+    def _adopt(self, bindings: SessionRuntimeBindings) -> None:
+        supervised = EpochSupervisor(bindings)
+        supervised.look()
+        self._sessions[bindings.session_id] = bindings
+        self._supervised[bindings.session_id] = supervised
+        if self._supervisor is None:
+            self._supervisor = Supervisor(self._epochs)
+            self._supervisor.start()
+
+    def _epochs(self) -> list[EpochSupervisor]:
+        with self._lock:
+            return list(self._supervised.values())
+
+    def _registered(self, session_id: SessionId) -> SessionRuntimeBindings:
+        with self._lock:
+            self._check_open()
+            bindings = self._sessions.get(session_id)
+            if bindings is None:
+                raise SessionNotRegistered(session_id)
+            return bindings
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise AdapterClosed

@@ -1,0 +1,39 @@
+"""The agent factory: builds an agent's boundary from bindings, and never makes competing ones."""
+
+from __future__ import annotations
+
+from shmepoch.epoch.bindings import RuntimeBuildMode, SessionOwned, SessionRuntimeBindings
+from shmepoch.errors import BindingsMismatch, EpochSealed
+from shmepoch.ids import SessionId
+from shmepoch.memory.participants import Role
+from shmepoch.runtime.boundary import AgentBoundary, History
+
+
+class AgentFactory:
+    """Builds agents. `history` is where their boundaries find what the feed has dropped."""
+
+    def __init__(self, history: History | None = None) -> None:
+        self._history = history
+
+    def build(self, session_id: SessionId, build_mode: RuntimeBuildMode) -> AgentBoundary:
+        """The boundary of the agent of `session_id`.
+
+        With `SessionOwned` it starts at the shared cursor, whatever that holds: a zero is a
+        position, not a sign that nothing was recovered. With `StandaloneEphemeral` it starts at
+        the watermark of a feed of its own.
+
+        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` for an ended epoch.
+        """
+        if not isinstance(build_mode, SessionOwned):
+            bindings = SessionRuntimeBindings.standalone(session_id)
+            watermark = bindings.ops_lifecycle.completion_feed().watermark()
+            bindings.cursor_state.agent_applied_cursor.advance(watermark)
+            return AgentBoundary(bindings)
+        bindings = build_mode.bindings
+        if bindings.session_id != session_id:
+            raise BindingsMismatch(session_id, bindings.session_id)
+        if bindings.sealed:
+            raise EpochSealed(bindings.epoch_id)
+        if bindings.role is not Role.RUNTIME:  # a runtime that hosts its agent stays the runtime
+            bindings.announce(Role.AGENT)
+        return AgentBoundary(bindings, self._history)
