@@ -1,0 +1,24 @@
+"""The one build decision that pyproject.toml cannot express: which C API the module is built on.
+
+The stable ABI makes one wheel for CPython 3.11 and newer. Free-threaded builds do not have it yet,
+so there the module is built for exactly that interpreter.
+"""
+
+import sysconfig
+
+from setuptools import Extension, setup
+
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+setup(
+    ext_modules=[
+        Extension(
+            "shmepoch.memory._native",
+            ["shmepoch/memory/_native.c"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
+            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            py_limited_api=STABLE_ABI,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
+)
