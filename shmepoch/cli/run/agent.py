@@ -1,0 +1,36 @@
+"""The agent process: is told of completions, a turn at a time, and writes its transcript."""
+
+from __future__ import annotations
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from shmepoch.cli.run.messages import Idle
+from shmepoch.cli.run.transcript import Transcript
+from shmepoch.epoch.bindings import SessionOwned, SessionRuntimeBindings
+from shmepoch.runtime.factory import AgentFactory
+
+
+def main(token: str, pipe: Connection, transcript: Path) -> None:
+    """Take a turn at once, then one for each message, until the runtime closes the pipe.
+
+    The first turn is taken unasked: the agent before this one may have been killed between being
+    told to take it and taking it.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    bindings = SessionRuntimeBindings.from_token(token)
+    boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
+    with Transcript(transcript) as written:
+        while True:
+            with boundary.drain() as notices:
+                # On the disk before the cursor moves: killed in between, the notice comes twice.
+                written.append(bindings.epoch_id, notices)
+            pipe.send(Idle())
+            try:
+                pipe.recv()
+            except EOFError:
+                break
+    bindings.close()

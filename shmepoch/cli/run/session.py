@@ -1,0 +1,258 @@
+"""One session of a run: its commands, its agent and workers, and its runtime loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from pathlib import Path
+from typing import Final
+
+from shmepoch.cli.run import agent, transcript, worker
+from shmepoch.cli.run.children import Child
+from shmepoch.cli.run.events import View
+from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.run.messages import Assignment, Idle, Turn
+from shmepoch.cli.run.summary import Notices, SessionSummary
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.completions import CompletionEntry
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationStatus, status_of
+from shmepoch.errors import EpochSealed, InvalidTransition, NotFound
+from shmepoch.ids import OperationId
+from shmepoch.runtime.loop import Continuation, RuntimeLoop
+
+
+class SessionRun:
+    """Runs the commands of one session; everything in it happens on one event loop."""
+
+    def __init__(
+        self,
+        number: int,
+        bindings: SessionRuntimeBindings,
+        jobs: list[Job],
+        *,
+        workers: int,
+        retries: int,
+        transcripts: Path,
+        view: View,
+    ) -> None:
+        self.number: Final = number
+        self.bindings: Final = bindings
+        self.counts: dict[str, int] = Counter()
+        self.watermark = 0
+        self.operations = 0
+        self.retried = 0
+        self.restarts = 0
+        self.killed: set[int] = set()
+        self.undecided = len(jobs)
+        self.not_completed = 0
+        self.finished = asyncio.Event()
+        self._token = bindings.to_token()
+        self._pending = deque((job, 0) for job in jobs)
+        self._attempts: dict[OperationId, tuple[Job, int]] = {}
+        self._by_worker: dict[Child, OperationId] = {}
+        self._workers_wanted = min(workers, len(jobs))
+        self._retries = retries
+        self._transcript = transcript.path_in(transcripts, bindings.session_id)
+        self._view = view
+        self._agent: Child | None = None
+        self._agent_idle = False
+        self._workers: set[Child] = set()
+        self._idle: deque[Child] = deque()
+        self._ending = False
+        self._loop = RuntimeLoop(bindings, inject=self._inject, quiescent=lambda: self._agent_idle)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the loop, the agent and the workers."""
+        self._tasks = [
+            asyncio.create_task(self._loop.run_async()),
+            asyncio.create_task(self._follow()),
+        ]
+        self._start_agent()
+        for _ in range(self._workers_wanted):
+            self._start_worker()
+
+    def cancel(self, reason: str) -> None:
+        """Cancel what runs and forget what waits."""
+        self._ending = True
+        self._pending.clear()
+        for id in self._by_worker.values():
+            try:
+                self.bindings.ops_lifecycle.cancel_operation(id, reason)
+            except (NotFound, InvalidTransition):
+                continue  # not registered yet, or ended by itself
+        self._collect()
+
+    async def end(self) -> None:
+        """End every child and task."""
+        self._ending = True
+        children = [*self._workers, *([self._agent] if self._agent else [])]
+        await asyncio.gather(*(child.end() for child in children))
+        self._workers.clear()
+        self._agent = None
+        self._loop.stop()
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def children(self) -> list[Child]:
+        """Who can be killed."""
+        return [*self._workers, *([self._agent] if self._agent else [])]
+
+    # --- what a view shows --------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Commands that a worker has."""
+        return len(self._by_worker)
+
+    @property
+    def waiting(self) -> int:
+        """Commands that no worker has yet."""
+        return len(self._pending)
+
+    def cursors(self) -> EpochCursorSnapshot:
+        """The epoch's cursors."""
+        return self.bindings.cursor_state.snapshot()
+
+    def participants(self) -> int:
+        """How many processes are attached."""
+        return sum(participant.alive for participant in self.bindings.participants())
+
+    def summary(self) -> SessionSummary:
+        """The session as it ended, its transcript held against its feed."""
+        told = [line.seq for line in transcript.read(self._transcript) if line.after_seq is None]
+        return SessionSummary(
+            session_id=str(self.bindings.session_id),
+            epoch_id=str(self.bindings.epoch_id),
+            watermark=self.watermark,
+            cursors=self.cursors(),
+            notices=Notices(
+                delivered=len(set(told)),
+                duplicates=len(told) - len(set(told)),
+                lost=len(set(range(1, self.watermark + 1)) - set(told)),
+            ),
+        )
+
+    # --- the agent ----------------------------------------------------------------------------
+
+    def _start_agent(self) -> None:
+        self._agent_idle = False
+        self._agent = Child(
+            "agent",
+            agent.main,
+            (self._token, self._transcript),
+            on_message=self._agent_said,
+            on_death=self._agent_died,
+        )
+
+    def _agent_said(self, child: Child, message: Idle) -> None:
+        self._agent_idle = True
+        self._view.told(self)
+        self._loop.session_changed()
+        self._look_if_finished()
+
+    def _agent_died(self, child: Child) -> None:
+        self._agent_idle = False
+        self._lost(child)
+        if not self._ending:
+            self._start_agent()
+
+    def _inject(self, continuation: Continuation) -> bool:
+        if self._agent is None or not self._agent_idle or not self._agent.send(Turn()):
+            return False
+        self._agent_idle = False
+        return True
+
+    # --- the workers --------------------------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        self._workers.add(
+            Child(
+                "worker",
+                worker.main,
+                (self._token,),
+                on_message=self._worker_said,
+                on_death=self._worker_died,
+            )
+        )
+
+    def _worker_said(self, child: Child, message: Idle) -> None:
+        self._by_worker.pop(child, None)
+        self._idle.append(child)
+        self._collect()
+        self._assign()
+
+    def _assign(self) -> None:
+        while self._pending and self._idle:
+            child = self._idle.popleft()
+            job, retry = self._pending.popleft()
+            id = OperationId.new()
+            self._attempts[id] = job, retry
+            self._by_worker[child] = id
+            # Should the worker be gone already, its death is next, and puts the command back.
+            child.send(Assignment(id, job.line, job.command))
+            self._view.assigned(self, job)
+
+    def _worker_died(self, child: Child) -> None:
+        self._workers.discard(child)
+        if child in self._idle:
+            self._idle.remove(child)
+        self._lost(child)
+        id = self._by_worker.pop(child, None)
+        if id is not None and not self._ending and self._never_registered(id):
+            self._pending.appendleft(self._attempts.pop(id))
+            self._assign()
+        if not self._ending:
+            self._start_worker()
+
+    def _never_registered(self, id: OperationId) -> bool:
+        # An operation that ended and was evicted since has been collected from the feed.
+        self._collect()
+        return id in self._attempts and self.bindings.ops_lifecycle.snapshot(id) is None
+
+    def _lost(self, child: Child) -> None:
+        if not self._ending:
+            self.restarts += 1
+            self._view.lost_child(self, child.role, child.pid, killed=child.pid in self.killed)
+
+    # --- the feed -----------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Hear of what ends without a worker's word: the operations of dead ones."""
+        feed = self.bindings.ops_lifecycle.completion_feed()
+        try:
+            while True:
+                await feed.advanced(self.watermark)
+                self._collect()
+        except EpochSealed:
+            return
+
+    def _collect(self) -> None:
+        batch = self.bindings.ops_lifecycle.completion_feed().list_since(self.watermark)
+        self.watermark = batch.watermark
+        for entry in batch.entries:
+            self._decide(entry)
+        self._look_if_finished()
+
+    def _decide(self, entry: CompletionEntry) -> None:
+        job, retry = self._attempts.pop(entry.operation_id)
+        status = status_of(entry.terminal_outcome)
+        self.operations += 1
+        self.counts[status] += 1
+        self._view.ended(self, job, entry)
+        if status is OperationStatus.TERMINATED and retry < self._retries and not self._ending:
+            self.retried += 1
+            self._pending.append((job, retry + 1))
+            self._assign()
+            return
+        self.undecided -= 1
+        self.not_completed += status is not OperationStatus.COMPLETED
+
+    def _look_if_finished(self) -> None:
+        applied = self.bindings.cursor_state.agent_applied_cursor.load()
+        if self.undecided == 0 and self._agent_idle and applied >= self.watermark:
+            self.finished.set()

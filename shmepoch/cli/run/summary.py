@@ -1,0 +1,53 @@
+"""What a run comes to, in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+
+
+class Notices(msgspec.Struct, frozen=True, kw_only=True):
+    """What agents were told: distinct notices, repetitions, and what never arrived."""
+
+    delivered: int = 0
+    duplicates: int = 0
+    lost: int = 0
+
+
+class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One session's epoch as it ended."""
+
+    session_id: str
+    epoch_id: str
+    watermark: int
+    cursors: EpochCursorSnapshot
+    notices: Notices
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole run. `commands` are lines of the file, the rest of the counts operations."""
+
+    commands: int
+    operations: int
+    completed: int
+    failed: int
+    terminated: int
+    cancelled: int
+    retried: int
+    notices: Notices
+    kills: int
+    restarts: int
+    duration_s: float
+    sessions: Sequence[SessionSummary]
+
+    def line(self) -> str:
+        """The figures in one line."""
+        return (
+            f"{self.commands} commands, {self.completed} completed, {self.failed} failed, "
+            f"{self.terminated} terminated, {self.cancelled} cancelled, {self.retried} run again; "
+            f"{self.notices.delivered} notices delivered, {self.notices.duplicates} duplicates, "
+            f"{self.notices.lost} lost; {self.kills} kills, {self.duration_s:.1f} s"
+        )
