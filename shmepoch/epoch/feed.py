@@ -11,6 +11,7 @@ from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, Complet
 from shmepoch.errors import SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory.segment import Segment
+from shmepoch.memory.waiting import require_position
 
 #: The slot of an entry whose operation the table does not hold.
 NO_SLOT = 2**32 - 1
@@ -40,8 +41,7 @@ class SegmentFeed:
 
         Raises `SegmentCorrupted` for an entry that is neither whole nor dropped.
         """
-        if after_seq < 0:
-            raise OverflowError(f"a feed position is 0 or above, not {after_seq}")
+        require_position(after_seq)
         memory = self._memory
         while True:
             watermark = memory.load(at.WATERMARK_AT)

@@ -139,8 +139,7 @@ class OperationLifecycleSnapshot(Record, kw_only=True, frozen=True):
     """One operation as it stood at one instant.
 
     The `_at_ms` fields are wall-clock milliseconds since the Unix epoch, never decreasing from
-    created to completed; `elapsed_ms` is monotonic, from registration to the end, or to now
-    while the operation runs.
+    created to completed; `elapsed_ms` is monotonic, from registration to the end, and None before.
     """
 
     id: OperationId

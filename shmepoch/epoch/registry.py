@@ -182,6 +182,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.ABORT_PROVISIONING, Aborted(reason))
 
     def complete_operation(self, id: OperationId, result: OperationResult) -> None:
+        if not isinstance(result, OperationResult):
+            raise RecordInvalid("OperationResult", f"it is {result!r}")
         if result.id != id:
             raise RecordInvalid(
                 "OperationResult", f"its id is {result.id} and the operation's is {id}"
@@ -198,7 +200,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self.terminate_where(lambda participant: True, reason)
+        self.terminate_where(lambda _: True, reason)
 
     def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose

@@ -109,12 +109,14 @@ def encode_spec(spec: OperationSpec) -> bytes:
 
 
 def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[Any]) -> bytes:
-    """A record for shared memory, refused if a reader could not decode it."""
+    """A record for shared memory, refused unless a reader will find in it what went in."""
     try:
         data = to_wire(record)
-        decoder.decode(data)
+        found = decoder.decode(data)
     except (msgspec.MsgspecError, NotImplementedError, OverflowError, ValueError) as error:
         raise RecordInvalid(type(record).__name__, str(error)) from error
+    if found != record:  # such as the text of an identifier in the place of one
+        raise RecordInvalid(type(record).__name__, f"{record!r} would be read as {found!r}")
     return data
 
 

@@ -447,8 +447,8 @@ memory_read(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
     Py_ssize_t offset = PyLong_AsSsize_t(args[0]);
     Py_ssize_t length = PyLong_AsSsize_t(args[1]);
-    if (PyErr_Occurred()
-        || !check_spans(self, offset, 1, 0, length < 0 ? length : padded(length))) {
+    if (PyErr_Occurred() || !check_spans(self, offset, 1, 0, length)
+        || !check_spans(self, offset, 1, 0, padded(length))) {
         return NULL;
     }
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, length);
@@ -822,6 +822,7 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
             return NULL;
         }
         int64_t now = monotonic_ns();
+        timeout = timeout < 0 ? 0 : timeout;
         deadline = timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
     }
     wait.value = word_at(self, value);

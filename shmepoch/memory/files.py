@@ -52,7 +52,7 @@ def link(fd: int, path: Path) -> None:
 def unlink(fd: int, path: Path) -> None:
     """Remove the name `path` if it still names the file of `fd`."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except FileNotFoundError:
         return
     mine = os.fstat(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -12,12 +13,22 @@ from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
 
 _NS: Final = 1_000_000_000
+#: A longer timeout is none: it would not fit the clock.
+_FOREVER_S: Final = 1e9
+_POSITIONS: Final = range(2**64)
+
+
+def require_position(value: int) -> None:
+    """Raise `OverflowError` or `TypeError` for what is not an unsigned 64-bit position."""
+    if operator.index(value) not in _POSITIONS:
+        raise OverflowError(f"a position is 0 to 2**64-1, not {value}")
 
 
 class AsyncWait:
     """One coroutine that waits for the watermark of `memory` to be above `after`."""
 
     def __init__(self, memory: Memory, after: int) -> None:
+        require_position(after)
         self.memory: Final = memory
         self._after: Final = after
         self._loop: Final = asyncio.get_running_loop()
@@ -107,7 +118,9 @@ class Waiters:
 
         Raises `TimeoutError` after `timeout` seconds, and what a closed epoch raises when it ends.
         """
-        limit = None if timeout is None else max(0, round(timeout * _NS))
+        limit = None
+        if timeout is not None and timeout < _FOREVER_S:
+            limit = round(max(0.0, timeout) * _NS)
         if not self._memory.wait_above(at.WATERMARK_AT, after, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the watermark was not above {after} within {timeout} s")
         return self._reached(after)

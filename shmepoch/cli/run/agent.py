@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -24,13 +25,11 @@ def main(token: str, pipe: Connection, transcript: Path) -> None:
     bindings = SessionRuntimeBindings.from_token(token)
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     with Transcript(transcript) as written:
-        while True:
-            with boundary.drain() as notices:
-                # On the disk before the cursor moves: killed in between, the notice comes twice.
-                written.append(bindings.epoch_id, notices)
-            pipe.send(Idle())
-            try:
+        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            while True:
+                with boundary.drain() as notices:
+                    # On the disk before the cursor moves: killed between, a notice comes twice.
+                    written.append(bindings.epoch_id, notices)
+                pipe.send(Idle())
                 pipe.recv()
-            except EOFError:
-                break
     bindings.close()

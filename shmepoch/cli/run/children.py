@@ -63,6 +63,12 @@ class Child:
         """Kill the child alone, as a crash would."""
         os.kill(self.pid, signal.SIGKILL)
 
+    def kill_group(self) -> None:
+        """Kill the child with everything it started."""
+        with contextlib.suppress(ProcessLookupError):  # before it has made its group
+            os.killpg(self.pid, signal.SIGKILL)
+        self.kill()
+
     async def end(self) -> None:
         """Close the pipe, which ends the child, and make sure of everything it started."""
         self._unwatch()
@@ -101,6 +107,5 @@ class Child:
 
     def _bury(self) -> None:
         # Before the child is reaped: until then nobody else can have its process group's number.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self.kill_group()
         self._process.join()

@@ -25,6 +25,8 @@ from shmepoch.runtime.adapter import RuntimeSessionAdapter
 
 #: Room for the tails of some thousand commands that the agent has not been told of yet.
 _FEED_BYTES: Final = 4 * 1024 * 1024
+#: How long an interrupted run waits for its agents to be told of what was cancelled.
+_LAST_TURN_S: Final = 2.0
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +104,7 @@ class _Run:
                     view=self._view,
                 )
             )
-        self._view.began(list(self._sessions), len(self._jobs))
+        self._view.began(self._sessions, len(self._jobs))
         for session in self._sessions:
             session.start()
 
@@ -131,6 +133,8 @@ class _Run:
         if interrupted.is_set():
             for session in self._sessions:
                 session.cancel("the run was interrupted")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_finished(), _LAST_TURN_S)
 
     async def _all_finished(self) -> None:
         for session in self._sessions:

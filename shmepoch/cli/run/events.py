@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from shmepoch.cli.run.jobs import Job
@@ -12,10 +13,25 @@ from shmepoch.epoch.cursors import EpochCursorSnapshot
 class Standing(Protocol):
     """One session as a view may show it."""
 
-    number: int
-    running: int
-    counts: dict[str, int]
-    watermark: int
+    @property
+    def number(self) -> int:
+        """Which one it is, from 1 on."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many operations have ended with each status."""
+        ...
+
+    @property
+    def watermark(self) -> int:
+        """How far its feed has come."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Commands that a worker has."""
+        ...
 
     @property
     def waiting(self) -> int:
@@ -34,7 +50,7 @@ class Standing(Protocol):
 class View(Protocol):
     """Shows a run to its user."""
 
-    def began(self, sessions: list[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[Standing], commands: int) -> None:
         """The sessions are there."""
         ...
 

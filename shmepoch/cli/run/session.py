@@ -38,7 +38,7 @@ class SessionRun:
     ) -> None:
         self.number: Final = number
         self.bindings: Final = bindings
-        self.counts: dict[str, int] = Counter()
+        self.counts: Counter[str] = Counter()
         self.watermark = 0
         self.operations = 0
         self.retried = 0
@@ -76,14 +76,19 @@ class SessionRun:
             self._start_worker()
 
     def cancel(self, reason: str) -> None:
-        """Cancel what runs and forget what waits."""
+        """Cancel what runs and forget what waits; `finished` once the agent knows."""
         self._ending = True
+        self.undecided -= len(self._pending)
+        self.not_completed += len(self._pending)
         self._pending.clear()
-        for id in self._by_worker.values():
+        for child, id in self._by_worker.items():
+            child.kill_group()
             try:
                 self.bindings.ops_lifecycle.cancel_operation(id, reason)
-            except (NotFound, InvalidTransition):
-                continue  # not registered yet, or ended by itself
+            except NotFound:
+                self.undecided -= 1  # its worker had not come to register it
+            except InvalidTransition:
+                continue  # it has just ended by itself
         self._collect()
 
     async def end(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from typing import Final, TextIO
 
 from rich.console import Console, Group
@@ -37,7 +38,7 @@ class LineView:
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         self._stream = stream
 
-    def began(self, sessions: list[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[Standing], commands: int) -> None:
         self._say(f"{commands} commands in {len(sessions)} sessions")
 
     def assigned(self, session: Standing, job: Job) -> None:
@@ -80,11 +81,11 @@ class TableView:
             BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
         )
         self._live = Live(console=self._console, auto_refresh=False)
-        self._sessions: list[Standing] = []
+        self._sessions: Sequence[Standing] = ()
         self._bar = TaskID(0)
         self._drawing: asyncio.TimerHandle | None = None
 
-    def began(self, sessions: list[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[Standing], commands: int) -> None:
         self._sessions = sessions
         self._bar = self._progress.add_task("commands", total=commands)
         self._live.start()

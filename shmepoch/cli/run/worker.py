@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Final
 
@@ -36,14 +38,17 @@ def main(token: str, pipe: Connection) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     bindings = SessionRuntimeBindings.from_token(token)
-    while True:
-        pipe.send(Idle())
-        try:
-            assignment: Assignment = pipe.recv()
-        except EOFError:
-            bindings.close()
-            return
+    for assignment in _assignments(pipe):
         _Command(bindings, pipe, assignment).run()
+    bindings.close()
+
+
+def _assignments(pipe: Connection) -> Iterator[Assignment]:
+    # The runtime may close its end at any moment, also while this process is still starting.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            pipe.send(Idle())
+            yield pipe.recv()
 
 
 class _Command:

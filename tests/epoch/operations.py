@@ -1,0 +1,108 @@
+"""Operations for tests: how to make them, and every verb that moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from shmepoch.epoch.completions import CompletionBatch
+from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
+from shmepoch.epoch.operations import (
+    Action,
+    OperationKind,
+    OperationLifecycleSnapshot,
+    OperationPeerHandle,
+    OperationProgressUpdate,
+    OperationResult,
+    OperationSpec,
+    OperationStatus,
+    TrustedPeerSpec,
+)
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.ids import OperationId, SessionId
+
+Registry: TypeAlias = RuntimeOpsLifecycleRegistry
+Verb: TypeAlias = Callable[[OpsLifecycleRegistry, OperationId], None]
+
+
+def spec(
+    name: str = "work",
+    *,
+    kind: OperationKind = OperationKind.BACKGROUND_TOOL_OP,
+    id: OperationId | None = None,
+) -> OperationSpec:
+    """The spec of a fresh operation."""
+    return OperationSpec(
+        id=id or OperationId.new(),
+        kind=kind,
+        owner_session_id=SessionId.new(),
+        display_name=name,
+        source_label="test",
+    )
+
+
+def result(id: OperationId, content: str = "done") -> OperationResult:
+    """A result of an operation."""
+    return OperationResult(id=id, content=content, duration_ms=1)
+
+
+CHILD: Final = OperationKind.MOB_MEMBER_CHILD
+PEER: Final = OperationPeerHandle("peer", TrustedPeerSpec("peer", "p-1", "inproc://p-1"))
+UPDATE: Final = OperationProgressUpdate("half", 50.0)
+
+#: How each action is asked for. Owner termination is about no operation in particular.
+VERBS: Final[dict[Action, Verb]] = {
+    Action.PROVISIONING_SUCCEEDED: lambda r, op: r.provisioning_succeeded(op),
+    Action.PROVISIONING_FAILED: lambda r, op: r.provisioning_failed(op, "no room"),
+    Action.ABORT_PROVISIONING: lambda r, op: r.abort_provisioning(op, "not needed"),
+    Action.PEER_READY: lambda r, op: r.peer_ready(op, PEER),
+    Action.REPORT_PROGRESS: lambda r, op: r.report_progress(op, UPDATE),
+    Action.COMPLETE_OPERATION: lambda r, op: r.complete_operation(op, result(op)),
+    Action.FAIL_OPERATION: lambda r, op: r.fail_operation(op, "broke"),
+    Action.CANCEL_OPERATION: lambda r, op: r.cancel_operation(op, "unwanted"),
+    Action.REQUEST_RETIRE: lambda r, op: r.request_retire(op),
+    Action.MARK_RETIRED: lambda r, op: r.mark_retired(op),
+    Action.TERMINATE_OWNER: lambda r, op: r.terminate_owner("owner ended"),
+}
+
+#: The verbs that lead from registration to each status.
+PATHS: Final[dict[OperationStatus, tuple[Action, ...]]] = {
+    OperationStatus.PROVISIONING: (),
+    OperationStatus.RUNNING: (Action.PROVISIONING_SUCCEEDED,),
+    OperationStatus.RETIRING: (Action.PROVISIONING_SUCCEEDED, Action.REQUEST_RETIRE),
+    OperationStatus.COMPLETED: (Action.PROVISIONING_SUCCEEDED, Action.COMPLETE_OPERATION),
+    OperationStatus.FAILED: (Action.PROVISIONING_FAILED,),
+    OperationStatus.ABORTED: (Action.ABORT_PROVISIONING,),
+    OperationStatus.CANCELLED: (Action.CANCEL_OPERATION,),
+    OperationStatus.RETIRED: (Action.PROVISIONING_SUCCEEDED, Action.MARK_RETIRED),
+    OperationStatus.TERMINATED: (Action.TERMINATE_OWNER,),
+}
+
+
+def reach(registry: OpsLifecycleRegistry, status: OperationStatus) -> OperationId:
+    """The id of a fresh child operation with this status."""
+    id = OperationId.new()
+    registry.register_operation(spec(kind=CHILD, id=id))
+    for action in PATHS[status]:
+        VERBS[action](registry, id)
+    return id
+
+
+def state(registry: Registry) -> tuple[list[OperationLifecycleSnapshot], CompletionBatch]:
+    """Everything that a refused call must leave alone."""
+    return registry.list_operations(), registry.completion_feed().list_since(0)
+
+
+def taken(registry: Registry, id: OperationId) -> OperationLifecycleSnapshot:
+    """The snapshot of an operation that is there."""
+    snapshot = registry.snapshot(id)
+    assert snapshot is not None
+    return snapshot
+
+
+def end(registry: OpsLifecycleRegistry, reason: str = "done") -> OperationId:
+    """The id of a fresh operation that has ended."""
+    id = OperationId.new()
+    registry.register_operation(spec(id=id))
+    registry.cancel_operation(id, reason)
+    return id

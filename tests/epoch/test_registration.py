@@ -1,0 +1,356 @@
+"""What may enter a registry: once, while there is room, and only whole records that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from shmepoch.epoch.codec import to_wire
+from shmepoch.epoch.operations import (
+    OperationKind,
+    OperationPeerHandle,
+    OperationProgressUpdate,
+    OperationResult,
+    OperationSpec,
+    OperationStatus,
+    TrustedPeerSpec,
+)
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.errors import (
+    AlreadyRegistered,
+    ConfigInvalid,
+    CursorsOnly,
+    MaxConcurrentExceeded,
+    PayloadTooLarge,
+    RecordInvalid,
+)
+from shmepoch.ids import OperationId, SessionId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.segment import Segment
+from tests.epoch.conftest import MakeEpoch
+from tests.epoch.operations import CHILD, PEER, Registry, reach, result, spec, state, taken
+
+#: The smallest feed that an epoch with two live operations may have.
+SMALL_FEED = at.PAGE + 2 * 2 * at.SPEC_LIMIT
+
+
+@pytest.mark.parametrize(
+    "status", [OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.COMPLETED]
+)
+def test_an_operation_is_registered_once(registry: Registry, status: OperationStatus) -> None:
+    id = reach(registry, status)
+    before = state(registry)
+    with pytest.raises(AlreadyRegistered) as refused:
+        registry.register_operation(spec(id=id))
+    assert refused.value.id == id
+    assert "a retry under a new id" in str(refused.value)
+    assert state(registry) == before
+
+
+def test_what_was_collected_may_come_again(registry: Registry) -> None:
+    id = reach(registry, OperationStatus.COMPLETED)
+    registry.collect_completed()
+    registry.register_operation(spec("again", id=id))
+    assert taken(registry, id).status is OperationStatus.PROVISIONING
+    registry.cancel_operation(id)
+    assert registry.completion_feed().watermark() == 2
+
+
+@pytest.mark.parametrize("setting", ["max_concurrent", "max_operations"])
+def test_there_is_room_for_so_many_at_once(make_epoch: MakeEpoch, setting: str) -> None:
+    sizes = {"max_operations": 3} if setting == "max_operations" else {"max_concurrent": 3}
+    registry = make_epoch(**sizes).registry
+    ids = [
+        reach(registry, status)
+        for status in (
+            OperationStatus.PROVISIONING,
+            OperationStatus.RUNNING,
+            OperationStatus.RETIRING,
+        )
+    ]
+    for _ in range(2):
+        before = state(registry)
+        with pytest.raises(MaxConcurrentExceeded) as refused:
+            registry.register_operation(spec())
+        assert (refused.value.limit, refused.value.active) == (3, 3)
+        assert f"a larger {setting}" in str(refused.value)
+        assert state(registry) == before
+        registry.cancel_operation(ids.pop())
+        ids.append(reach(registry, OperationStatus.PROVISIONING))
+
+
+def test_the_whole_table_is_of_use_however_often_it_turns_over(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_operations=3, max_completed=2).registry
+    for _ in range(10):
+        ids = [reach(registry, OperationStatus.RUNNING) for _ in range(3)]
+        for id in ids:
+            registry.complete_operation(id, result(id))
+        assert [found.id for found in registry.list_operations()] == ids[1:]
+        registry.check()
+
+
+def test_ids_that_share_their_fingerprint_are_told_apart(registry: Registry) -> None:
+    ids = [OperationId.from_bytes(bytes([i]) * 8 + b"\x80same id") for i in range(1, 5)]
+    ids.append(OperationId.from_bytes(b"not none" + bytes(8)))  # a fingerprint of zero
+    for id in ids:
+        assert registry.snapshot(id) is None
+        registry.register_operation(spec(str(id), id=id))
+    assert {id: taken(registry, id).display_name for id in ids} == {id: str(id) for id in ids}
+    for id in ids[::2]:
+        registry.cancel_operation(id)
+    statuses = [taken(registry, id).status.is_terminal for id in ids]
+    assert statuses == [True, False, True, False, True]
+
+
+def named(length: int) -> OperationSpec:
+    return spec("n" * length)
+
+
+def test_a_spec_may_fill_its_room_exactly(registry: Registry) -> None:
+    fits = at.SPEC_LIMIT - (len(to_wire(named(300))) - 300)
+    registry.register_operation(named(fits))
+    assert [found.display_name for found in registry.list_operations()] == ["n" * fits]
+    before = state(registry)
+    with pytest.raises(PayloadTooLarge) as refused:
+        registry.register_operation(named(fits + 1))
+    assert (refused.value.size, refused.value.limit) == (at.SPEC_LIMIT + 1, at.SPEC_LIMIT)
+    assert "display_name" in str(refused.value)
+    assert state(registry) == before
+
+
+def test_the_limit_is_of_bytes_not_characters(registry: Registry) -> None:
+    with pytest.raises(PayloadTooLarge):
+        registry.register_operation(spec("€" * 200))
+
+
+def test_progress_and_peer_share_their_room(registry: Registry) -> None:
+    id = reach(registry, OperationStatus.RUNNING)
+    registry.report_progress(id, OperationProgressUpdate("m" * 300))
+    before = state(registry)
+    peer = OperationPeerHandle("p" * 300, PEER.trusted_peer)
+    with pytest.raises(PayloadTooLarge) as refused:
+        registry.peer_ready(id, peer)
+    assert refused.value.limit == at.DETAIL_LIMIT
+    assert "progress and peer" in str(refused.value)
+    assert state(registry) == before
+    registry.report_progress(id, OperationProgressUpdate("short"))
+    registry.peer_ready(id, peer)
+    assert taken(registry, id).peer_handle == peer
+
+
+def test_a_feed_can_be_filled_by_one_entry_exactly(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_operations=2, feed_bytes=SMALL_FEED).registry
+    feed = registry.completion_feed()
+    first, second = (reach(registry, OperationStatus.RUNNING) for _ in range(2))
+    registry.complete_operation(first, result(first, "c" * 1000))
+    (entry,) = feed.list_since(0).entries
+    fits = SMALL_FEED - at.WORD - (len(to_wire(entry)) - 1000)
+    before = state(registry)
+    with pytest.raises(PayloadTooLarge) as refused:
+        registry.complete_operation(second, result(second, "c" * (fits + 1)))
+    error = refused.value
+    assert (error.size, error.limit) == (SMALL_FEED + 1, SMALL_FEED)
+    assert "a larger feed_bytes" in str(error)
+    assert state(registry) == before
+    registry.complete_operation(second, result(second, "c" * fits))
+    batch = feed.list_since(0)
+    assert [entry.seq for entry in batch.entries] == [2]
+    assert batch.dropped_through == 1
+    assert registry.snapshot(first) is None  # its outcome went with its entry
+
+
+def test_operations_that_end_together_fit_together_or_not_at_all(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_operations=2, feed_bytes=SMALL_FEED).registry
+    for _ in range(2):
+        reach(registry, OperationStatus.RUNNING)
+    before = state(registry)
+    with pytest.raises(PayloadTooLarge):
+        registry.terminate_owner("r" * (SMALL_FEED // 2))
+    assert state(registry) == before
+    registry.terminate_owner("r" * (SMALL_FEED // 2 - 300))
+    assert len(registry.completion_feed().list_since(0).entries) == 2
+
+
+def test_a_full_table_of_the_longest_names_can_end_in_one_commit(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_operations=50, feed_bytes=at.PAGE + 100 * at.SPEC_LIMIT).registry
+    for _ in range(50):
+        registry.register_operation(named(350))
+    registry.terminate_owner("owner ended")
+    assert len(registry.completion_feed().list_since(0).entries) == 50
+
+
+SURROGATE = "\ud800"
+
+
+def broken_spec(**fields: Any) -> OperationSpec:
+    return msgspec.structs.replace(spec(), **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"display_name": SURROGATE},
+        {"source_label": SURROGATE},
+        {"display_name": 5},
+        {"display_name": None},
+        {"display_name": b"bytes"},
+        {"kind": "no_such_kind"},
+        {"kind": None},
+        {"owner_session_id": None},
+        {"owner_session_id": 7},
+        {"owner_session_id": "no-uuid"},
+        {"owner_session_id": b"short"},
+        {"child_session_id": 1.5},
+        {"expect_peer_channel": 1},
+        {"display_name": {"a": "b"}},
+        {"display_name": 2**70},
+    ],
+    ids=str,
+)
+def test_a_spec_that_could_not_be_read_back_is_refused(
+    registry: Registry, fields: dict[str, Any]
+) -> None:
+    before = state(registry)
+    with pytest.raises(RecordInvalid) as refused:
+        registry.register_operation(broken_spec(**fields))
+    assert refused.value.kind == "OperationSpec"
+    assert refused.value.reason
+    assert state(registry) == before
+
+
+def a_result(id: OperationId, **fields: Any) -> OperationResult:
+    return msgspec.structs.replace(result(id), **fields)
+
+
+BROKEN: dict[str, Callable[[Registry, OperationId], None]] = {
+    "a result of another operation": lambda r, op: r.complete_operation(
+        op, result(OperationId.new())
+    ),
+    "a content that is no text": lambda r, op: r.complete_operation(
+        op, a_result(op, content=b"raw")
+    ),
+    "a lone surrogate in a content": lambda r, op: r.complete_operation(
+        op, a_result(op, content=SURROGATE)
+    ),
+    "a negative duration": lambda r, op: r.complete_operation(op, a_result(op, duration_ms=-1)),
+    "a duration beyond a word": lambda r, op: r.complete_operation(
+        op, a_result(op, duration_ms=2**64)
+    ),
+    "a duration beyond a signed word": lambda r, op: r.complete_operation(
+        op, a_result(op, duration_ms=2**63)
+    ),
+    "tokens that are no number": lambda r, op: r.complete_operation(
+        op, a_result(op, tokens_used="12")
+    ),
+    "an error that is no text": lambda r, op: r.fail_operation(op, 5),  # type: ignore[arg-type]
+    "a lone surrogate in an error": lambda r, op: r.fail_operation(op, SURROGATE),
+    "an exception for an error": lambda r, op: r.fail_operation(
+        op,
+        ValueError("no"),  # type: ignore[arg-type]
+    ),
+    "a reason that is no text": lambda r, op: r.cancel_operation(op, 5),  # type: ignore[arg-type]
+    "no reason": lambda r, op: r.terminate_owner(None),  # type: ignore[arg-type]
+    "a lone surrogate in a reason": lambda r, op: r.terminate_owner(SURROGATE),
+    "progress that is text": lambda r, op: r.report_progress(op, "half"),  # type: ignore[arg-type]
+    "progress above all": lambda r, op: r.report_progress(
+        op, OperationProgressUpdate("more", 100.1)
+    ),
+    "progress below nothing": lambda r, op: r.report_progress(
+        op, OperationProgressUpdate("less", -0.1)
+    ),
+    "a lone surrogate in progress": lambda r, op: r.report_progress(
+        op, OperationProgressUpdate(SURROGATE)
+    ),
+    "a peer that is text": lambda r, op: r.peer_ready(op, "peer"),  # type: ignore[arg-type]
+    "a peer without an address": lambda r, op: r.peer_ready(
+        op,
+        OperationPeerHandle("peer", TrustedPeerSpec("p", "p", None)),  # type: ignore[arg-type]
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_record_that_could_not_be_read_back_is_refused(registry: Registry, broken: str) -> None:
+    id = OperationId.new()
+    registry.register_operation(spec(kind=CHILD, id=id))
+    registry.provisioning_succeeded(id)
+    before = state(registry)
+    with pytest.raises(RecordInvalid):
+        BROKEN[broken](registry, id)
+    assert state(registry) == before
+    registry.mark_retired(id)
+
+
+def test_any_text_survives(registry: Registry) -> None:
+    text = "\x00 'quoted' \\ \"\n 日本語 \u200f עברית 😀 \U0010ffff"
+    id = OperationId.new()
+    registry.register_operation(spec(text, id=id))
+    registry.provisioning_succeeded(id)
+    registry.report_progress(id, OperationProgressUpdate(text, 0.1))
+    registry.complete_operation(id, result(id, text))
+    after = taken(registry, id)
+    assert (after.display_name, after.last_progress) == (text, OperationProgressUpdate(text, 0.1))
+    assert registry.completion_feed().list_since(0).entries[0].display_name == text
+    assert registry.collect_completed()[0][1] == after.terminal_outcome
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_completed", 0),
+        ("max_completed", -1),
+        ("max_completed", 2**20 + 1),
+        ("max_completed", 1.0),
+        ("max_completed", True),
+        ("max_operations", 0),
+        ("max_operations", None),
+        ("max_concurrent", 0),
+        ("max_concurrent", 129),
+        ("max_concurrent", "3"),
+        ("feed_bytes", at.PAGE + 128 * 2 * at.SPEC_LIMIT - 8),
+        ("feed_bytes", 512 * 1024 + 4),
+        ("feed_bytes", 2**31 + 8),
+        ("max_participants", 0),
+        ("max_participants", at.MAX_PARTICIPANTS + 1),
+    ],
+)
+def test_a_setting_outside_its_range(setting: str, value: object) -> None:
+    sizes: dict[str, Any] = {setting: value}
+    with pytest.raises(ConfigInvalid) as refused:
+        OpsLifecycleConfig(**sizes)
+    assert (refused.value.setting, refused.value.value) == (setting, value)
+    assert setting in str(refused.value)
+    assert refused.value.allowed in str(refused.value)
+
+
+def test_memory_for_cursors_has_no_registry() -> None:
+    with pytest.raises(CursorsOnly):
+        RuntimeOpsLifecycleRegistry(Segment.private(None))
+
+
+def test_a_registry_that_stands_alone() -> None:
+    registry = RuntimeOpsLifecycleRegistry()
+    registry.register_operation(spec())
+    assert registry.active_count() == 1
+    assert RuntimeOpsLifecycleRegistry().list_operations() == []
+    sized = RuntimeOpsLifecycleRegistry.with_config(OpsLifecycleConfig(max_concurrent=1))
+    sized.register_operation(spec())
+    with pytest.raises(MaxConcurrentExceeded):
+        sized.register_operation(spec())
+
+
+def test_a_kind_may_be_given_by_its_name(registry: Registry) -> None:
+    plain: Any = "background_tool_op"
+    given = OperationSpec(
+        id=OperationId.new(),
+        kind=plain,
+        owner_session_id=SessionId.new(),
+        display_name="named",
+        source_label="test",
+    )
+    registry.register_operation(given)
+    assert taken(registry, given.id).kind is OperationKind.BACKGROUND_TOOL_OP

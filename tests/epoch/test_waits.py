@@ -1,0 +1,367 @@
+"""Waiting for operations: watchers, and barriers over several."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shmepoch.epoch.operations import (
+    Cancelled,
+    Completed,
+    OperationStatus,
+    Terminated,
+    WaitAllResult,
+)
+from shmepoch.errors import (
+    DuplicateWaitOperation,
+    EpochSealed,
+    InvalidTransition,
+    NotFound,
+    WaitAlreadyActive,
+)
+from shmepoch.ids import OperationId, RunId
+from tests.epoch.conftest import MakeEpoch
+from tests.epoch.deadline import DEADLINE_S, run
+from tests.epoch.implementations import Epoch
+from tests.epoch.operations import PATHS, Registry, end, reach, result, spec, state, taken
+from tests.support import eventually
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+def running(registry: Registry) -> OperationId:
+    return reach(registry, OperationStatus.RUNNING)
+
+
+# --- watchers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [status for status in PATHS if status.is_terminal])
+def test_a_watcher_of_what_has_ended_is_resolved_at_once(
+    registry: Registry, status: OperationStatus
+) -> None:
+    id = reach(registry, status)
+    watch = registry.register_watcher(id)
+    assert watch.id == id
+    assert watch.wait(0) == taken(registry, id).terminal_outcome
+    assert run(_await(watch)) == watch.wait()
+    assert taken(registry, id).watcher_count == 0
+
+
+async def _await(watch: object) -> object:
+    return await watch  # type: ignore[misc]
+
+
+def test_every_watcher_gets_the_same_outcome(registry: Registry, pool: ThreadPoolExecutor) -> None:
+    id = running(registry)
+    watches = [registry.register_watcher(id) for _ in range(6)]
+    assert taken(registry, id).watcher_count == 6
+    waits = [pool.submit(watch.wait, DEADLINE_S) for watch in watches]
+    registry.complete_operation(id, result(id))
+    assert [wait.result(DEADLINE_S) for wait in waits] == [Completed(result(id))] * 6
+    assert taken(registry, id).watcher_count == 0
+
+
+def test_watchers_are_counted_while_they_watch(registry: Registry) -> None:
+    id = running(registry)
+    first = registry.register_watcher(id)
+    with registry.register_watcher(id):
+        assert taken(registry, id).watcher_count == 2
+    assert taken(registry, id).watcher_count == 1
+    first.close()
+    first.close()
+    assert taken(registry, id).watcher_count == 0
+    other = running(registry)
+    registry.register_watcher(id)
+    assert [taken(registry, each).watcher_count for each in (id, other)] == [1, 0]
+
+
+def test_a_watcher_that_is_closed_may_still_look(registry: Registry) -> None:
+    id = running(registry)
+    with registry.register_watcher(id) as watch:
+        pass
+    registry.cancel_operation(id)
+    assert watch.wait(0) == Cancelled()
+
+
+def test_nobody_watches_what_is_unknown(registry: Registry) -> None:
+    with pytest.raises(NotFound):
+        registry.register_watcher(OperationId.new())
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01, -1])
+def test_a_watch_times_out_and_goes_on(registry: Registry, timeout: float) -> None:
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    with pytest.raises(TimeoutError):
+        watch.wait(timeout)
+    assert taken(registry, id).watcher_count == 1
+    registry.mark_retired(id)
+    assert watch.wait(0) == taken(registry, id).terminal_outcome
+
+
+def test_a_watch_ends_with_the_epoch(epoch: Epoch, pool: ThreadPoolExecutor) -> None:
+    watch = epoch.registry.register_watcher(running(epoch.registry))
+    wait = pool.submit(watch.wait, DEADLINE_S)
+    epoch.seal()
+    with pytest.raises(EpochSealed):
+        wait.result(DEADLINE_S)
+    watch.close()
+
+
+def test_other_ends_do_not_resolve_a_watch(registry: Registry, pool: ThreadPoolExecutor) -> None:
+    id = running(registry)
+    wait = pool.submit(registry.register_watcher(id).wait, DEADLINE_S)
+    for _ in range(20):
+        end(registry)
+    assert not wait.done()
+    registry.complete_operation(id, result(id))
+    assert wait.result(DEADLINE_S) == Completed(result(id))
+
+
+def test_an_outcome_is_found_after_its_slot_has_passed_on(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_completed=1, max_operations=2).registry
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    registry.complete_operation(id, result(id, "mine"))
+    for _ in range(12):
+        end(registry)
+    assert registry.snapshot(id) is None
+    assert watch.wait(0) == Completed(result(id, "mine"))
+
+
+def test_an_outcome_that_retention_dropped_is_not_found(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(max_completed=1, max_operations=1, feed_bytes=5120).registry
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    registry.complete_operation(id, result(id))
+    for _ in range(4):
+        end(registry, "r" * 2000)
+    with pytest.raises(NotFound) as lost:
+        watch.wait(0)
+    assert lost.value.id == id
+
+
+def test_an_id_that_was_used_again_is_another_operation(registry: Registry) -> None:
+    id = running(registry)
+    first = registry.register_watcher(id)
+    registry.complete_operation(id, result(id, "first"))
+    registry.collect_completed()
+    registry.register_operation(spec(id=id))
+    second = registry.register_watcher(id)
+    assert first.wait(0) == Completed(result(id, "first"))
+    registry.cancel_operation(id, "second")
+    assert second.wait(0) == Cancelled("second")
+
+
+def test_watches_are_awaited(registry: Registry) -> None:
+    ids = [running(registry) for _ in range(3)]
+
+    async def main() -> list[object]:
+        watches = [registry.register_watcher(id) for id in ids]
+        waits = [asyncio.ensure_future(_await(watch)) for watch in watches]
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, registry.cancel_operation, ids[1])
+        assert await waits[1] == Cancelled()
+        assert not waits[0].done()
+        waits[2].cancel()
+        await loop.run_in_executor(None, registry.terminate_owner, "owner ended")
+        with pytest.raises(asyncio.CancelledError):
+            await waits[2]
+        return [await waits[0], await watches[0], await watches[2]]
+
+    assert run(main()) == [Terminated("owner ended")] * 3
+
+
+def test_of_many_that_race_to_end_an_operation_one_does(
+    registry: Registry, pool: ThreadPoolExecutor
+) -> None:
+    line = threading.Barrier(8, timeout=DEADLINE_S)
+
+    def race(racer: tuple[int, OperationId]) -> InvalidTransition | None:
+        turn, op = racer
+        line.wait()
+        try:
+            registry.cancel_operation(op, f"racer {turn}")
+        except InvalidTransition as late:
+            return late
+        return None
+
+    for rounds in range(1, 21):
+        id = running(registry)
+        watch = registry.register_watcher(id)
+        late = [error for error in pool.map(race, [(turn, id) for turn in range(8)]) if error]
+        assert [(error.id, error.status) for error in late] == [(id, "cancelled")] * 7
+        batch = registry.completion_feed().list_since(rounds - 1)
+        assert [entry.operation_id for entry in batch.entries] == [id]
+        assert watch.wait(0) == batch.entries[0].terminal_outcome
+
+
+# --- barriers -------------------------------------------------------------------------------------
+
+
+def check_satisfied(
+    registry: Registry, found: WaitAllResult, run_id: RunId, ids: list[OperationId]
+) -> None:
+    assert [id for id, _ in found.outcomes] == ids
+    for id, outcome in found.outcomes:
+        assert outcome == taken(registry, id).terminal_outcome
+    assert (found.satisfied.run_id, found.satisfied.operation_ids) == (run_id, tuple(ids))
+
+
+def test_a_barrier_over_nothing(registry: Registry) -> None:
+    run_id = RunId.new()
+    check_satisfied(registry, registry.wait_all(run_id, [], 0), run_id, [])
+    check_satisfied(registry, run(registry.all_ended(run_id, [])), run_id, [])
+
+
+def test_a_barrier_over_what_has_ended(registry: Registry) -> None:
+    ids = [reach(registry, status) for status in PATHS if status.is_terminal][::-1]
+    run_id = RunId.new()
+    first = registry.wait_all(run_id, ids, 0)
+    check_satisfied(registry, first, run_id, ids)
+    second = run(registry.all_ended(run_id, tuple(ids)))
+    check_satisfied(registry, second, run_id, ids)
+    assert first.satisfied.wait_request_id != second.satisfied.wait_request_id
+
+
+def test_a_barrier_waits_for_all_and_answers_in_the_order_asked(
+    registry: Registry, pool: ThreadPoolExecutor
+) -> None:
+    ids, run_id = [running(registry) for _ in range(5)], RunId.new()
+    wait = pool.submit(registry.wait_all, run_id, ids, DEADLINE_S)
+    for id in (ids[3], ids[0], ids[4], ids[1]):
+        registry.complete_operation(id, result(id, str(id)))
+    assert not wait.done()
+    registry.fail_operation(ids[2], "broke")
+    check_satisfied(registry, wait.result(DEADLINE_S), run_id, ids)
+
+
+def test_an_operation_is_named_once(registry: Registry) -> None:
+    id, other = running(registry), running(registry)
+    for ids in ([id, other, id], [id, id]):
+        with pytest.raises(DuplicateWaitOperation) as refused:
+            registry.wait_all(RunId.new(), ids, 0)
+        assert refused.value.id == id
+        assert isinstance(refused.value, ValueError)
+        with pytest.raises(DuplicateWaitOperation):
+            run(registry.all_ended(RunId.new(), ids))
+
+
+def test_a_barrier_over_what_is_unknown(registry: Registry) -> None:
+    unknown = OperationId.new()
+    before = state(registry)
+    with pytest.raises(NotFound) as refused:
+        registry.wait_all(RunId.new(), [running_or_ended(registry), unknown], 0)
+    assert refused.value.id == unknown
+    with pytest.raises(NotFound):
+        run(registry.all_ended(RunId.new(), [unknown]))
+    assert len(state(registry)[0]) == len(before[0]) + 1
+
+
+def running_or_ended(registry: Registry) -> OperationId:
+    return reach(registry, OperationStatus.FAILED)
+
+
+def test_one_barrier_at_a_time(registry: Registry, pool: ThreadPoolExecutor) -> None:
+    id = running(registry)
+    wait = pool.submit(registry.wait_all, RunId.new(), [id], DEADLINE_S)
+
+    def refused() -> bool:
+        try:
+            registry.wait_all(RunId.new(), [], 0)
+        except WaitAlreadyActive:
+            return True
+        return False
+
+    eventually(refused)
+    with pytest.raises(WaitAlreadyActive):
+        run(registry.all_ended(RunId.new(), []))
+    assert not wait.done()
+    registry.mark_retired(id)
+    assert len(wait.result(DEADLINE_S).outcomes) == 1
+    assert registry.wait_all(RunId.new(), [id], 0).outcomes
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01, -1])
+def test_a_barrier_that_timed_out_is_free(registry: Registry, timeout: float) -> None:
+    id = running(registry)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            registry.wait_all(RunId.new(), [id], timeout)
+    registry.mark_retired(id)
+    assert registry.wait_all(RunId.new(), [id], 0).outcomes
+
+
+def test_whatever_a_barrier_raises_frees_it(registry: Registry) -> None:
+    id = running(registry)
+    for ids in ([OperationId.new()], [id, id]):
+        with pytest.raises((NotFound, DuplicateWaitOperation)):
+            registry.wait_all(RunId.new(), ids, 0)
+    registry.mark_retired(id)
+    assert registry.wait_all(RunId.new(), [id], 0).outcomes
+
+
+def test_a_cancelled_barrier_is_free(registry: Registry) -> None:
+    id = running(registry)
+
+    async def main() -> WaitAllResult:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(registry.all_ended(RunId.new(), [id]), 0.01)
+        wait = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
+        await asyncio.sleep(0)
+        with pytest.raises(WaitAlreadyActive):
+            await registry.all_ended(RunId.new(), [])
+        wait.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await wait
+        again = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
+        await asyncio.sleep(0)
+        registry.mark_retired(id)
+        return await again
+
+    assert [each for each, _ in run(main()).outcomes] == [id]
+
+
+def test_a_barrier_ends_with_the_epoch(epoch: Epoch, pool: ThreadPoolExecutor) -> None:
+    id = running(epoch.registry)
+    wait = pool.submit(epoch.registry.wait_all, RunId.new(), [id], DEADLINE_S)
+    epoch.seal()
+    with pytest.raises(EpochSealed):
+        wait.result(DEADLINE_S)
+    with pytest.raises(EpochSealed):
+        epoch.registry.wait_all(RunId.new(), [id])
+    assert epoch.registry.wait_all(RunId.new(), [], 0).outcomes == ()
+
+
+def test_a_barrier_is_met_though_the_table_turned_over(
+    make_epoch: MakeEpoch, pool: ThreadPoolExecutor
+) -> None:
+    registry = make_epoch(max_completed=1, max_operations=3).registry
+    ids = [running(registry) for _ in range(2)]
+    wait = pool.submit(registry.wait_all, RunId.new(), ids, DEADLINE_S)
+    eventually(lambda: busy(registry))
+    registry.complete_operation(ids[1], result(ids[1]))
+    for _ in range(10):
+        end(registry)
+    registry.complete_operation(ids[0], result(ids[0]))
+    assert [outcome for _, outcome in wait.result(DEADLINE_S).outcomes] == [
+        Completed(result(id)) for id in ids
+    ]
+
+
+def busy(registry: Registry) -> bool:
+    try:
+        registry.wait_all(RunId.new(), [], 0)
+    except WaitAlreadyActive:
+        return True
+    return False
