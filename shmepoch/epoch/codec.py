@@ -30,7 +30,7 @@ def _id_to_bytes(value: object) -> bytes:
 
 def _id_from_wire(kind: type[Any], value: Any) -> Any:
     if issubclass(kind, _Id):
-        return kind.parse(value) if isinstance(value, str) else kind.from_bytes(value)
+        return kind.from_bytes(value) if type(value) is bytes else kind.parse(value)
     raise NotImplementedError(f"{kind.__name__} is not part of a record")
 
 

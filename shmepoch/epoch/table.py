@@ -51,6 +51,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
+_FRESH: Final = Detail()
 _spec_decoder = wire_decoder(OperationSpec)
 _detail_decoder = wire_decoder(Detail)
 
@@ -136,6 +137,8 @@ class OperationTable:
         self._feed = feed
         assert segment.layout.config is not None
         self._config = segment.layout.config
+        # Specs never change, and decoding one is the dearest part of a look at an operation.
+        self._specs: dict[int, OperationSpec] = {}
 
     # --- reading, without a lock --------------------------------------------------------------
 
@@ -215,15 +218,25 @@ class OperationTable:
         spec_end = at.SLOT_SPEC + slot.spec_length
         begin = at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT
         detail = raw[begin : begin + slot.detail_length]
+        spec = self._specs.get(slot.birth)
         try:
-            spec = _spec_decoder.decode(raw[at.SLOT_SPEC : spec_end])
-            decoded = _detail_decoder.decode(detail) if detail else Detail()
+            if spec is None:
+                spec = self._remember(
+                    slot.birth, _spec_decoder.decode(raw[at.SLOT_SPEC : spec_end])
+                )
+            decoded = _detail_decoder.decode(detail) if detail else _FRESH
         except (msgspec.DecodeError, ValueError) as error:
             raise SegmentCorrupted(
                 self._segment.name, f"slot[{slot.number}]", "a decodable operation", str(error)
             ) from error
         lanes = raw[at.SLOT_WATCHERS : at.SLOT_WATCHERS + 2 * self._layout.max_participants]
         return spec, decoded, sum(memoryview(lanes).cast("H"))
+
+    def _remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
+        if len(self._specs) >= self._layout.slots:
+            self._specs.clear()
+        self._specs[birth] = spec
+        return spec
 
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
@@ -337,6 +350,7 @@ class OperationTable:
         """Verify every slot against the words that commit it, and the counts against each other."""
         memory, layout = self._memory, self._layout
         name = self._segment.name
+        self._specs.clear()  # what is remembered cannot vouch for what is there
         watermark, floor = memory.load(at.WATERMARK_AT), self.floor()
         live, seen = 0, set()
         for slot in self.held():
