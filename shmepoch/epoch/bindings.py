@@ -11,10 +11,12 @@ import hashlib
 import hmac
 import threading
 import weakref
-from typing import Final, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Final, Protocol, Self, TypeAlias
 
 import msgspec
 
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
@@ -25,6 +27,16 @@ from shmepoch.memory.segment import Segment, SharedSegment, resolve_namespace
 
 _PREFIX: Final = "shmepoch1."
 _MAC_SIZE: Final = 8
+
+
+class History(Protocol):
+    """Where completions are found that the feed no longer holds."""
+
+    def list_entries(
+        self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
+    ) -> Sequence[CompletionEntry]:
+        """The kept entries above `after_seq`, up to and including `through_seq`, in order."""
+        ...
 
 
 class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +102,8 @@ class SessionRuntimeBindings:
 
     def __init__(self, segment: Segment) -> None:
         self._segment: Final = segment
+        #: Where completions are found that the feed has dropped, if this process has such a place.
+        self.history: History | None = None
         self.session_id: Final = segment.session_id
         self.epoch_id: Final = segment.epoch_id
         self.ops_lifecycle: Final = RuntimeOpsLifecycleRegistry(segment)
@@ -170,6 +184,12 @@ class SessionRuntimeBindings:
     def sealed(self) -> bool:
         """Whether the epoch has ended."""
         return self._segment.sealed
+
+    @property
+    def skipped(self) -> tuple[CompletionSeq, CompletionSeq]:
+        """The sequences that recovery skipped, above the first, through the second; no completion
+        will ever have them."""
+        return self._segment.skipped
 
     def announce(self, role: Role) -> None:
         """Say what this process does in the epoch; of no effect on standalone bindings."""

@@ -19,14 +19,19 @@ _LAST_SEQ_LIMIT = 2**63
 
 
 def restore_completions(
-    segment: Segment, feed: SegmentFeed, table: OperationTable, snapshot: PersistedOpsSnapshot
+    segment: Segment,
+    feed: SegmentFeed,
+    table: OperationTable,
+    snapshot: PersistedOpsSnapshot,
+    *,
+    skip: int,
 ) -> None:
     """Lay in the entries and the terminal operations, and set the next sequence (RECOVERY-1).
 
-    The newest entries are kept, as many as the feed holds. A sequence that has no entry, because
-    a cursor stands above the last one, is skipped: no completion will ever have it.
+    The newest entries are kept, as many as the feed holds. Sequences that have no entry, because
+    a cursor stands above the last one or `skip` says so, will never have one.
     """
-    last = snapshot.last_seq
+    last = snapshot.last_seq + skip
     if last > _LAST_SEQ_LIMIT:
         raise RecordInvalid("PersistedOpsSnapshot", f"its last sequence is {last}, above 2**63")
     for before, after in pairwise(snapshot.entries):
@@ -48,8 +53,11 @@ def restore_completions(
     specs = {spec.id: spec for spec in snapshot.specs}
     memory, position = segment.memory, 0
     retained: list[int] = []
+    newest = snapshot.entries[-1].seq if snapshot.entries else 0
+    memory.store(at.SKIPPED_AT, newest)
+    memory.store(at.SKIPPED_AT + at.WORD, last)
     assert segment.layout.config is not None
-    floor = last - segment.layout.config.max_completed
+    floor = newest - segment.layout.config.max_completed
     for seq in range(dropped + 1, last + 1):
         slot = NO_SLOT
         if seq in kept:

@@ -210,7 +210,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             live = [
                 slot
                 for slot in self._table.held()
-                if not self._table.is_terminal(slot) and ended(slot.participant)
+                if not slot.terminal_seq and ended(slot.participant)
             ]
             live.sort(key=lambda slot: slot.birth)
             views = [view for view in map(self._table.view, live) if view is not None]
@@ -283,7 +283,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
         """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
         allowed, target = TRANSITIONS[action]
-        if self._table.is_terminal(view.slot):
+        if view.slot.terminal_seq:
             entry = self._feed.entry(view.slot.terminal_seq)
             status = status_of(entry.terminal_outcome) if entry else OperationStatus.ABSENT
         else:
@@ -310,7 +310,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         if view is None:
             return None
         entry = None
-        if self._table.is_terminal(view.slot):
+        if view.slot.terminal_seq:
             entry = self._feed.entry(view.slot.terminal_seq)
             if entry is None:
                 return None  # dropped from the feed since, and with it from the registry
@@ -399,7 +399,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         now = self._table.slot(slot.number)
         if now.birth == slot.birth:
-            if not self._table.is_terminal(now):
+            if not now.terminal_seq:
                 return None
             entry = self._feed.entry(now.terminal_seq)
             if entry is not None:
@@ -429,13 +429,15 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             cursors=cursors,
         )
 
-    def restore(self, snapshot: PersistedOpsSnapshot, *, unfinished: bool = False) -> None:
+    def restore(
+        self, snapshot: PersistedOpsSnapshot, *, skip: int = 0, unfinished: bool = False
+    ) -> None:
         """Continue a stored epoch in this fresh one, which nobody else uses yet.
 
-        With `unfinished`, operations that had not ended are entered as running, for the caller to
-        end; without, they are dropped.
+        `skip` leaves out that many sequences. With `unfinished`, operations that had not ended are
+        entered as running, for the caller to end; without, they are dropped.
         """
-        restore_completions(self._segment, self._feed, self._table, snapshot)
+        restore_completions(self._segment, self._feed, self._table, snapshot, skip=skip)
         if not unfinished:
             return
         specs = {spec.id: spec for spec in snapshot.specs}

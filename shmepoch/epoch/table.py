@@ -72,6 +72,14 @@ class Slot(NamedTuple):
     detail_length_0: int
     detail_length_1: int
 
+    def as_of(self, registrations: int, watermark: int) -> Slot:
+        """The slot without a birth or an end that was not committed by then."""
+        if self.birth > registrations:
+            return self._replace(birth=0)
+        if self.terminal_seq > watermark:
+            return self._replace(terminal_seq=0)
+        return self
+
     @property
     def status(self) -> OperationStatus:
         """The status while the operation has not ended."""
@@ -145,21 +153,17 @@ class OperationTable:
     def floor(self) -> int:
         """The sequence up to which terminal operations are not retained any more."""
         memory = self._memory
-        return max(
-            memory.load(at.COLLECTED_AT),
-            memory.load(at.DROPPED_AT),
-            memory.load(at.WATERMARK_AT) - self._config.max_completed,
-        )
+        newest = memory.load(at.WATERMARK_AT) - self._config.max_completed
+        after, through = self._segment.skipped
+        if newest < through:
+            newest -= through - after  # skipped sequences are no operations to be retained
+        return max(memory.load(at.COLLECTED_AT), memory.load(at.DROPPED_AT), newest)
 
     def active(self) -> int:
         """How many operations have not ended: what was registered less what has ended."""
         memory = self._memory
         ended = memory.load(at.WATERMARK_AT) - memory.load(at.ORIGIN_AT)
         return memory.load(at.REGISTRATIONS_AT) - ended
-
-    def is_terminal(self, slot: Slot) -> bool:
-        """Whether the operation of `slot` has ended."""
-        return 0 < slot.terminal_seq <= self._memory.load(at.WATERMARK_AT)
 
     def find(self, id: OperationId) -> Slot | None:
         """The slot of an operation that the registry holds."""
@@ -175,8 +179,19 @@ class OperationTable:
                 return slot
 
     def slot(self, index: int) -> Slot:
-        """The fixed part of a slot. Whole only under the writer lock; its birth tells which
-        operation it is about."""
+        """The fixed part of a slot, without what was not committed. Whole only under the writer
+        lock; its birth tells which operation it is about."""
+        commits = self._commits()
+        return self._raw(index).as_of(*commits)
+
+    def _commits(self) -> tuple[int, int]:
+        """OPS-5: loaded before the slot they are held against. What a killed writer had prepared
+        is undone before its birth or sequence is committed for another operation; so who sees that
+        commit first cannot see the leftover any more."""
+        memory = self._memory
+        return memory.load(at.REGISTRATIONS_AT), memory.load(at.WATERMARK_AT)
+
+    def _raw(self, index: int) -> Slot:
         raw = self._memory.read(self._layout.slot(index), _HEADER.size)
         return Slot(index, *_HEADER.unpack(raw))
 
@@ -188,8 +203,9 @@ class OperationTable:
         """
         memory, offset = self._memory, self._layout.slot(slot.number)
         while True:
+            commits = self._commits()
             raw = memory.read(offset, at.SLOT_SIZE)
-            now = Slot(slot.number, *_HEADER.unpack_from(raw))
+            now = Slot(slot.number, *_HEADER.unpack_from(raw)).as_of(*commits)
             if now.birth != slot.birth or now.status is OperationStatus.ABSENT:
                 return None
             if memory.load(offset) == now.word:
@@ -210,9 +226,7 @@ class OperationTable:
                     yield slot
 
     def _is_held(self, slot: Slot) -> bool:
-        if not 0 < slot.birth <= self._memory.load(at.REGISTRATIONS_AT):
-            return False
-        return not self.is_terminal(slot) or slot.terminal_seq > self.floor()
+        return slot.birth > 0 and (not slot.terminal_seq or slot.terminal_seq > self.floor())
 
     def _decode(self, slot: Slot, raw: bytes) -> tuple[OperationSpec, Detail, int]:
         spec_end = at.SLOT_SPEC + slot.spec_length
@@ -334,9 +348,10 @@ class OperationTable:
         watermark = memory.load(at.WATERMARK_AT)
         registrations = memory.load(at.REGISTRATIONS_AT)
         for index in range(layout.slots):
-            slot = self.slot(index)
+            slot = self._raw(index)
             if slot.birth > registrations:
                 memory.store(layout.fingerprint(index), 0)
+                memory.store(layout.slot(index) + at.SLOT_BIRTH, 0)
             elif slot.terminal_seq > watermark:
                 memory.store(layout.slot(index) + at.SLOT_TERMINAL_SEQ, 0)
 
@@ -363,12 +378,13 @@ class OperationTable:
             seen.add(slot.id)
             if memory.load(layout.fingerprint(slot.number)) != _fingerprint(slot.id):
                 raise SegmentCorrupted(name, f"{field}.fingerprint", "that of its id", "another")
-            if not self.is_terminal(slot):
+            uncommitted = self._raw(slot.number).terminal_seq
+            if uncommitted > watermark:
+                raise SegmentCorrupted(
+                    name, f"{field}.terminal_seq", f"at most {watermark}", uncommitted
+                )
+            if not slot.terminal_seq:
                 live += 1
-                if slot.terminal_seq:
-                    raise SegmentCorrupted(
-                        name, f"{field}.terminal_seq", f"at most {watermark}", slot.terminal_seq
-                    )
                 continue
             entry = self._feed.entry(slot.terminal_seq)
             if slot.terminal_seq > floor and (entry is None or entry.operation_id.bytes != slot.id):

@@ -14,7 +14,8 @@ A segment is, from its first byte on:
     byte ring     feed_bytes                                  the encoded completions
 
 where slots = max_operations + max_completed and entries = max(1024, 4 * max_completed,
-2 * slots). Memory that holds cursors only has everything up to the participants: one page.
+2 * slots) + 1024, the last for sequences that recovery skips. Memory that holds cursors only has
+everything up to the participants: one page.
 
 All words are unsigned, 64 bit, in native byte order. A line is 128 bytes, two cache lines, since
 processors fetch pairs of them.
@@ -35,6 +36,8 @@ processors fetch pairs of them.
        112  max_participants      creator
        120  origin                creator                     watermark at no registration
        128  created_at_ms         creator                     wall clock
+       136  skipped_after         creator                     recovery skipped those above it
+       144  skipped_through       creator                     and up to this one
        256  agent_applied         agent             acq_rel   cursor
        384  runtime_observed      runtime loop      acq_rel   cursor
        512  runtime_injected      runtime loop      acq_rel   cursor
@@ -116,6 +119,7 @@ CAPACITIES_AT: Final = 80
 CAPACITIES: Final = 5
 ORIGIN_AT: Final = 120
 CREATED_AT: Final = 128
+SKIPPED_AT: Final = 136
 HEADER_SIZE: Final = 2 * LINE
 ID_SIZE: Final = 16
 
@@ -166,6 +170,9 @@ MAX_PARTICIPANTS: Final = (SLOT_SPEC - SLOT_WATCHERS) // 2
 # --- index ring ---
 INDEX_SIZE: Final = 24
 MIN_FEED_ENTRIES: Final = 1024
+#: RECOVERY-2: how many sequences recovery skips after a reboot. What was committed and not yet
+#: stored is gone, but its sequences may have been seen, and must not come again as something else.
+RECOVERY_SKIP: Final = 1024
 
 # --- lock bytes ---
 WRITER_BYTE: Final = 0
@@ -232,7 +239,8 @@ class Layout:
             self.fingerprints: Final = _aligned(end, LINE)
             self.slots_at: Final = _aligned(self.fingerprints + self.slots * WORD, LINE)
             index = self.slots_at + self.slots * SLOT_SIZE
-            entries = max(MIN_FEED_ENTRIES, 4 * config.max_completed, 2 * self.slots)
+            retained = max(MIN_FEED_ENTRIES, 4 * config.max_completed, 2 * self.slots)
+            entries = retained + RECOVERY_SKIP
             data = _aligned(index + entries * INDEX_SIZE, LINE)
             self.ring: Final[Ring] = (index, entries, data, config.feed_bytes)
             end = data + config.feed_bytes

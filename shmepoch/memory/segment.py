@@ -110,6 +110,11 @@ class Segment:
         return Segment(memory, layout)
 
     @property
+    def skipped(self) -> tuple[int, int]:
+        """The sequences that recovery skipped: those above the first, through the second."""
+        return self.memory.load(at.SKIPPED_AT), self.memory.load(at.SKIPPED_AT + at.WORD)
+
+    @property
     def sealed(self) -> bool:
         """Whether the epoch takes no more changes."""
         return self.memory.load(at.STATE_AT) != at.OPEN

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     AdapterClosed,
@@ -22,6 +23,10 @@ from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, resolve_namespace
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
 
+if TYPE_CHECKING:
+    from shmepoch.runtime.durability import Durability
+    from shmepoch.stores import RuntimeStore
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,9 +38,16 @@ class RuntimeSessionAdapter:
     belongs to the parent.
     """
 
-    def __init__(self, *, namespace: str | None, config: OpsLifecycleConfig | None) -> None:
+    def __init__(
+        self,
+        *,
+        namespace: str | None,
+        config: OpsLifecycleConfig | None,
+        durability: Durability | None = None,
+    ) -> None:
         self._namespace = resolve_namespace(namespace)
         self._config = config or OpsLifecycleConfig()
+        self._durability = durability
         self._lock = threading.RLock()
         self._sessions: dict[SessionId, SessionRuntimeBindings] = {}
         self._supervised: dict[SessionId, EpochSupervisor] = {}
@@ -52,6 +64,33 @@ class RuntimeSessionAdapter:
         `config` sizes the epochs that it makes. Raises `NamespaceInvalid`.
         """
         return cls(namespace=namespace, config=config)
+
+    @classmethod
+    def persistent(
+        cls,
+        store: RuntimeStore,
+        *,
+        namespace: str | None = None,
+        config: OpsLifecycleConfig | None = None,
+        terminate_unfinished: bool = True,
+        rotate_if_unloadable: bool = False,
+    ) -> Self:
+        """An adapter whose epochs also survive the machine's restart, in `store`.
+
+        A session without a live segment goes on from the store. Its operations that had not ended
+        cannot be running any more: they end as `Terminated`, so that the agent hears of them,
+        unless `terminate_unfinished` is false, which drops them. A session that the store cannot
+        load is refused with `StoreLoadFailed`, unless `rotate_if_unloadable` says to start a new
+        epoch for it.
+        """
+        # SQLite is imported by those who keep epochs in a store, and by nobody else.
+        from shmepoch.runtime.durability import Durability
+
+        return cls(
+            namespace=namespace,
+            config=config,
+            durability=Durability(store, terminate_unfinished, rotate_if_unloadable),
+        )
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -90,10 +129,12 @@ class RuntimeSessionAdapter:
         with self._lock:
             old = self._registered(session_id)
             old.shared_segment().seal()
-            bindings = self._create(session_id, replace=True)
+            bindings = self._create(session_id, RuntimeEpochId.new(), replace=True)
             _log.info(
                 "session %s: reset from epoch %s to %s", session_id, old.epoch_id, bindings.epoch_id
             )
+            if self._durability is not None:
+                self._durability.end(old)
             self._adopt(bindings)
             old.close()
             return bindings
@@ -107,6 +148,8 @@ class RuntimeSessionAdapter:
             bindings.ops_lifecycle.terminate_owner("the session was unregistered")
             segment = bindings.shared_segment()
             segment.seal()
+            if self._durability is not None:
+                self._durability.end(bindings)
             segment.unlink()
             bindings.close()
 
@@ -120,6 +163,8 @@ class RuntimeSessionAdapter:
             return
         if self._supervisor is not None:
             self._supervisor.stop()
+        if self._durability is not None:
+            self._durability.close()
         for bindings in self._sessions.values():
             bindings.close()
         self._sessions.clear()
@@ -140,11 +185,9 @@ class RuntimeSessionAdapter:
                 found = SharedSegment.attach(self._namespace, session_id)
             except FileNotFoundError:
                 try:
-                    bindings = self._create(session_id, replace=False)
+                    return self._recover(session_id)
                 except SegmentExists:
                     continue  # another runtime was faster; it will be named
-                _log.info("session %s: new epoch %s", session_id, bindings.epoch_id)
-                return bindings
             return self._take_over(found)
 
     def _take_over(self, found: SharedSegment) -> SessionRuntimeBindings:
@@ -159,7 +202,7 @@ class RuntimeSessionAdapter:
         if segment.sealed:
             # Its runtime was killed between sealing it and replacing or removing it.
             bindings.close()
-            bindings = self._create(segment.session_id, replace=True)
+            bindings = self._create(segment.session_id, RuntimeEpochId.new(), replace=True)
             _log.info(
                 "session %s: new epoch %s, the one found was sealed",
                 segment.session_id,
@@ -170,13 +213,39 @@ class RuntimeSessionAdapter:
         _log.info("session %s: live epoch %s", segment.session_id, segment.epoch_id)
         return bindings
 
-    def _create(self, session_id: SessionId, *, replace: bool) -> SessionRuntimeBindings:
+    def _recover(self, session_id: SessionId) -> SessionRuntimeBindings:
+        """The stored epoch of a session that has no live segment, or else a new one."""
+        stored = None if self._durability is None else self._durability.load(session_id)
+        if stored is None:
+            bindings = self._create(session_id, RuntimeEpochId.new(), replace=False)
+            why = "no store" if self._durability is None else "the store has none"
+            _log.info("session %s: new epoch %s, %s", session_id, bindings.epoch_id, why)
+            return bindings
+        bindings = self._create(session_id, stored.epoch_id, replace=False, stored=stored)
+        _log.info(
+            "session %s: epoch %s from the store, through %d",
+            session_id,
+            stored.epoch_id,
+            stored.last_seq,
+        )
+        return bindings
+
+    def _create(
+        self,
+        session_id: SessionId,
+        epoch_id: RuntimeEpochId,
+        *,
+        replace: bool,
+        stored: PersistedOpsSnapshot | None = None,
+    ) -> SessionRuntimeBindings:
         segment = SharedSegment.allocate(
-            self._namespace, self._config, session_id=session_id, epoch_id=RuntimeEpochId.new()
+            self._namespace, self._config, session_id=session_id, epoch_id=epoch_id
         )
         try:
             segment.try_own()
             segment.join(Role.RUNTIME)
+            if stored is not None and self._durability is not None:
+                self._durability.restore(segment, stored)
             segment.publish(replace=replace)
         except BaseException:
             segment.close()
@@ -186,6 +255,8 @@ class RuntimeSessionAdapter:
     def _adopt(self, bindings: SessionRuntimeBindings) -> None:
         supervised = EpochSupervisor(bindings)
         supervised.look()
+        if self._durability is not None:
+            self._durability.follow(bindings)
         self._sessions[bindings.session_id] = bindings
         self._supervised[bindings.session_id] = supervised
         if self._supervisor is None:

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
-from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.bindings import History, SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.cursors import CursorCell
 from shmepoch.epoch.operations import OperationKind
-from shmepoch.ids import RuntimeEpochId
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
 """What an agent is told: completions, and before them what cannot be had any more."""
-
-
-class History(Protocol):
-    """Where completions are found that the feed no longer holds."""
-
-    def list_entries(
-        self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
-    ) -> Sequence[CompletionEntry]:
-        """The kept entries above `after_seq`, up to and including `through_seq`, in order."""
-        ...
 
 
 class Drain:
@@ -69,7 +58,7 @@ class AgentBoundary:
         self.session_id: Final = bindings.session_id
         self._cursor = bindings.cursor_state.agent_applied_cursor
         self._feed = bindings.ops_lifecycle.completion_feed()
-        self._history = history
+        self._history = history or bindings.history
 
     def drain(self) -> Drain:
         """What the agent has not been told: the `background_tool_op` completions since its cursor.
@@ -87,18 +76,19 @@ class AgentBoundary:
                 entries += self._history.list_entries(
                     self.bindings.epoch_id, gap.after_seq, gap.dropped_through
                 )
-            notices += _missing(gap, entries)
+            notices += _missing(gap, entries, self.bindings.skipped)
         entries += batch.entries
         notices += (entry for entry in entries if entry.kind is OperationKind.BACKGROUND_TOOL_OP)
         return Drain(self._cursor, notices, batch.watermark)
 
 
-def _missing(gap: CompletionFeedGap, found: Sequence[CompletionEntry]) -> Iterator[Notice]:
-    """The parts of `gap` that no found entry fills."""
+def _missing(
+    gap: CompletionFeedGap, found: Sequence[CompletionEntry], skipped: tuple[int, int]
+) -> Iterator[Notice]:
+    """The parts of `gap` that no found entry fills, and that were not skipped by recovery."""
     after = gap.after_seq
-    for entry in found:
-        if entry.seq > after + 1:
-            yield CompletionFeedGap(after, entry.seq - 1)
-        after = entry.seq
-    if after < gap.dropped_through:
-        yield CompletionFeedGap(after, gap.dropped_through)
+    for seq in (*(entry.seq for entry in found), gap.dropped_through + 1):
+        for begin, end in ((after, min(seq - 1, skipped[0])), (max(after, skipped[1]), seq - 1)):
+            if begin < end:
+                yield CompletionFeedGap(begin, end)
+        after = seq

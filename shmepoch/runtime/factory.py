@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from shmepoch.epoch.bindings import RuntimeBuildMode, SessionOwned, SessionRuntimeBindings
+from shmepoch.epoch.bindings import (
+    History,
+    RuntimeBuildMode,
+    SessionOwned,
+    SessionRuntimeBindings,
+)
 from shmepoch.errors import BindingsMismatch, EpochSealed
 from shmepoch.ids import SessionId
 from shmepoch.memory.participants import Role
-from shmepoch.runtime.boundary import AgentBoundary, History
+from shmepoch.runtime.boundary import AgentBoundary
 
 
 class AgentFactory:
-    """Builds agents. `history` is where their boundaries find what the feed has dropped."""
+    """Builds agents.
+
+    `history`, such as the deployment's store, is where their boundaries find what the feed has
+    dropped; the process of a persistent adapter has its store without being told.
+    """
 
     def __init__(self, history: History | None = None) -> None:
         self._history = history

@@ -101,7 +101,9 @@ def test_only_what_is_retained_is_collected(make_epoch: MakeEpoch) -> None:
 
 def test_a_feed_keeps_1024_entries_at_least(make_epoch: MakeEpoch) -> None:
     registry = make_epoch(max_completed=1, max_operations=1).registry
-    ended = [end(registry) for _ in range(1024)]
+    kept = at.MIN_FEED_ENTRIES + at.RECOVERY_SKIP
+    assert kept >= 1024
+    ended = [end(registry) for _ in range(kept)]
     feed = registry.completion_feed()
     assert feed.list_since(0).dropped_through == 0
     assert [entry.operation_id for entry in feed.list_since(0).entries] == ended
@@ -118,10 +120,11 @@ def test_a_feed_keeps_four_times_what_the_registry_does() -> None:
     registry = Registry.with_config(
         OpsLifecycleConfig(max_completed=300, max_operations=1, feed_bytes=2**20)
     )
-    for _ in range(1201):
+    kept = 4 * 300 + at.RECOVERY_SKIP
+    for _ in range(kept + 1):
         end(registry)
     batch = registry.completion_feed().list_since(0)
-    assert (len(batch.entries), batch.dropped_through) == (1200, 1)
+    assert (len(batch.entries), batch.dropped_through) == (kept, 1)
     registry.check()
 
 

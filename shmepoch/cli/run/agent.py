@@ -24,12 +24,13 @@ def main(token: str, pipe: Connection, transcript: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     bindings = SessionRuntimeBindings.from_token(token)
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
-    with Transcript(transcript) as written:
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            while True:
-                with boundary.drain() as notices:
-                    # On the disk before the cursor moves: killed between, a notice comes twice.
-                    written.append(bindings.epoch_id, notices)
-                pipe.send(Idle())
-                pipe.recv()
+    # The runtime may close its end at any moment, also while this process is still starting.
+    runtime_left = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)
+    with Transcript(transcript) as written, runtime_left:
+        while True:
+            with boundary.drain() as notices:
+                # On the disk before the cursor moves: killed in between, a notice comes twice.
+                written.append(bindings.epoch_id, notices)
+            pipe.send(Idle())
+            pipe.recv()
     bindings.close()
