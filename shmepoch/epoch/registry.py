@@ -213,7 +213,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 if not slot.terminal_seq and ended(slot.participant)
             ]
             live.sort(key=lambda slot: slot.birth)
-            views = [view for view in map(self._table.view, live) if view is not None]
+            views = [self._table.view_locked(slot) for slot in live]
             self._commit(views, Terminated(reason))
         if views:
             self._segment.waiters.notify()
@@ -274,11 +274,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._memory.store(at.INTENT_AT, 0)
 
     def _require(self, id: OperationId) -> OperationView:
-        slot = self._table.find(id)
-        view = slot and self._table.view(slot)
-        if view is None:
-            raise NotFound(id)
-        return view
+        return self._table.view_locked(self.locate(id))
 
     def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
         """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
@@ -321,7 +317,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             status=status_of(entry.terminal_outcome) if entry else view.slot.status,
             peer_ready=view.detail.peer_handle is not None,
             progress_count=view.detail.progress_count,
-            watcher_count=0 if entry else view.watchers,
+            watcher_count=0 if entry else self._table.watchers(view.slot),
             last_progress=view.detail.last_progress,
             terminal_outcome=entry.terminal_outcome if entry else None,
             child_session_id=view.spec.child_session_id,

@@ -102,7 +102,6 @@ class OperationView(NamedTuple):
     slot: Slot
     spec: OperationSpec
     detail: Detail
-    watchers: int
 
 
 def encode_spec(spec: OperationSpec) -> bytes:
@@ -203,17 +202,27 @@ class OperationTable:
         """
         memory, offset = self._memory, self._layout.slot(slot.number)
         while True:
-            commits = self._commits()
-            raw = memory.read(offset, at.SLOT_SIZE)
-            now = Slot(slot.number, *_HEADER.unpack_from(raw)).as_of(*commits)
+            now = self.slot(slot.number)
             if now.birth != slot.birth or now.status is OperationStatus.ABSENT:
                 return None
+            copy = self._copy(now)
             if memory.load(offset) == now.word:
                 break
         if now.terminal_seq:
             # Stored before terminal_seq, but it may have been copied before, too.
             now = now._replace(elapsed_ms=memory.load(offset + at.SLOT_ELAPSED_MS))
-        return OperationView(now, *self._decode(now, raw))
+        return self._decode(now, *copy)
+
+    def view_locked(self, slot: Slot) -> OperationView:
+        """Like `view`, of a slot that was found under the writer lock: it cannot change."""
+        return self._decode(slot, *self._copy(slot))
+
+    def watchers(self, slot: Slot) -> int:
+        """How many watch the operation in `slot`, over all participants."""
+        lanes = self._memory.read(
+            self._layout.slot(slot.number) + at.SLOT_WATCHERS, 2 * self._layout.max_participants
+        )
+        return sum(memoryview(lanes).cast("H"))
 
     def held(self) -> Iterator[Slot]:
         """Every slot whose operation the registry holds, in no order."""
@@ -228,23 +237,28 @@ class OperationTable:
     def _is_held(self, slot: Slot) -> bool:
         return slot.birth > 0 and (not slot.terminal_seq or slot.terminal_seq > self.floor())
 
-    def _decode(self, slot: Slot, raw: bytes) -> tuple[OperationSpec, Detail, int]:
-        spec_end = at.SLOT_SPEC + slot.spec_length
-        begin = at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT
-        detail = raw[begin : begin + slot.detail_length]
-        spec = self._specs.get(slot.birth)
+    def _copy(self, slot: Slot) -> tuple[bytes, bytes]:
+        """The encoded spec, unless it is known already, and the encoded detail."""
+        memory, offset = self._memory, self._layout.slot(slot.number)
+        spec = b""
+        if slot.birth not in self._specs:
+            spec = memory.read(offset + at.SLOT_SPEC, min(slot.spec_length, at.SPEC_LIMIT))
+        detail = memory.read(
+            offset + at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT,
+            min(slot.detail_length, at.DETAIL_LIMIT),
+        )
+        return spec, detail
+
+    def _decode(self, slot: Slot, spec: bytes, detail: bytes) -> OperationView:
         try:
-            if spec is None:
-                spec = self._remember(
-                    slot.birth, _spec_decoder.decode(raw[at.SLOT_SPEC : spec_end])
-                )
-            decoded = _detail_decoder.decode(detail) if detail else _FRESH
+            known = self._specs.get(slot.birth)
+            if known is None:
+                known = self._remember(slot.birth, _spec_decoder.decode(spec))
+            return OperationView(slot, known, _detail_decoder.decode(detail) if detail else _FRESH)
         except (msgspec.DecodeError, ValueError) as error:
             raise SegmentCorrupted(
                 self._segment.name, f"slot[{slot.number}]", "a decodable operation", str(error)
             ) from error
-        lanes = raw[at.SLOT_WATCHERS : at.SLOT_WATCHERS + 2 * self._layout.max_participants]
-        return spec, decoded, sum(memoryview(lanes).cast("H"))
 
     def _remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
         if len(self._specs) >= self._layout.slots:
