@@ -6,7 +6,7 @@ MessagePack.
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 

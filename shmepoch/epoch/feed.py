@@ -16,6 +16,9 @@ from shmepoch.memory.waiting import require_position
 #: The slot of an entry whose operation the table does not hold.
 NO_SLOT = 2**32 - 1
 
+#: Far above any feed, and far below where a position and what is added to it overflow.
+_LAST_POSITION = 2**63
+
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
 
 
@@ -46,6 +49,10 @@ class SegmentFeed:
         while True:
             watermark = memory.load(at.WATERMARK_AT)
             dropped = memory.load(at.DROPPED_AT)
+            if watermark - dropped > self._ring[1]:
+                raise self._corrupted_word(
+                    "watermark", f"at most {dropped + self._ring[1]}", watermark
+                )
             first = max(after_seq, dropped) + 1
             entries: tuple[CompletionEntry, ...] = ()
             if first <= watermark:
@@ -60,6 +67,10 @@ class SegmentFeed:
                 return CompletionBatch(
                     entries=entries, watermark=watermark, dropped_through=dropped
                 )
+            # The writer has gone round the ring meanwhile; its watermark must have, too.
+            watermark = memory.load(at.WATERMARK_AT)
+            if dropped > watermark:
+                raise self._corrupted_word("dropped_through", f"at most {watermark}", dropped)
 
     def wait_for_advance(
         self, after_seq: CompletionSeq, timeout: float | None = None
@@ -103,6 +114,8 @@ class SegmentFeed:
         watermark = memory.load(at.WATERMARK_AT)
         dropped = before = memory.load(at.DROPPED_AT)
         begin, length, _ = memory.ring_at(ring, watermark)
+        if begin % at.WORD or begin > _LAST_POSITION:
+            raise self._corrupted(watermark, "a position on a word", begin)
         begin += _padded(length)
         end = begin + sum(map(_padded, lengths))
         dropped = max(dropped, watermark + len(lengths) - ring[1])
@@ -127,12 +140,6 @@ class SegmentFeed:
         """Verify the rings against the words that say what is valid in them."""
         memory, ring = self._memory, self._ring
         watermark, dropped = self.watermark(), memory.load(at.DROPPED_AT)
-        if dropped > watermark:
-            raise self._corrupted_word("dropped_through", f"at most {watermark}", dropped)
-        if watermark - dropped > ring[1]:
-            raise self._corrupted_word(
-                "dropped_through", f"at least {watermark - ring[1]}", dropped
-            )
         if memory.load(at.DURABLE_AT) > watermark:
             raise self._corrupted_word(
                 "durable_seq", f"at most {watermark}", memory.load(at.DURABLE_AT)

@@ -269,6 +269,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """What every transition does first: nothing on a sealed epoch, and repair before all."""
         if self._segment.sealed:
             raise self._segment.closed_error()
+        self._repair()
+
+    def _repair(self) -> None:
+        self._table.check_words()
         if self._memory.load(at.INTENT_AT):
             self._table.repair()
             self._memory.store(at.INTENT_AT, 0)
@@ -454,9 +458,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         `SegmentCorrupted` that names what is wrong.
         """
         with self._segment.writer:
-            if self._memory.load(at.INTENT_AT):
-                self._table.repair()
-                self._memory.store(at.INTENT_AT, 0)
+            self._repair()
             self._feed.check()
             self._table.check()
 

@@ -32,6 +32,11 @@ _STATUSES: Final = (
 )
 
 
+_LAST_VERSION: Final = 2**48 - 1
+#: Far above any feed, and far below where a sequence and what is added to it overflow.
+LAST_WATERMARK: Final = 2**63 + 2**62
+
+
 class Detail(msgspec.Struct, frozen=True, array_like=True):
     """What changes of an operation while it lives, as its slot holds it."""
 
@@ -266,6 +271,28 @@ class OperationTable:
         self._specs[birth] = spec
         return spec
 
+    def check_words(self) -> None:
+        """Hold the words that commit against each other, under the writer lock.
+
+        Every walk over sequences or slots is bounded by them, so nothing starts before this.
+        """
+        memory, capacity = self._memory, self._layout.ring[1]
+        watermark = memory.load(at.WATERMARK_AT)
+        dropped, _, registrations, collected, reclaimed = memory.load_column(
+            at.DROPPED_AT, 5, at.WORD
+        )
+        active = registrations - (watermark - memory.load(at.ORIGIN_AT))
+        lowest = max(0, watermark - capacity)
+        for field, value, least, most in (
+            ("watermark", watermark, 0, LAST_WATERMARK),
+            ("dropped_through", dropped, lowest, watermark),
+            ("collected_through", collected, 0, watermark),
+            ("reclaimed_through", reclaimed, lowest, watermark),
+            ("registrations less completions", active, 0, self._config.max_operations),
+        ):
+            if not least <= value <= most:
+                raise SegmentCorrupted(self._segment.name, field, f"{least} to {most}", value)
+
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
     def free_slot(self) -> int:
@@ -371,7 +398,8 @@ class OperationTable:
 
     @staticmethod
     def _next_word(word: int, status: OperationStatus, buffer: int) -> int:
-        return (word >> 16) + 1 << 16 | buffer << 8 | _STATUSES.index(status)
+        version = (word >> 16) + 1 & _LAST_VERSION
+        return version << 16 | buffer << 8 | _STATUSES.index(status)
 
     # --- audit --------------------------------------------------------------------------------
 
@@ -412,11 +440,6 @@ class OperationTable:
                 )
         if live != self.active():
             raise SegmentCorrupted(name, "registrations", f"{live} operations live", self.active())
-        for field, offset in (("collected", at.COLLECTED_AT), ("reclaimed", at.RECLAIMED_AT)):
-            if memory.load(offset) > watermark:
-                raise SegmentCorrupted(
-                    name, f"{field}_through", f"at most {watermark}", memory.load(offset)
-                )
 
 
 def _fingerprint(raw: bytes) -> int:

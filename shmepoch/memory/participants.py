@@ -20,6 +20,7 @@ from shmepoch.memory._native import Memory, is_locked, try_lock, unlock
 from shmepoch.memory.layout import Layout
 
 _SLOT_BITS: Final = 8
+_LAST_NUMBER: Final = 2**48
 
 
 class Role(StrEnum):
@@ -72,6 +73,9 @@ class Participants:
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
                 offset = Layout.participant(slot)
                 number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
+                if number > _LAST_NUMBER:
+                    unlock(self._fd, at.PARTICIPANT_BYTE + slot)
+                    raise SegmentCorrupted(self._name, "joined", f"at most {_LAST_NUMBER}", number)
                 self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
                 self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
                 self._memory.store(offset, _word(number, role))
