@@ -1,0 +1,24 @@
+"""Where an epoch survives a reboot: SQLite by default, memory for tests."""
+
+from shmepoch.stores.memory import InMemoryRuntimeStore
+from shmepoch.stores.protocol import (
+    EpochCapture,
+    HistoryEntry,
+    RuntimeStore,
+    StoreConflict,
+    StoreReadFailed,
+    StoreUnusable,
+)
+from shmepoch.stores.sqlite import SqliteRuntimeStore, Synchronous
+
+__all__ = [
+    "EpochCapture",
+    "HistoryEntry",
+    "InMemoryRuntimeStore",
+    "RuntimeStore",
+    "SqliteRuntimeStore",
+    "StoreConflict",
+    "StoreReadFailed",
+    "StoreUnusable",
+    "Synchronous",
+]

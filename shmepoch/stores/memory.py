@@ -1,0 +1,181 @@
+"""The store that forgets when its process ends: for tests and for trying things out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationStatus, status_of
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import StoreLoadFailed, StoreWriteFailed
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
+from shmepoch.stores.protocol import (
+    LAST_SEQ,
+    EpochCapture,
+    HistoryEntry,
+    StoreConflict,
+    StoreReadFailed,
+)
+
+_CLOSED: Final = "it was closed"
+
+
+class _Epoch:
+    """One recorded epoch. A save changes a copy, so readers need no lock."""
+
+    def __init__(self, session_id: SessionId) -> None:
+        self.session_id: Final = session_id
+        self.sealed = False
+        self.cursors = EpochCursorSnapshot()
+        self.entries: dict[CompletionSeq, CompletionEntry] = {}
+        self.ended: dict[OperationId, StoredOperation | None] = {}
+        self.live: dict[OperationId, StoredOperation] = {}
+
+    def copy(self) -> _Epoch:
+        other = _Epoch(self.session_id)
+        other.sealed, other.cursors = self.sealed, self.cursors
+        other.entries, other.ended = self.entries.copy(), self.ended.copy()
+        other.live = self.live.copy()
+        return other
+
+    def merge(self, capture: EpochCapture) -> None:
+        snapshot = capture.snapshot
+        self.sealed |= capture.sealed
+        self.cursors = EpochCursorSnapshot(
+            **{
+                name: max(getattr(self.cursors, name), getattr(snapshot.cursors, name))
+                for name in EpochCursorSnapshot.__struct_fields__
+            }
+        )
+        operations = stored_operations(snapshot)
+        for entry in snapshot.entries:
+            stored = self.entries.get(entry.seq)
+            if stored is None:
+                id = entry.operation_id
+                self.entries[entry.seq] = entry
+                self.ended[id] = operations.get(id) or self.live.get(id)
+            elif stored != entry:
+                raise StoreConflict(snapshot.epoch_id, f"the completion {entry.seq}", stored, entry)
+        self.live.update((id, operations[id]) for id in unfinished(operations))
+        self.live = {id: stored for id, stored in self.live.items() if id not in self.ended}
+
+    def between(self, after: CompletionSeq, through: CompletionSeq) -> list[CompletionEntry]:
+        return [self.entries[seq] for seq in sorted(self.entries) if after < seq <= through]
+
+
+class InMemoryRuntimeStore:
+    """A `RuntimeStore` in this process's memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._epochs: dict[RuntimeEpochId, _Epoch] | None = {}
+
+    def save(self, captures: Sequence[EpochCapture]) -> None:
+        with self._lock:
+            if self._epochs is None:
+                raise StoreWriteFailed(_CLOSED)
+            epochs = self._epochs.copy()
+            for capture in captures:
+                _merge(epochs, capture)
+            self._epochs = epochs
+
+    def load(
+        self, session_id: SessionId, *, max_entries: int | None = None
+    ) -> PersistedOpsSnapshot | None:
+        if self._epochs is None:
+            raise StoreLoadFailed(session_id, _CLOSED)
+        for epoch_id, epoch in self._epochs.items():
+            if epoch.session_id == session_id and not epoch.sealed:
+                entries = epoch.between(0, LAST_SEQ)
+                if max_entries is not None:
+                    entries = entries[max(0, len(entries) - max_entries) :]
+                return assemble(
+                    epoch_id,
+                    epoch.cursors,
+                    ((entry, epoch.ended[entry.operation_id]) for entry in entries),
+                    epoch.live.values(),
+                )
+        return None
+
+    def last_seq(self, epoch_id: RuntimeEpochId) -> CompletionSeq:
+        epoch = self._readable().get(epoch_id)
+        return max(epoch.entries, default=0) if epoch else 0
+
+    def list_entries(
+        self,
+        epoch_id: RuntimeEpochId,
+        after_seq: CompletionSeq = 0,
+        through_seq: CompletionSeq = LAST_SEQ,
+        limit: int | None = None,
+    ) -> list[CompletionEntry]:
+        epoch = self._readable().get(epoch_id)
+        return epoch.between(after_seq, through_seq)[:limit] if epoch else []
+
+    def history(
+        self,
+        session_id: SessionId,
+        *,
+        statuses: Collection[OperationStatus] | None = None,
+        from_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> Iterator[HistoryEntry]:
+        for epoch_id, epoch in self._readable().items():
+            if epoch.session_id == session_id:
+                for entry in epoch.between(0, LAST_SEQ):
+                    if (
+                        (statuses is None or status_of(entry.terminal_outcome) in statuses)
+                        and (from_ms is None or from_ms <= entry.completed_at_ms)
+                        and (until_ms is None or entry.completed_at_ms < until_ms)
+                    ):
+                        yield HistoryEntry(epoch_id, entry)
+
+    def sessions(self) -> Iterator[SessionId]:
+        return iter(sorted({epoch.session_id for epoch in self._readable().values()}))
+
+    def remove(self, session_id: SessionId) -> None:
+        with self._lock:
+            if self._epochs is None:
+                raise StoreWriteFailed(_CLOSED)
+            self._epochs = {
+                id: epoch for id, epoch in self._epochs.items() if epoch.session_id != session_id
+            }
+
+    def close(self) -> None:
+        self._epochs = None
+
+    def _readable(self) -> dict[RuntimeEpochId, _Epoch]:
+        if self._epochs is None:
+            raise StoreReadFailed(_CLOSED)
+        return self._epochs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _merge(epochs: dict[RuntimeEpochId, _Epoch], capture: EpochCapture) -> None:
+    epoch_id, session_id = capture.snapshot.epoch_id, capture.session_id
+    epoch = epochs.get(epoch_id)
+    if epoch is None:
+        if not capture.sealed:
+            for id, other in epochs.items():
+                if other.session_id == session_id and not other.sealed:
+                    epochs[id] = other.copy()
+                    epochs[id].sealed = True
+        epoch = _Epoch(session_id)
+    elif epoch.session_id != session_id:
+        raise StoreConflict(epoch_id, "the session", epoch.session_id, session_id)
+    epochs[epoch_id] = epoch = epoch.copy()
+    epoch.merge(capture)

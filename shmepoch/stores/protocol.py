@@ -1,0 +1,179 @@
+"""What every store keeps and promises."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol, runtime_checkable
+
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.operations import OperationStatus
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import StoreError
+from shmepoch.ids import RuntimeEpochId, SessionId
+
+#: The highest position there is.
+LAST_SEQ: Final[CompletionSeq] = 2**64 - 1
+
+#: How much of a conflicting value an error's text shows; its attributes have all of it.
+_SHOWN: Final = 400
+
+
+class StoreUnusable(StoreError):
+    """What the path names cannot serve as a store."""
+
+    path: Path
+    reason: str
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be used as a store: {reason}", path=path, reason=reason)
+
+
+class StoreReadFailed(StoreError):
+    """The store could not read what it was asked for. That is not an empty answer."""
+
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the store could not be read: {reason}", reason=reason)
+
+
+class StoreConflict(StoreError):
+    """What was to be saved contradicts what is stored; saving it again cannot succeed."""
+
+    epoch_id: RuntimeEpochId
+    field: str
+    stored: object
+    offered: object
+
+    def __init__(
+        self, epoch_id: RuntimeEpochId, field: str, stored: object, offered: object
+    ) -> None:
+        super().__init__(
+            f"epoch {epoch_id}: {field} is stored as {_short(stored)} and was offered as "
+            f"{_short(offered)}; nothing was saved. Two histories carry the name of one epoch: "
+            "save each to a store of its own",
+            epoch_id=epoch_id,
+            field=field,
+            stored=stored,
+            offered=offered,
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+class EpochCapture(Record, kw_only=True, frozen=True):
+    """What is to be saved of one epoch: all of it, or what is new since the last capture.
+
+    `snapshot` holds new completions, the operations that changed, and the cursors as they stood
+    before those were read. `sealed` says that the epoch has ended.
+
+    Raises `OverflowError` for a position outside 0..2**64-1, or 1..2**64-1 for a completion.
+    """
+
+    session_id: SessionId
+    snapshot: PersistedOpsSnapshot
+    sealed: bool = False
+
+    def __post_init__(self) -> None:
+        cursors = self.snapshot.cursors
+        for name in cursors.__struct_fields__:
+            _check_position(name, getattr(cursors, name), 0)
+        for entry in self.snapshot.entries:
+            if not 1 <= entry.seq <= LAST_SEQ:
+                _check_position("seq", entry.seq, 1)
+
+
+def _check_position(name: str, value: int, lowest: int) -> None:
+    if not lowest <= value <= LAST_SEQ:
+        raise OverflowError(f"{name} is {value}; it must be {lowest} to 2**64-1")
+
+
+class HistoryEntry(Record, frozen=True):
+    """One completion of a session, and the epoch that it belongs to."""
+
+    epoch_id: RuntimeEpochId
+    entry: CompletionEntry
+
+
+@runtime_checkable
+class RuntimeStore(Protocol):
+    """Epochs that outlive the machine's memory. Every method may be called from any thread.
+
+    STORE-1: what a store knows of an epoch only grows, in whatever order captures arrive. Cursors
+    become the larger of both, completions are appended and never rewritten, an operation has ended
+    once its completion is stored, and a sealed epoch stays sealed.
+
+    STORE-2: a session has at most one current epoch: the one recorded last, until it is sealed.
+    Recording a new epoch that is not sealed seals those before it; their history stays.
+    """
+
+    def save(self, captures: Sequence[EpochCapture]) -> None:
+        """Record all of `captures`, or nothing of them: they are durable when this returns.
+
+        Saving the same again changes nothing. Raises `StoreWriteFailed`, after which the same call
+        may be tried again, and `StoreConflict` that names the completion stored and the other one
+        offered under its sequence.
+        """
+        ...
+
+    def load(
+        self, session_id: SessionId, *, max_entries: int | None = None
+    ) -> PersistedOpsSnapshot | None:
+        """The session's current epoch; None if it has none.
+
+        Its `entries` are the newest `max_entries`, all for None. Its `operations` are those whose
+        completions these are, then those that have not ended, in the order of their registration.
+        Raises `StoreLoadFailed`.
+        """
+        ...
+
+    def last_seq(self, epoch_id: RuntimeEpochId) -> CompletionSeq:
+        """The highest sequence stored of an epoch; 0 if there is none. Raises `StoreReadFailed`."""
+        ...
+
+    def list_entries(
+        self,
+        epoch_id: RuntimeEpochId,
+        after_seq: CompletionSeq = 0,
+        through_seq: CompletionSeq = LAST_SEQ,
+        limit: int | None = None,
+    ) -> list[CompletionEntry]:
+        """The stored completions of an epoch above `after_seq`, up to and including `through_seq`,
+        in order; the first `limit` of them. Raises `StoreReadFailed`."""
+        ...
+
+    def history(
+        self,
+        session_id: SessionId,
+        *,
+        statuses: Collection[OperationStatus] | None = None,
+        from_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> Iterator[HistoryEntry]:
+        """The completions of every epoch of a session, epochs in the order they were recorded.
+
+        `statuses` keeps those that ended so; `from_ms` and `until_ms` those that ended at or after
+        the one and before the other. What is saved meanwhile may or may not appear. Raises
+        `StoreReadFailed`.
+        """
+        ...
+
+    def sessions(self) -> Iterator[SessionId]:
+        """Every session that the store knows, in order. Raises `StoreReadFailed`."""
+        ...
+
+    def remove(self, session_id: SessionId) -> None:
+        """Forget a session and its history; of no effect if it is unknown.
+
+        Raises `StoreWriteFailed`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the store; what was saved stays. Whatever is asked of it later fails."""
+        ...

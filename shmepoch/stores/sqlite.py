@@ -1,0 +1,357 @@
+"""The store in an SQLite file: one file for any number of sessions, processes and threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, NamedTuple, Self, TypeAlias, get_args
+
+from shmepoch.epoch.codec import decode_json
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationStatus, status_of
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import ConfigInvalid, StoreLoadFailed, StoreWriteFailed
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.stores.database import Database
+from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
+from shmepoch.stores.protocol import (
+    LAST_SEQ,
+    EpochCapture,
+    HistoryEntry,
+    StoreConflict,
+    StoreReadFailed,
+    StoreUnusable,
+)
+from shmepoch.stores.schema import from_sql, to_sql
+
+Synchronous: TypeAlias = Literal["full", "normal"]
+"""When a save has reached the disk. Both survive the death of every process, and neither can leave
+a damaged or half-written file behind, whatever stops the machine.
+
+- `full` (the default): before `save` returns. A power loss takes nothing that was saved.
+- `normal`: when the operating system gets to it. A power loss or a crash of the kernel may take the
+  last saves, newest first; an orderly reboot takes none. Saves do not wait for the disk.
+"""
+
+#: What decoding a damaged row raises.
+_DAMAGE: Final = (ValueError, TypeError)
+
+_PAGE: Final = 1000
+_CURSORS: Final = EpochCursorSnapshot.__struct_fields__
+
+_FIND_EPOCH: Final = (
+    f"SELECT key, session_id, sealed, {', '.join(_CURSORS)} FROM epochs WHERE epoch_id = ?"
+)
+_ADD_EPOCH: Final = (
+    f"INSERT INTO epochs (epoch_id, session_id, sealed, {', '.join(_CURSORS)}) "
+    "VALUES (?, ?, ?, ?, ?, ?)"
+)
+_CHANGE_EPOCH: Final = (
+    f"UPDATE epochs SET sealed = ?, {', '.join(f'{name} = ?' for name in _CURSORS)} WHERE key = ?"
+)
+_SEAL_CURRENT: Final = "UPDATE epochs SET sealed = 1 WHERE session_id = ? AND sealed = 0"
+_FIND_CURRENT: Final = (
+    f"SELECT key, epoch_id, {', '.join(_CURSORS)} FROM epochs WHERE session_id = ? AND sealed = 0"
+)
+# An operation that this capture does not describe may have been stored while it ran.
+_ADD_ENTRY: Final = """
+    INSERT INTO entries (epoch, seq, operation_id, status, completed_at_ms, entry, operation)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, coalesce(?7,
+        (SELECT operation FROM operations WHERE epoch = ?1 AND operation_id = ?3)))
+    ON CONFLICT (epoch, seq) DO NOTHING
+"""
+_FIND_ENTRY: Final = "SELECT entry FROM entries WHERE epoch = ? AND seq = ?"
+_PUT_OPERATION: Final = """
+    INSERT INTO operations (epoch, operation_id, operation) VALUES (?, ?, ?)
+    ON CONFLICT (epoch, operation_id) DO UPDATE SET operation = excluded.operation
+    WHERE operation <> excluded.operation
+"""
+_DROP_ENDED: Final = """
+    DELETE FROM operations WHERE epoch = ? AND EXISTS (
+        SELECT 1 FROM entries
+        WHERE entries.epoch = operations.epoch AND entries.operation_id = operations.operation_id)
+"""
+_NEWEST_ENTRIES: Final = (
+    "SELECT entry, operation FROM entries WHERE epoch = ? ORDER BY seq DESC LIMIT ?"
+)
+_LIVE_OPERATIONS: Final = "SELECT operation FROM operations WHERE epoch = ? ORDER BY number"
+_KEY_OF: Final = "(SELECT key FROM epochs WHERE epoch_id = ?)"
+_LAST_SEQ_OF: Final = f"SELECT max(seq) FROM entries WHERE epoch = {_KEY_OF}"
+_ENTRIES_BETWEEN: Final = (
+    f"SELECT entry FROM entries WHERE epoch = {_KEY_OF} AND seq > ? AND seq <= ? "
+    "ORDER BY seq LIMIT ?"
+)
+_EPOCHS_OF: Final = "SELECT key, epoch_id FROM epochs WHERE session_id = ? ORDER BY key"
+_SESSIONS: Final = "SELECT DISTINCT session_id FROM epochs WHERE session_id > ? ORDER BY 1 LIMIT ?"
+_REMOVE: Final = "DELETE FROM epochs WHERE session_id = ?"
+
+
+class _Rows(NamedTuple):
+    """A capture as rows that lack only the epoch's key: made before the file is locked."""
+
+    capture: EpochCapture
+    cursors: tuple[int, ...]
+    entries: list[tuple[int, bytes, str, int, str, str | None]]
+    operations: list[tuple[bytes, str]]
+
+
+class SqliteRuntimeStore:
+    """A `RuntimeStore` in one SQLite file, for any number of sessions, processes and threads.
+
+    The file is made, for this user alone, if it is not there. It has a write-ahead log: it lies on
+    a local file system, and the `-wal` and `-shm` beside it belong to it while it is in use.
+    `busy_timeout` is how many seconds a call waits for another process's transaction, and
+    `synchronous` says what a power loss may take (see `Synchronous`).
+
+    Raises `StoreUnusable` where the path cannot be a store, and `ConfigInvalid`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        busy_timeout: float = 5.0,
+        synchronous: Synchronous = "full",
+    ) -> None:
+        if not (isinstance(busy_timeout, int | float) and 0 <= busy_timeout < math.inf):
+            raise ConfigInvalid("busy_timeout", busy_timeout, "a number of seconds, 0 or above")
+        if synchronous not in get_args(Synchronous):
+            raise ConfigInvalid("synchronous", synchronous, "'full' or 'normal'")
+        self.path: Final = Path(os.path.abspath(path))
+        self._database = Database(self.path, busy_timeout=busy_timeout, synchronous=synchronous)
+        try:
+            with self._database.read():
+                pass
+        except sqlite3.Error as error:
+            raise StoreUnusable(self.path, str(error)) from error
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def save(self, captures: Sequence[EpochCapture]) -> None:
+        prepared = [_rows(capture) for capture in captures]
+        with self._writing() as connection:
+            for rows in prepared:
+                _merge(connection, rows)
+
+    def remove(self, session_id: SessionId) -> None:
+        with self._writing() as connection:
+            connection.execute(_REMOVE, (str(session_id),))
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._database.write() as connection:
+                yield connection
+        except (sqlite3.Error, StoreUnusable) as error:
+            raise StoreWriteFailed(self._database.explain(error)) from error
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def load(
+        self, session_id: SessionId, *, max_entries: int | None = None
+    ) -> PersistedOpsSnapshot | None:
+        try:
+            with self._database.read() as connection:
+                return _load(connection, session_id, _limit(max_entries))
+        except (sqlite3.Error, StoreUnusable, *_DAMAGE) as error:
+            raise StoreLoadFailed(session_id, self._database.explain(error)) from error
+
+    def last_seq(self, epoch_id: RuntimeEpochId) -> CompletionSeq:
+        with self._reading() as connection:
+            (kept,) = connection.execute(_LAST_SEQ_OF, (str(epoch_id),)).fetchone()
+            return 0 if kept is None else from_sql(kept)
+
+    def list_entries(
+        self,
+        epoch_id: RuntimeEpochId,
+        after_seq: CompletionSeq = 0,
+        through_seq: CompletionSeq = LAST_SEQ,
+        limit: int | None = None,
+    ) -> list[CompletionEntry]:
+        bounds = to_sql(after_seq), to_sql(through_seq), _limit(limit)
+        with self._reading() as connection:
+            rows = connection.execute(_ENTRIES_BETWEEN, (str(epoch_id), *bounds))
+            return list(_decode_entries(entry for (entry,) in rows))
+
+    def history(
+        self,
+        session_id: SessionId,
+        *,
+        statuses: Collection[OperationStatus] | None = None,
+        from_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> Iterator[HistoryEntry]:
+        query, filters = _history_query(statuses, from_ms, until_ms)
+        with self._reading() as connection:
+            rows = connection.execute(_EPOCHS_OF, (str(session_id),))
+            epochs = [(key, RuntimeEpochId.parse(text)) for key, text in rows]
+        for key, epoch_id in epochs:
+            after = to_sql(0)
+            while True:
+                # A page at a time: an open read would keep the log from being wound up.
+                with self._reading() as connection:
+                    page = connection.execute(query, (key, after, *filters, _PAGE)).fetchall()
+                    entries = _decode_entries(entry for _, entry in page)
+                for entry in entries:
+                    yield HistoryEntry(epoch_id, entry)
+                if len(page) < _PAGE:
+                    break
+                after = page[-1][0]
+
+    def sessions(self) -> Iterator[SessionId]:
+        after = ""
+        while True:
+            with self._reading() as connection:
+                rows = connection.execute(_SESSIONS, (after, _PAGE))
+                page = [SessionId.parse(text) for (text,) in rows]
+            yield from page
+            if len(page) < _PAGE:
+                break
+            after = str(page[-1])
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._database.read() as connection:
+                yield connection
+        except (sqlite3.Error, StoreUnusable, *_DAMAGE) as error:
+            raise StoreReadFailed(self._database.explain(error)) from error
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SqliteRuntimeStore({str(self.path)!r})"
+
+
+def _rows(capture: EpochCapture) -> _Rows:
+    snapshot = capture.snapshot
+    operations = stored_operations(snapshot)
+    encoded = {id: stored.to_json().decode() for id, stored in operations.items()}
+    return _Rows(
+        capture,
+        tuple(to_sql(getattr(snapshot.cursors, name)) for name in _CURSORS),
+        [
+            (
+                to_sql(entry.seq),
+                entry.operation_id.bytes,
+                status_of(entry.terminal_outcome).value,
+                entry.completed_at_ms,
+                entry.to_json().decode(),
+                encoded.get(entry.operation_id),
+            )
+            for entry in snapshot.entries
+        ],
+        [(id.bytes, encoded[id]) for id in unfinished(operations)],
+    )
+
+
+def _merge(connection: sqlite3.Connection, rows: _Rows) -> None:
+    key = _record_epoch(connection, rows)
+    before = connection.total_changes
+    connection.executemany(_ADD_ENTRY, ((key, *row) for row in rows.entries))
+    if connection.total_changes - before < len(rows.entries):
+        _require_same(connection, key, rows.capture.snapshot)
+    connection.executemany(_PUT_OPERATION, ((key, *row) for row in rows.operations))
+    connection.execute(_DROP_ENDED, (key,))
+
+
+def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
+    """STORE-1, STORE-2: the epoch's row with the larger of all cursors; its key."""
+    capture = rows.capture
+    epoch_id, session = capture.snapshot.epoch_id, str(capture.session_id)
+    found = connection.execute(_FIND_EPOCH, (str(epoch_id),)).fetchone()
+    if found is None:
+        if not capture.sealed:
+            connection.execute(_SEAL_CURRENT, (session,))
+        row = (str(epoch_id), session, capture.sealed, *rows.cursors)
+        key = connection.execute(_ADD_EPOCH, row).lastrowid
+        assert key is not None
+        return key
+    key, stored_session, *stored = found
+    if stored_session != session:
+        raise StoreConflict(
+            epoch_id, "the session", SessionId.parse(stored_session), capture.session_id
+        )
+    merged = [max(pair) for pair in zip(stored, (capture.sealed, *rows.cursors), strict=True)]
+    if merged != stored:
+        connection.execute(_CHANGE_EPOCH, (*merged, key))
+    return int(key)
+
+
+def _require_same(connection: sqlite3.Connection, key: int, snapshot: PersistedOpsSnapshot) -> None:
+    """Some of the entries were there already: `StoreConflict` unless they are the same."""
+    for entry in snapshot.entries:
+        (text,) = connection.execute(_FIND_ENTRY, (key, to_sql(entry.seq))).fetchone()
+        stored = CompletionEntry.from_json(text)
+        if stored != entry:
+            raise StoreConflict(snapshot.epoch_id, f"the completion {entry.seq}", stored, entry)
+
+
+def _load(
+    connection: sqlite3.Connection, session_id: SessionId, limit: int
+) -> PersistedOpsSnapshot | None:
+    found = connection.execute(_FIND_CURRENT, (str(session_id),)).fetchone()
+    if found is None:
+        return None
+    key, epoch_id, *cursors = found
+    rows = connection.execute(_NEWEST_ENTRIES, (key, limit)).fetchall()[::-1]
+    live = connection.execute(_LIVE_OPERATIONS, (key,)).fetchall()
+    entries = _decode_entries(entry for entry, _ in rows)
+    operations = iter(_decode_operations(kept for _, kept in rows if kept))
+    return assemble(
+        RuntimeEpochId.parse(epoch_id),
+        EpochCursorSnapshot(**dict(zip(_CURSORS, map(from_sql, cursors), strict=True))),
+        (
+            (entry, next(operations) if kept else None)
+            for entry, (_, kept) in zip(entries, rows, strict=True)
+        ),
+        _decode_operations(kept for (kept,) in live),
+    )
+
+
+def _history_query(
+    statuses: Collection[OperationStatus] | None, from_ms: int | None, until_ms: int | None
+) -> tuple[str, list[str | int]]:
+    conditions, filters = ["epoch = ?", "seq > ?"], list[str | int]()
+    if statuses is not None:
+        conditions.append(f"status IN ({', '.join('?' * len(statuses))})")
+        filters += statuses
+    for condition, bound in (("completed_at_ms >= ?", from_ms), ("completed_at_ms < ?", until_ms)):
+        if bound is not None:
+            conditions.append(condition)
+            filters.append(bound)
+    where = " AND ".join(conditions)
+    return f"SELECT seq, entry FROM entries WHERE {where} ORDER BY seq LIMIT ?", filters
+
+
+# One call for all costs a third of one for each.
+def _decode_entries(texts: Iterable[str]) -> tuple[CompletionEntry, ...]:
+    return decode_json(tuple[CompletionEntry, ...], f"[{','.join(texts)}]")
+
+
+def _decode_operations(texts: Iterable[str]) -> tuple[StoredOperation, ...]:
+    return decode_json(tuple[StoredOperation, ...], f"[{','.join(texts)}]")
+
+
+def _limit(count: int | None) -> int:
+    return -1 if count is None else count

@@ -1,0 +1,541 @@
+"""An SQLite store under everything that other processes, and the machine, do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmepoch.errors import StoreWriteFailed
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.stores import SqliteRuntimeStore, StoreConflict, StoreUnusable
+from tests.stores.samples import Epoch, completion, completions
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def opened(path: Path, busy_timeout: float = 60.0) -> SqliteRuntimeStore:
+    return SqliteRuntimeStore(path, busy_timeout=busy_timeout, synchronous="normal")
+
+
+def require_sound(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+    finally:
+        connection.close()
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked child; its exit code, 0 if it returned."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            work()
+            code = 0
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def append(path: Path, session: SessionId, epoch_id: RuntimeEpochId, through: int) -> None:
+    """One process's share: its own epoch, a completion a call."""
+    epoch = Epoch(session)
+    epoch.id = epoch_id
+    with opened(path) as store:
+        for seq in range(1, through + 1):
+            store.save([epoch.capture([completion(seq)], cursors=(seq, seq - 1, 0))])
+
+
+def test_processes_make_and_fill_one_file_together(path: Path) -> None:
+    epochs = [Epoch() for _ in range(6)]
+    workers = [
+        SPAWN.Process(target=append, args=(path, epoch.session_id, epoch.id, 60))
+        for epoch in epochs
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * len(workers)
+    with opened(path) as store:
+        for epoch in epochs:
+            snapshot = store.load(epoch.session_id)
+            assert snapshot is not None
+            assert [entry.seq for entry in snapshot.entries] == list(range(1, 61))
+            assert snapshot.cursors.agent_applied_cursor == 60
+    require_sound(path)
+
+
+def test_a_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
+    """Making it switches the journal and lays down the schema; neither may trip another."""
+    failures: list[BaseException] = []
+
+    def make(path: Path, ready: threading.Barrier) -> None:
+        ready.wait()
+        try:
+            with opened(path) as store:
+                store.save([Epoch().capture()])
+        except BaseException as error:
+            failures.append(error)
+
+    for round in range(20):
+        path, ready = tmp_path / f"{round}.db", threading.Barrier(6)
+        threads = [threading.Thread(target=make, args=(path, ready)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        with opened(path) as store:
+            assert len(list(store.sessions())) == 6
+
+
+def merge(path: Path, session: SessionId, epoch_id: RuntimeEpochId, start: Any) -> None:
+    """Save the same epoch as everybody else, in an order of its own."""
+    epoch = Epoch(session)
+    epoch.id = epoch_id
+    with opened(path) as store:
+        entries = store.list_entries(epoch_id)
+        order = list(range(1, 101))
+        random.Random(os.getpid()).shuffle(order)
+        start.wait()
+        for cursor in order:
+            store.save([epoch.capture(entries[: cursor % 7], cursors=(cursor, cursor, 0))])
+
+
+def test_one_epoch_saved_by_several_only_grows(path: Path) -> None:
+    epoch = Epoch()
+    with opened(path) as store:
+        store.save([epoch.capture(completions(1, 7))])
+        start = SPAWN.Event()
+        workers = [
+            SPAWN.Process(target=merge, args=(path, epoch.session_id, epoch.id, start))
+            for _ in range(3)
+        ]
+        for worker in workers:
+            worker.start()
+        start.set()
+        highest = 0
+        while any(worker.is_alive() for worker in workers):
+            snapshot = store.load(epoch.session_id)
+            assert snapshot is not None
+            assert snapshot.cursors.agent_applied_cursor >= highest
+            assert snapshot.cursors.agent_applied_cursor == snapshot.cursors.runtime_observed_seq
+            highest = snapshot.cursors.agent_applied_cursor
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0] * 3
+        snapshot = store.load(epoch.session_id)
+        assert snapshot is not None
+        assert snapshot.cursors.agent_applied_cursor == 100
+        assert len(snapshot.entries) == 7
+
+
+# --- fork -----------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_uses_the_store_of_its_parent(sqlite: SqliteRuntimeStore) -> None:
+    mine, theirs = Epoch(), Epoch()
+    sqlite.save([mine.capture([completion(1)])])
+
+    def child() -> None:
+        assert sqlite.last_seq(mine.id) == 1
+        sqlite.save([theirs.capture(completions(1, 2))])
+
+    assert in_child(child) == 0
+    assert sqlite.last_seq(theirs.id) == 2
+    sqlite.save([mine.capture([completion(2)])])
+    assert sqlite.last_seq(mine.id) == 2
+
+
+def test_no_connection_is_inherited(sqlite: SqliteRuntimeStore) -> None:
+    sqlite.save([Epoch().capture()])
+
+    def child() -> None:
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                assert "store.db" not in str(link.readlink())
+
+    assert in_child(child) == 0
+
+
+def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -> None:
+    """Two threads save while a third forks; the children save, too, and outlive their use."""
+    epochs = [Epoch(), Epoch()]
+    stop = threading.Event()
+    counts = [0, 0]
+
+    def work(index: int) -> None:
+        while not stop.is_set():
+            seq = counts[index] + 1
+            sqlite.save([epochs[index].capture([completion(seq)])])
+            counts[index] = seq
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    children = [Epoch() for _ in range(20)]
+    try:
+        for child in children:
+
+            def save(child: Epoch = child) -> None:
+                for seq in range(1, 6):
+                    sqlite.save([child.capture([completion(seq)])])
+                sqlite.close()
+
+            assert in_child(save) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert min(counts) > 0
+    for epoch, count in zip([*epochs, *children], [*counts, *[5] * 20], strict=True):
+        assert sqlite.last_seq(epoch.id) == len(sqlite.list_entries(epoch.id)) == count
+    require_sound(sqlite.path)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+def die_at(path: Path, statement: str, occurrence: int, captures: Sequence[Any]) -> None:
+    """Save, and die by SIGKILL when the given statement is run for the nth time."""
+    seen = 0
+
+    def look(text: str) -> None:
+        nonlocal seen
+        seen += statement in text
+        if seen == occurrence:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = opened(path)
+    with store._database.write() as connection:
+        connection.set_trace_callback(look)
+    store.save(captures)
+
+
+@pytest.mark.parametrize(
+    ("statement", "occurrence"),
+    [
+        ("BEGIN IMMEDIATE", 1),
+        ("INSERT INTO epochs", 1),
+        ("INSERT INTO entries", 1),
+        ("INSERT INTO entries", 4),
+        ("INSERT INTO entries", 6),
+        ("DELETE FROM operations", 2),
+        ("COMMIT", 1),
+    ],
+)
+def test_killed_within_a_transaction_nothing_of_it_is_seen(
+    path: Path, statement: str, occurrence: int
+) -> None:
+    before, first, second = Epoch(), Epoch(), Epoch()
+    with opened(path) as store:
+        store.save([before.capture(completions(1, 2), cursors=(2, 2, 2))])
+    captures = [first.capture(completions(1, 3)), second.capture(completions(1, 3))]
+    code = in_child(lambda: die_at(path, statement, occurrence, captures))
+    assert code == -signal.SIGKILL
+    with opened(path, busy_timeout=0) as store:
+        assert list(store.sessions()) == [before.session_id]
+        store.save(captures)
+        assert store.last_seq(second.id) == 3
+    require_sound(path)
+
+
+SAVING = """
+import sys
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.stores import SqliteRuntimeStore
+from tests.stores.samples import Epoch, completion
+
+epoch = Epoch(SessionId.parse(sys.argv[2]))
+epoch.id = RuntimeEpochId.parse(sys.argv[3])
+store = SqliteRuntimeStore(sys.argv[1])
+seq = store.last_seq(epoch.id)
+while True:
+    entries = [completion(seq + n) for n in range(1, 8)]
+    seq += 7
+    store.save([epoch.capture(entries, cursors=(seq, seq, seq))])
+    print(seq, flush=True)
+"""
+
+
+def test_killed_at_any_moment_it_keeps_what_it_promised(path: Path) -> None:
+    epoch, acknowledged = Epoch(), 0
+    moments = random.Random(7)
+    for _ in range(8):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(path), str(epoch.session_id), str(epoch.id)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert writer.stdout is not None
+        for _ in range(moments.randint(1, 12)):
+            acknowledged = int(writer.stdout.readline())
+        writer.kill()
+        rest = writer.stdout.read().splitlines()
+        writer.wait()
+        writer.stdout.close()
+        if rest:
+            acknowledged = int(rest[-1])
+        with opened(path, busy_timeout=0) as store:
+            snapshot = store.load(epoch.session_id)
+        assert snapshot is not None
+        last = len(snapshot.entries)
+        assert [entry.seq for entry in snapshot.entries] == list(range(1, last + 1))
+        assert last in (acknowledged, acknowledged + 7)
+        assert snapshot.cursors.agent_applied_cursor == last
+        require_sound(path)
+
+
+# --- locked ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(sqlite: SqliteRuntimeStore) -> Iterator[sqlite3.Connection]:
+    """Somebody else's connection that has the file locked for writing."""
+    other = sqlite3.connect(sqlite.path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    yield other
+    other.close()
+
+
+def test_a_locked_file_is_an_error_that_says_how_long_it_waited(
+    sqlite: SqliteRuntimeStore, locked: sqlite3.Connection
+) -> None:
+    epoch = Epoch()
+    with opened(sqlite.path, busy_timeout=0.05) as store:
+        with pytest.raises(StoreWriteFailed, match=r"locked, for longer.*busy_timeout of 0.05 s"):
+            store.save([epoch.capture([completion(1)])])
+        assert store.load(epoch.session_id) is None  # readers do not wait for writers
+        locked.execute("ROLLBACK")
+        store.save([epoch.capture([completion(1)])])
+        assert store.last_seq(epoch.id) == 1
+
+
+def test_a_lock_that_ends_in_time_is_waited_for(
+    sqlite: SqliteRuntimeStore, locked: sqlite3.Connection
+) -> None:
+    epoch, begun = Epoch(), threading.Event()
+
+    def save() -> None:
+        begun.set()
+        sqlite.save([epoch.capture([completion(1)])])
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    begun.wait()
+    locked.execute("COMMIT")
+    thread.join()
+    assert sqlite.last_seq(epoch.id) == 1
+
+
+def test_a_conflict_leaves_no_lock(sqlite: SqliteRuntimeStore) -> None:
+    epoch = Epoch()
+    sqlite.save([epoch.capture([completion(1)])])
+    with pytest.raises(StoreConflict):
+        sqlite.save([epoch.capture([completion(1)])])
+    with opened(sqlite.path, busy_timeout=0) as other:
+        other.save([epoch.capture([completion(2)])])
+
+
+# --- no room --------------------------------------------------------------------------------------
+
+#: Saves until the store refuses, then says what it had taken, whether it still reads, and whether
+#: it takes something once there is room again.
+FILLING = """
+import json, sys
+from shmepoch.errors import StoreWriteFailed
+from shmepoch.stores import SqliteRuntimeStore
+from tests.stores.samples import Epoch, completion
+
+def fill(path, limit, lift):
+    store = SqliteRuntimeStore(path)
+    epoch = Epoch()
+    limit()
+    taken = 0
+    try:
+        while True:
+            store.save([epoch.capture([completion(taken + 1, content="x" * 20_000)])])
+            taken += 1
+    except StoreWriteFailed as error:
+        reason, cause = error.reason, type(error.__cause__).__name__
+    read = store.last_seq(epoch.id)
+    lift()
+    store.save([epoch.capture([completion(taken + 1)])])
+    print(json.dumps({
+        "taken": taken, "reason": reason, "cause": cause, "read": read,
+        "then": store.last_seq(epoch.id), "epoch": str(epoch.id),
+    }))
+"""
+
+BY_RLIMIT = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+room = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+fill(sys.argv[1], lambda: room(400_000), lambda: room(resource.RLIM_INFINITY))
+"""
+
+BY_DISK = """
+import os
+ballast = os.path.dirname(sys.argv[1]) + "/ballast"
+open(ballast, "wb").write(b"x" * 200_000)
+fill(sys.argv[1], lambda: None, lambda: os.unlink(ballast))
+"""
+
+
+def filled(path: Path, how: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", FILLING + how, str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def require_whole(path: Path, told: dict[str, Any]) -> None:
+    assert told["taken"] > 3
+    assert told["read"] == told["taken"]
+    assert told["then"] == told["taken"] + 1
+    assert told["cause"] == "OperationalError"
+    assert str(path) in told["reason"]
+    with opened(path) as store:
+        entries = store.list_entries(RuntimeEpochId.parse(told["epoch"]))
+        assert [entry.seq for entry in entries] == list(range(1, told["taken"] + 2))
+    require_sound(path)
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_FSIZE)[1] != resource.RLIM_INFINITY,
+    reason="the limit on file sizes cannot be lifted again here",
+)
+def test_a_file_that_may_not_grow_loses_nothing(path: Path) -> None:
+    require_whole(path, filled(path, BY_RLIMIT))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
+    path = small_disk / "store.db"
+    told = filled(path, BY_DISK)
+    assert "full" in told["reason"]
+    require_whole(path, told)
+
+
+# --- no permission --------------------------------------------------------------------------------
+
+
+def unprivileged(work: Callable[[], object]) -> int:
+    """Run `work` in a child that permissions apply to, even if the tests' user is root."""
+
+    def as_nobody() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+        work()
+
+    return in_child(as_nobody)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user can reach, as pytest's own cannot be."""
+    with tempfile.TemporaryDirectory(prefix="shmepoch-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_a_read_only_folder_is_an_error(open_folder: Path) -> None:
+    open_folder.chmod(0o555)
+
+    def work() -> None:
+        with pytest.raises(StoreUnusable, match=r"Permission denied.*store.db"):
+            SqliteRuntimeStore(open_folder / "store.db")
+
+    assert unprivileged(work) == 0
+
+
+def test_a_store_in_a_folder_made_read_only_is_an_error_or_works(open_folder: Path) -> None:
+    path = open_folder / "store.db"
+    epoch = Epoch()
+    with opened(path) as store:
+        store.save([epoch.capture([completion(1)])])
+    path.chmod(0o666)
+    open_folder.chmod(0o555)
+
+    def work() -> None:
+        with pytest.raises(StoreUnusable, match=r"unable to open|readonly"):
+            SqliteRuntimeStore(path)
+
+    assert unprivileged(work) == 0
+    with opened(path) as store:
+        assert store.last_seq(epoch.id) == 1
+
+
+def test_a_read_only_file_can_be_read_and_says_so_when_written(open_folder: Path) -> None:
+    path = open_folder / "store.db"
+    epoch = Epoch()
+    with opened(path) as store:
+        store.save([epoch.capture([completion(1)])])
+    path.chmod(0o444)
+    open_folder.chmod(0o777)
+
+    def work() -> None:
+        store = SqliteRuntimeStore(path)
+        assert store.last_seq(epoch.id) == 1
+        with pytest.raises(StoreWriteFailed, match="readonly database"):
+            store.save([epoch.capture([completion(2)])])
+
+    assert unprivileged(work) == 0
+
+
+def test_somebody_elses_file_is_an_error(open_folder: Path) -> None:
+    path = open_folder / "store.db"
+    with opened(path):
+        pass
+    open_folder.chmod(0o777)
+    path.chmod(0o000)
+
+    def work() -> None:
+        with pytest.raises(StoreUnusable, match="unable to open"):
+            SqliteRuntimeStore(path)
+
+    assert unprivileged(work) == 0
+
+
+def test_an_error_arrives_whole_from_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "store.db"
+    with SPAWN.Pool(1) as pool, pytest.raises(StoreUnusable, match="no folder") as caught:
+        pool.apply(SqliteRuntimeStore, (path,))
+    assert caught.value.path == path
