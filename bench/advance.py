@@ -1,95 +1,88 @@
 """What a cursor's `advance` costs beside an empty method of the same native type.
 
-The empty method exists only in a build made for this measurement (-DSHMEPOCH_BENCH), in a
-temporary folder; so both methods are in one binary and are timed in turn, in one process.
-
     .venv/bin/python bench/advance.py
+
+The empty method exists only in a build made for this measurement (-DSHMEPOCH_BENCH), so that both
+methods are in one binary. They are timed in turn, round by round, and the bare loop around the
+calls is taken off both.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import platform
 import statistics
 import subprocess
-import sys
 import sysconfig
 import tempfile
-import timeit
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from time import perf_counter_ns
+from typing import Any, Final
 
-SOURCE = Path(__file__).parent.parent / "shmepoch" / "memory" / "_native.c"
-ROUNDS = 41
-CALLS = 200_000
+SOURCE: Final = Path(__file__).parent.parent / "shmepoch" / "memory" / "_native.c"
+ROUNDS: Final = 51
+CALLS: Final = 100_000
+#: Values beyond the small integers that CPython keeps: what real positions cost.
+FIRST: Final = 10**6
 
 
 def build(folder: Path) -> Any:
-    """The native module with the empty method, built like the installed one."""
+    """The native module with the empty method, compiled as the interpreter compiles."""
     target = folder / "_native.abi3.so"
-    subprocess.run(
-        [
-            *("gcc", "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
-            *("-DSHMEPOCH_BENCH", "-DPy_LIMITED_API=0x030B0000"),
-            f"-I{sysconfig.get_path('include')}",
-            *(str(SOURCE), "-o", str(target)),
-        ],
-        check=True,
-    )
+    compiler = sysconfig.get_config_var("CC").split()
+    optimisation = sysconfig.get_config_var("OPT").split()
+    options = ["-std=c11", "-fPIC", "-shared", "-fvisibility=hidden", "-DSHMEPOCH_BENCH"]
+    limited = ["-DPy_LIMITED_API=0x030B0000", f"-I{sysconfig.get_path('include')}"]
+    files = [str(SOURCE), "-o", str(target)]
+    subprocess.run([*compiler, *optimisation, *options, *limited, *files], check=True)
     spec = importlib.util.spec_from_file_location("shmepoch.memory._native", target)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def per_call(call: Callable[[int], object], argument: Callable[[int], int]) -> float:
-    """Nanoseconds of one call, net of nothing: the loop is part of both sides."""
-    values = [argument(i) for i in range(1000)]
-    timer = timeit.Timer(
-        "for value in values: call(value)", globals={"values": values, "call": call}
-    )
-    return timer.timeit(CALLS // 1000) / CALLS * 1e9
+def bare(values: range) -> int:
+    """Nanoseconds of the loop alone."""
+    began = perf_counter_ns()
+    for _ in values:
+        pass
+    return perf_counter_ns() - began
+
+
+def calling(method: Callable[[int], object], values: range) -> int:
+    """Nanoseconds of the loop with a call in it."""
+    began = perf_counter_ns()
+    for value in values:
+        method(value)
+    return perf_counter_ns() - began
 
 
 def main() -> None:
+    """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
         native = build(Path(folder))
-    memory = native.Memory.private(4096)
-    cell = native.Cell(memory, 128, 0, RuntimeError)
-    grown = 0
-
-    def next_value(_: int) -> int:
-        nonlocal grown
-        grown += 1
-        return grown
-
-    samples: dict[str, list[float]] = {"empty": [], "advance, moving": [], "advance, not": []}
+    values = range(FIRST, FIRST + CALLS)
+    samples: dict[str, list[float]] = {
+        "empty": [],
+        "advance, moving": [],
+        "advance, not moving": [],
+    }
     for _ in range(ROUNDS):
-        samples["empty"].append(per_call(cell.empty, next_value))
-        fresh = native.Cell(native.Memory.private(4096), 128, 0, RuntimeError)
-        # Only the first pass over the values moves the cell, so each pass gets a cell of its own.
-        moving = [
-            timeit.Timer(
-                "for value in values: call(value)",
-                globals={
-                    "values": list(range(10**9, 10**9 + CALLS)),
-                    "call": fresh.advance,
-                },
-            ).timeit(1)
-            / CALLS
-            * 1e9
-        ]
-        samples["advance, moving"] += moving
-        samples["advance, not"].append(per_call(fresh.advance, lambda i: i))
-    print(f"{sys.implementation.name} {sys.version.split()[0]}, {ROUNDS} rounds, ns a call")
-    for name, values in samples.items():
-        ratios = [a / b for a, b in zip(values, samples["empty"], strict=True)]
-        print(
-            f"{name:16} median {statistics.median(values):6.1f}   "
-            f"x empty {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        cell = native.Cell(native.Memory.private(4096), 128, 0, RuntimeError)
+        loop = bare(values)
+        samples["empty"].append((calling(cell.empty, values) - loop) / CALLS)
+        samples["advance, moving"].append((calling(cell.advance, values) - loop) / CALLS)
+        assert cell.load() == values[-1]
+        samples["advance, not moving"].append((calling(cell.advance, values) - loop) / CALLS)
+    print(f"CPython {platform.python_version()}, {platform.machine()}, median of {ROUNDS} rounds")
+    for name, figures in samples.items():
+        ratio = statistics.median(
+            figure / empty for figure, empty in zip(figures, samples["empty"], strict=True)
         )
+        print(f"{name:20} {statistics.median(figures):5.1f} ns   {ratio:.2f} x empty")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ class Bells:
     def of(namespace: str) -> Bells:
         """The one `Bells` of this process for `namespace`."""
         with _bells_lock:
-            return _bells.setdefault(namespace, Bells(namespace))
+            bells = _bells.get(namespace)
+            if bells is None:
+                bells = _bells[namespace] = Bells(namespace)
+            return bells
 
     def ring(self, bits: int) -> None:
         """Ring every bell whose bit is set."""

@@ -49,7 +49,8 @@ def resolve_namespace(namespace: str | None) -> str:
 
 def segment_path(namespace: str, session_id: SessionId) -> Path:
     """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
-    return SHM_DIR / f"shmepoch.{namespace}.{session_id.bytes.hex()}"
+    # Joined as text: pathlib would take longer for it than the kernel for the open.
+    return Path(f"{SHM_DIR}/{_segment_name(namespace, session_id)}")
 
 
 def list_sessions(namespace: str) -> Iterator[SessionId]:
@@ -59,6 +60,10 @@ def list_sessions(namespace: str) -> Iterator[SessionId]:
             match = _NAME.fullmatch(entry.name)
             if match and match["namespace"] == namespace:
                 yield SessionId.from_bytes(bytes.fromhex(match["session"]))
+
+
+def _segment_name(namespace: str, session_id: SessionId) -> str:
+    return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
 
 
 class Lock(Protocol):
@@ -148,8 +153,7 @@ class SharedSegment(Segment):
     def __init__(self, namespace: str, fd: int, memory: Memory, layout: Layout) -> None:
         self.namespace: Final = namespace
         super().__init__(memory, layout)
-        self.path: Final = segment_path(namespace, self.session_id)
-        self.name = self.path.name
+        self.name = _segment_name(namespace, self.session_id)
         self.witness: Final = memory.read(at.WITNESS_AT, at.ID_SIZE)
         self.role = Role.WORKER
         self._attaching = threading.Lock()
@@ -184,7 +188,7 @@ class SharedSegment(Segment):
         """Give the segment its name; `SegmentExists` if it is taken and not to be replaced."""
         target = self.path
         if replace:
-            target = target.with_name(f"{target.name}.new")
+            target = self._replacement
             target.unlink(missing_ok=True)
         try:
             link(self.fd, target)
@@ -223,7 +227,7 @@ class SharedSegment(Segment):
         try:
             self = cls.attach(namespace, session_id)
         except FileNotFoundError:
-            name = segment_path(namespace, session_id).name
+            name = _segment_name(namespace, session_id)
             raise EpochGone(session_id, epoch_id, name) from None
         try:
             self._check_epoch(epoch_id, witness)
@@ -248,6 +252,16 @@ class SharedSegment(Segment):
         else:
             self.participant = self.participants.join(role)
 
+    @property
+    def path(self) -> Path:
+        """Where the segment lies, once it is published and until it is unlinked."""
+        return segment_path(self.namespace, self.session_id)
+
+    @property
+    def _replacement(self) -> Path:
+        """Where a segment lies for the moment before it takes over an old one's name."""
+        return self.path.with_name(f"{self.name}.new")
+
     def try_own(self) -> bool:
         """Become the session's one runtime; False while another attachment is."""
         return try_lock(self.fd, at.RUNTIME_BYTE, False)
@@ -260,6 +274,7 @@ class SharedSegment(Segment):
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
         unlink(self.fd, self.path)
+        self._replacement.unlink(missing_ok=True)  # of a runtime that was killed while it replaced
 
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
