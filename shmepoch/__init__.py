@@ -81,6 +81,8 @@ from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.boundary import AgentBoundary, Drain, Notice
 from shmepoch.runtime.factory import AgentFactory
 from shmepoch.runtime.loop import Continuation, RuntimeLoop
+from shmepoch.runtime.persistence import ChannelStatus, PersistenceChannel
+from shmepoch.stores import InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore, StoreConflict
 
 __all__ = [
     "DEFAULT_MAX_COMPLETED",
@@ -94,6 +96,7 @@ __all__ = [
     "BindingsMismatch",
     "BindingsNotTransferable",
     "Cancelled",
+    "ChannelStatus",
     "Completed",
     "CompletionBatch",
     "CompletionEntry",
@@ -112,6 +115,7 @@ __all__ = [
     "EpochHandle",
     "EpochSealed",
     "Failed",
+    "InMemoryRuntimeStore",
     "InvalidTransition",
     "LayoutUnsupported",
     "MaxConcurrentExceeded",
@@ -135,6 +139,7 @@ __all__ = [
     "PayloadTooLarge",
     "PeerNotExpected",
     "PersistedOpsSnapshot",
+    "PersistenceChannel",
     "RecordInvalid",
     "Retired",
     "Role",
@@ -145,6 +150,7 @@ __all__ = [
     "RuntimeLoop",
     "RuntimeOpsLifecycleRegistry",
     "RuntimeSessionAdapter",
+    "RuntimeStore",
     "SegmentCorrupted",
     "SegmentExists",
     "SegmentForeign",
@@ -154,7 +160,9 @@ __all__ = [
     "SessionRuntimeBindings",
     "SharedMemoryExhausted",
     "ShmepochError",
+    "SqliteRuntimeStore",
     "StandaloneEphemeral",
+    "StoreConflict",
     "StoreError",
     "StoreLoadFailed",
     "StoreWriteFailed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
@@ -21,11 +21,9 @@ from shmepoch.memory.bells import remove_unused_bells
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, resolve_namespace
+from shmepoch.runtime.durability import Durability
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
-
-if TYPE_CHECKING:
-    from shmepoch.runtime.durability import Durability
-    from shmepoch.stores import RuntimeStore
+from shmepoch.stores import RuntimeStore
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +81,6 @@ class RuntimeSessionAdapter:
         load is refused with `StoreLoadFailed`, unless `rotate_if_unloadable` says to start a new
         epoch for it.
         """
-        # SQLite is imported by those who keep epochs in a store, and by nobody else.
-        from shmepoch.runtime.durability import Durability
-
         return cls(
             namespace=namespace,
             config=config,
@@ -124,32 +119,39 @@ class RuntimeSessionAdapter:
     def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.
 
-        Who waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`.
+        Who waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`. With a
+        store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
+        one; call it again.
         """
         with self._lock:
             old = self._registered(session_id)
             old.shared_segment().seal()
+            if self._durability is not None:
+                self._durability.end(old)
             bindings = self._create(session_id, RuntimeEpochId.new(), replace=True)
             _log.info(
                 "session %s: reset from epoch %s to %s", session_id, old.epoch_id, bindings.epoch_id
             )
-            if self._durability is not None:
-                self._durability.end(old)
             self._adopt(bindings)
             old.close()
             return bindings
 
     def unregister_session(self, session_id: SessionId) -> None:
         """End the session: its operations end as `Terminated`, its epoch is sealed and its segment
-        removed. Raises `SessionNotRegistered`."""
+        removed.
+
+        Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
+        `StoreWriteFailed`, and the sealed segment stays; call it again.
+        """
         with self._lock:
             bindings = self._registered(session_id)
-            del self._sessions[session_id], self._supervised[session_id]
-            bindings.ops_lifecycle.terminate_owner("the session was unregistered")
             segment = bindings.shared_segment()
-            segment.seal()
+            if not segment.sealed:
+                bindings.ops_lifecycle.terminate_owner("the session was unregistered")
+                segment.seal()
             if self._durability is not None:
                 self._durability.end(bindings)
+            del self._sessions[session_id], self._supervised[session_id]
             segment.unlink()
             bindings.close()
 
@@ -201,6 +203,9 @@ class RuntimeSessionAdapter:
             raise RuntimeAlreadyActive(segment.session_id, runtimes[0] if runtimes else 0)
         if segment.sealed:
             # Its runtime was killed between sealing it and replacing or removing it.
+            if self._durability is not None:
+                self._durability.follow(bindings)
+                self._durability.end(bindings)
             bindings.close()
             bindings = self._create(segment.session_id, RuntimeEpochId.new(), replace=True)
             _log.info(

@@ -110,12 +110,8 @@ class Database:
         connection.execute("PRAGMA foreign_keys = ON")
         if not current:
             connection.execute("BEGIN IMMEDIATE")
-            try:
-                migrate(connection)
-                connection.execute("COMMIT")
-            except BaseException:
-                connection.rollback()
-                raise
+            migrate(connection)
+            connection.execute("COMMIT")
 
     def _use_wal(self, connection: sqlite3.Connection) -> None:
         deadline = time.monotonic() + self._busy_timeout

@@ -70,7 +70,6 @@ _FIND_ENTRY: Final = "SELECT entry FROM entries WHERE epoch = ? AND seq = ?"
 _PUT_OPERATION: Final = """
     INSERT INTO operations (epoch, operation_id, operation) VALUES (?, ?, ?)
     ON CONFLICT (epoch, operation_id) DO UPDATE SET operation = excluded.operation
-    WHERE operation <> excluded.operation
 """
 _DROP_ENDED: Final = """
     DELETE FROM operations WHERE epoch = ? AND EXISTS (

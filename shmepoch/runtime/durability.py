@@ -1,0 +1,70 @@
+"""The durable side of an adapter: what it asks of its store, and of the persistence channel."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.cursors import EpochCursorState
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.errors import StoreLoadFailed
+from shmepoch.ids import SessionId
+from shmepoch.memory.layout import RECOVERY_SKIP
+from shmepoch.memory.segment import SharedSegment
+from shmepoch.runtime.persistence import PersistenceChannel
+from shmepoch.stores import RuntimeStore
+
+_log = logging.getLogger(__name__)
+
+#: How long the end of an epoch waits for a store that fails or is slow.
+_END_TIMEOUT_S: Final = 10.0
+
+
+class Durability:
+    """One store, the channel that fills it, and how to come back from it."""
+
+    def __init__(
+        self, store: RuntimeStore, terminate_unfinished: bool, rotate_if_unloadable: bool
+    ) -> None:
+        self.store = store
+        self.channel = PersistenceChannel(store)
+        self._terminate_unfinished = terminate_unfinished
+        self._rotate_if_unloadable = rotate_if_unloadable
+
+    def load(self, session_id: SessionId) -> PersistedOpsSnapshot | None:
+        """The session's stored epoch, or None. A store that fails to load is not an empty one:
+        `StoreLoadFailed`, unless the adapter was told to rotate."""
+        try:
+            return self.store.load(session_id)
+        except StoreLoadFailed:
+            if not self._rotate_if_unloadable:
+                raise
+            _log.exception("session %s: not loadable, so its epoch is rotated", session_id)
+            return None
+
+    def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
+        """Continue a stored epoch in a segment that nobody has found yet."""
+        registry = RuntimeOpsLifecycleRegistry(segment)
+        registry.restore(stored, skip=RECOVERY_SKIP, unfinished=self._terminate_unfinished)
+        EpochCursorState(segment).advance_all(stored.cursors)
+        if self._terminate_unfinished:
+            registry.terminate_owner("the runtime restarted, and the operation with it")
+
+    def follow(self, bindings: SessionRuntimeBindings) -> None:
+        """Keep an epoch durable from now on."""
+        bindings.history = self.store
+        self.channel.follow(bindings)
+
+    def end(self, bindings: SessionRuntimeBindings) -> None:
+        """Store the end of a sealed epoch, and follow it no longer.
+
+        Raises `StoreWriteFailed` if the store does not take it, and goes on following.
+        """
+        self.channel.flush(_END_TIMEOUT_S)
+        self.channel.unfollow(bindings)
+
+    def close(self) -> None:
+        """Store what there is and stop."""
+        self.channel.close()

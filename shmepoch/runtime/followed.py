@@ -1,0 +1,202 @@
+"""One epoch that a persistence channel follows: what the store does not have of it yet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final, NamedTuple
+
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.completions import CompletionFeedGap, CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationLifecycleSnapshot
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import BindingsNotTransferable, EpochSealed
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+from shmepoch.memory import layout as at
+from shmepoch.memory._native import Cell
+from shmepoch.stores.protocol import EpochCapture, RuntimeStore
+
+_log = logging.getLogger(__name__)
+
+
+class EpochPersistence(Record, kw_only=True, frozen=True):
+    """How far the store has come with one epoch."""
+
+    session_id: SessionId
+    epoch_id: RuntimeEpochId
+    watermark: CompletionSeq
+    durable_seq: CompletionSeq
+    """Every completion up to this one is in the store, unless it is among the missed."""
+    missed: int = 0
+    """Completions that retention dropped before the channel had read them."""
+    last_gap: CompletionFeedGap | None = None
+    """The last of the gaps that `missed` counts."""
+    error: str | None = None
+    """Why this epoch cannot be stored any more, whatever is tried; None while it can."""
+
+    @property
+    def lag(self) -> int:
+        """How many completions are not in the store yet."""
+        return self.watermark - self.durable_seq
+
+
+class _Standing(NamedTuple):
+    """What tells, at little cost, whether there is something to store."""
+
+    watermark: CompletionSeq
+    active: int
+    cursors: EpochCursorSnapshot
+    sealed: bool
+
+
+class Reading(NamedTuple):
+    """What was read of an epoch, and what will be so once the store has it."""
+
+    capture: EpochCapture
+    standing: _Standing
+    watermark: CompletionSeq
+    gap: CompletionFeedGap | None
+    live: dict[OperationId, OperationLifecycleSnapshot]
+
+
+class Followed:
+    """An epoch, and how far the store has come with it. Changed by its channel's thread only."""
+
+    def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        self.bindings: Final = bindings
+        self.feed: Final = bindings.ops_lifecycle.completion_feed()
+        self.durable: CompletionSeq = 0
+        #: Why it cannot be stored any more; the channel's to say.
+        self.error: Exception | None = None
+        #: The wait for its next completion; the channel's to keep.
+        self.waiting: asyncio.Task[None] | None = None
+        self._missed = 0
+        self._last_gap: CompletionFeedGap | None = None
+        self._durable_word = _durable_word(bindings)
+        self._stored: _Standing | None = None
+        self._position: CompletionSeq | None = None
+        self._live: dict[OperationId, OperationLifecycleSnapshot] = {}
+
+    @property
+    def id(self) -> RuntimeEpochId:
+        return self.bindings.epoch_id
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will come any more: its end is stored, or it cannot be stored."""
+        return self.error is not None or (self._stored is not None and self._stored.sealed)
+
+    def pending(self) -> int:
+        """How many completions were committed and are not stored."""
+        return self.feed.watermark() - self.durable
+
+    def is_due(self, *, thoroughly: bool) -> bool:
+        """Whether there is something to store.
+
+        How far running operations have come does not show in what is compared; with `thoroughly`
+        they count as something.
+        """
+        if self.error is not None:
+            return False
+        now = self._standing()
+        return now != self._stored or (thoroughly and now.active > 0)
+
+    def read(self, store: RuntimeStore) -> Reading:
+        """What the store does not have yet.
+
+        PERSIST-1: cursors before operations before entries. So no cursor is stored without the
+        entries below it, and an operation that ended meanwhile has its entry with it.
+        """
+        bindings = self.bindings
+        if self._position is None:
+            self._position = self._find_position(store)
+        standing = self._standing()
+        snapshot = bindings.ops_lifecycle.capture_persistence_snapshot(
+            bindings.epoch_id, bindings.cursor_state
+        )
+        batch = self.feed.list_since(self._position)
+        ended = {entry.operation_id for entry in batch.entries}
+        live = {o.id: o for o in snapshot.operations if not o.status.is_terminal}
+        news = {
+            operation.id: operation
+            for operation in snapshot.operations
+            if operation.id in ended
+            or (operation.id in live and self._live.get(operation.id) != operation)
+        }
+        capture = EpochCapture(
+            session_id=bindings.session_id,
+            snapshot=PersistedOpsSnapshot(
+                epoch_id=bindings.epoch_id,
+                operations=tuple(news.values()),
+                specs=tuple(spec for spec in snapshot.specs if spec.id in news),
+                entries=batch.entries,
+                cursors=snapshot.cursors,
+            ),
+            sealed=standing.sealed,
+        )
+        gap = batch.gap_after(self._position)
+        return Reading(capture, standing, batch.watermark, gap, live)
+
+    def stored(self, reading: Reading) -> None:
+        """The store has taken `reading`."""
+        self._stored = reading.standing
+        self._position = self.durable = reading.watermark
+        self._live = reading.live
+        if reading.gap is not None:
+            self._missed += reading.gap.missing
+            self._last_gap = reading.gap
+            _log.error(
+                "epoch %s: completions %d to %d were dropped before they were stored; create it "
+                "with a larger feed_bytes or max_completed",
+                self.id,
+                reading.gap.after_seq + 1,
+                reading.gap.dropped_through,
+            )
+        if self._durable_word is not None:
+            with contextlib.suppress(EpochSealed):  # nobody waits for it any more
+                self._durable_word.advance(reading.watermark)
+
+    def ask_again(self) -> None:
+        """What the store holds is not certain any more; the next reading begins where it says."""
+        self._position = None
+        self._live = {}
+
+    def status(self) -> EpochPersistence:
+        """How far the store has come with it."""
+        durable = self.durable  # before the watermark, which is never below it then
+        return EpochPersistence(
+            session_id=self.bindings.session_id,
+            epoch_id=self.id,
+            watermark=self.feed.watermark(),
+            durable_seq=durable,
+            missed=self._missed,
+            last_gap=self._last_gap,
+            error=None if self.error is None else str(self.error),
+        )
+
+    def _standing(self) -> _Standing:
+        bindings = self.bindings
+        return _Standing(
+            self.feed.watermark(),
+            bindings.ops_lifecycle.active_count(),
+            bindings.cursor_state.snapshot(),
+            bindings.sealed,
+        )
+
+    def _find_position(self, store: RuntimeStore) -> CompletionSeq:
+        last = store.last_seq(self.id)
+        after, through = self.bindings.skipped
+        # No completion has a sequence that recovery skipped, so none of those is missing.
+        return through if after <= last < through else last
+
+
+def _durable_word(bindings: SessionRuntimeBindings) -> Cell | None:
+    """Where an epoch's other processes see how far the store has come; None in private memory."""
+    try:
+        segment = bindings.shared_segment()
+    except BindingsNotTransferable:
+        return None
+    return Cell(segment.memory, at.DURABLE_AT, at.STATE_AT, segment.closed_error)
