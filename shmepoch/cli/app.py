@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -13,7 +15,8 @@ from shmepoch.cli.run import jobs
 from shmepoch.cli.run.command import Options, execute
 from shmepoch.errors import ShmepochError
 
-USAGE_ERROR = 2
+RUN_ERROR: Final = 1
+USAGE_ERROR: Final = 2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -59,19 +62,29 @@ def run(
     """
     try:
         commands = jobs.read(file)
-        status = execute(
-            commands,
-            Options(
-                sessions=sessions,
-                workers=workers,
-                transcript=transcript,
-                retries=retries,
-                kill_every=kill_every,
-                seed=seed,
-                json=json,
-            ),
-        )
+        if transcript is not None:
+            transcript.mkdir(parents=True, exist_ok=True)
     except (ShmepochError, OSError) as error:
-        typer.echo(f"shmepoch: {error}", err=True)
-        sys.exit(USAGE_ERROR)
+        _fail(USAGE_ERROR, error)
+    options = Options(
+        sessions=sessions,
+        workers=workers,
+        transcript=transcript,
+        retries=retries,
+        kill_every=kill_every,
+        seed=seed,
+        json=json,
+    )
+    try:
+        status = execute(commands, options)
+    except BrokenPipeError:  # whoever read what this prints has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (ShmepochError, OSError) as error:
+        _fail(RUN_ERROR, error)
+    sys.exit(status)
+
+
+def _fail(status: int, error: Exception) -> NoReturn:
+    typer.echo(f"shmepoch: {error}", err=True)
     sys.exit(status)

@@ -74,12 +74,15 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         sizes_match = {len(session), len(epoch), len(witness)} == {ID_SIZE}
         if not sizes_match or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness)):
             raise TokenInvalid("it was cut or edited")
-        return cls(
+        handle = cls(
             namespace=resolve_namespace(namespace),
             session_id=SessionId.from_bytes(session),
             epoch_id=RuntimeEpochId.from_bytes(epoch),
             witness=witness,
         )
+        if handle.to_token() != text.strip():  # base64 has spare bits that decode to the same
+            raise TokenInvalid("it was cut or edited")
+        return handle
 
     def __repr__(self) -> str:
         return (
@@ -141,11 +144,12 @@ class SessionRuntimeBindings:
                     handle.namespace, handle.session_id, handle.epoch_id, handle.witness
                 )
                 try:
+                    made = cls(segment)
                     segment.join(Role.WORKER)
                 except BaseException:
                     segment.close()
                     raise
-                return _remember(cls(segment))
+                return _remember(made)
         segment = bindings.shared_segment()
         if not hmac.compare_digest(segment.witness, handle.witness):
             raise WitnessMismatch(handle.epoch_id)
@@ -160,7 +164,11 @@ class SessionRuntimeBindings:
         with _attached_lock:
             bindings = _attached.get(segment.epoch_id)
             if bindings is None:
-                return _remember(cls(segment))
+                try:
+                    return _remember(cls(segment))
+                except BaseException:
+                    segment.close()
+                    raise
         segment.close()
         bindings.shared_segment().ensure_attached()
         return bindings

@@ -242,11 +242,11 @@ class OperationTable:
     def _is_held(self, slot: Slot) -> bool:
         return slot.birth > 0 and (not slot.terminal_seq or slot.terminal_seq > self.floor())
 
-    def _copy(self, slot: Slot) -> tuple[bytes, bytes]:
-        """The encoded spec, unless it is known already, and the encoded detail."""
+    def _copy(self, slot: Slot) -> tuple[OperationSpec | bytes, bytes]:
+        """The spec if it is known already, else encoded, and the encoded detail."""
         memory, offset = self._memory, self._layout.slot(slot.number)
-        spec = b""
-        if slot.birth not in self._specs:
+        spec: OperationSpec | bytes | None = self._specs.get(slot.birth)
+        if spec is None:
             spec = memory.read(offset + at.SLOT_SPEC, min(slot.spec_length, at.SPEC_LIMIT))
         detail = memory.read(
             offset + at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT,
@@ -254,12 +254,11 @@ class OperationTable:
         )
         return spec, detail
 
-    def _decode(self, slot: Slot, spec: bytes, detail: bytes) -> OperationView:
+    def _decode(self, slot: Slot, spec: OperationSpec | bytes, detail: bytes) -> OperationView:
         try:
-            known = self._specs.get(slot.birth)
-            if known is None:
-                known = self._remember(slot.birth, _spec_decoder.decode(spec))
-            return OperationView(slot, known, _detail_decoder.decode(detail) if detail else _FRESH)
+            if isinstance(spec, bytes):
+                spec = self._remember(slot.birth, _spec_decoder.decode(spec))
+            return OperationView(slot, spec, _detail_decoder.decode(detail) if detail else _FRESH)
         except (msgspec.DecodeError, ValueError) as error:
             raise SegmentCorrupted(
                 self._segment.name, f"slot[{slot.number}]", "a decodable operation", str(error)

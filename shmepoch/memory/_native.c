@@ -15,8 +15,8 @@
  * before (the invalidation); `read` ends with an acquire fence, so words loaded after it (the
  * validation) are at least as new as every byte it copied.
  *
- * The standard library's mmap is not used because it duplicates the descriptor: a duplicate in a
- * forked child would keep the parent's open-file-description locks alive after the parent's death.
+ * The standard library's mmap is not used because it is a buffer that anybody may write to with
+ * plain stores; a Memory is read-only to Python but for its atomic methods.
  */
 
 #ifndef _GNU_SOURCE
@@ -496,6 +496,10 @@ typedef struct {
 static bool
 parse_ring(const Memory *self, PyObject *object, Ring *ring)
 {
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "a ring is a tuple (index, capacity, bytes, budget)");
+        return false;
+    }
     if (!PyArg_ParseTuple(object, "nnnn;a ring is (index, capacity, bytes, budget)", &ring->index,
                           &ring->capacity, &ring->bytes, &ring->budget)) {
         return false;

@@ -22,7 +22,14 @@ from typing import Final
 
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory, try_lock
-from shmepoch.memory.files import SHM_DIR, create_unnamed, link, open_owned, unlink
+from shmepoch.memory.files import (
+    SHM_DIR,
+    create_unnamed,
+    link,
+    map_shared,
+    open_owned,
+    unlink,
+)
 from shmepoch.memory.waiting import AsyncWait
 
 BELLS: Final = 32
@@ -152,7 +159,7 @@ class Bells:
     def _open_page(self) -> Memory:
         fd = open_owned(self._path)
         try:
-            return Memory(fd, _SIZE)
+            return map_shared(fd, _SIZE)
         finally:
             os.close(fd)
 
@@ -165,7 +172,7 @@ class Bells:
                 fd = create_unnamed(_SIZE)
                 with contextlib.suppress(FileExistsError):
                     link(fd, self._path)
-            page = Memory(fd, _SIZE)
+            page = map_shared(fd, _SIZE)
             if try_lock(fd, _LISTENERS_BYTE, True) and os.fstat(fd).st_nlink > 0:
                 if not page.load(_RETIRED):
                     return page, fd
@@ -186,7 +193,7 @@ def remove_unused_bells(namespace: str) -> None:
     except FileNotFoundError:
         return
     try:
-        _remove_if_last(Memory(fd, _SIZE), fd, path)
+        _remove_if_last(map_shared(fd, _SIZE), fd, path)
     finally:
         os.close(fd)
 

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
+from shmepoch.memory._native import Memory
 
 SHM_DIR: Final = Path("/dev/shm")
 
 _MODE: Final = 0o600
+#: How open(2) refuses what is no regular file.
+_OTHER_TYPES: Final = {
+    errno.ELOOP: "symbolic link",
+    errno.EISDIR: "directory",
+    errno.ENXIO: "socket or unread pipe",
+}
 
 
 def create_unnamed(size: int) -> int:
@@ -37,6 +44,20 @@ def create_unnamed(size: int) -> int:
         room = os.statvfs(SHM_DIR)
         raise SharedMemoryExhausted(size, room.f_bavail * room.f_frsize, str(SHM_DIR)) from error
     return fd
+
+
+def map_shared(fd: int, size: int) -> Memory:
+    """The first `size` bytes of the file of `fd`, mapped through a description of their own.
+
+    A mapping holds the open file description it was made through, also in a forked child and long
+    after the descriptor was closed. Were it the one that carries the locks, they would live on
+    with the mapping, and with every child.
+    """
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return Memory(own, size)
+    finally:
+        os.close(own)
 
 
 def link(fd: int, path: Path) -> None:
@@ -70,9 +91,10 @@ def open_owned(path: Path) -> int:
     except PermissionError:
         raise SegmentForeign(path.name, "owner", os.geteuid(), os.lstat(path).st_uid) from None
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in _OTHER_TYPES:
             raise
-        raise SegmentForeign(path.name, "type", "regular file", "symbolic link") from None
+        other = _OTHER_TYPES[error.errno]
+        raise SegmentForeign(path.name, "type", "regular file", other) from None
     found = os.fstat(fd)
     facts = (
         ("type", "regular file", "regular file" if stat.S_ISREG(found.st_mode) else "other"),

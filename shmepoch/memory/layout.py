@@ -38,6 +38,7 @@ processors fetch pairs of them.
        128  created_at_ms         creator                     wall clock
        136  skipped_after         creator                     recovery skipped those above it
        144  skipped_through       creator                     and up to this one
+       152  checksum              creator                     CRC-32 of the capacities
        256  agent_applied         agent             acq_rel   cursor
        384  runtime_observed      runtime loop      acq_rel   cursor
        512  runtime_injected      runtime loop      acq_rel   cursor
@@ -120,6 +121,7 @@ CAPACITIES: Final = 5
 ORIGIN_AT: Final = 120
 CREATED_AT: Final = 128
 SKIPPED_AT: Final = 136
+CHECKSUM_AT: Final = 152
 HEADER_SIZE: Final = 2 * LINE
 ID_SIZE: Final = 16
 

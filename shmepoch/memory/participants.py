@@ -69,13 +69,12 @@ class Participants:
         `ParticipantsExhausted` when every slot has a live holder.
         """
         words = self._words()
+        if self.joined() >= _LAST_NUMBER:
+            raise SegmentCorrupted(self._name, "joined", f"below {_LAST_NUMBER}", self.joined())
         for slot in sorted(range(self._capacity), key=lambda slot: words[slot] != 0):
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
                 offset = Layout.participant(slot)
                 number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
-                if number > _LAST_NUMBER:
-                    unlock(self._fd, at.PARTICIPANT_BYTE + slot)
-                    raise SegmentCorrupted(self._name, "joined", f"at most {_LAST_NUMBER}", number)
                 self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
                 self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
                 self._memory.store(offset, _word(number, role))

@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,14 @@ from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory, WriterLock, is_locked, try_lock
 from shmepoch.memory.bells import SharedWaits
-from shmepoch.memory.files import SHM_DIR, create_unnamed, link, open_owned, unlink
+from shmepoch.memory.files import (
+    SHM_DIR,
+    create_unnamed,
+    link,
+    map_shared,
+    open_owned,
+    unlink,
+)
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
 from shmepoch.memory.waiting import LocalWaits, Waiters
@@ -176,7 +184,7 @@ class SharedSegment(Segment):
         layout = Layout(config)
         fd = create_unnamed(layout.size)
         try:
-            memory = Memory(fd, layout.size)
+            memory = map_shared(fd, layout.size)
             _format(memory, layout, session_id, epoch_id)
             try_lock(fd, at.PRESENCE_BYTE, True)
             return cls(namespace, fd, memory, layout)
@@ -210,7 +218,7 @@ class SharedSegment(Segment):
             size = os.fstat(fd).st_size
             if size < at.PAGE:
                 raise SegmentCorrupted(path.name, "file size", f"at least {at.PAGE}", size)
-            memory = Memory(fd, size)
+            memory = map_shared(fd, size)
             return cls(namespace, fd, memory, _check_header(path.name, memory, session_id))
         except BaseException:
             os.close(fd)
@@ -325,7 +333,7 @@ class SharedSegment(Segment):
         fd = -1
         try:
             fd = _open_present(self.path)
-            other = Memory(fd, at.PAGE)
+            other = map_shared(fd, at.PAGE)
             if other.read(at.EPOCH_ID_AT, at.ID_SIZE) != self.epoch_id.bytes:
                 raise self.closed_error()
         except FileNotFoundError:
@@ -419,7 +427,12 @@ def _format(
     for index, value in enumerate(layout.capacities()):
         memory.store(at.CAPACITIES_AT + index * at.WORD, value)
     memory.store(at.CREATED_AT, time.time_ns() // 1_000_000)
+    memory.store(at.CHECKSUM_AT, _checksum(memory))
     memory.store(at.MAGIC_AT, at.MAGIC)
+
+
+def _checksum(memory: Memory) -> int:
+    return zlib.crc32(memory.read(at.CAPACITIES_AT, at.CAPACITIES * at.WORD))
 
 
 def _check_header(name: str, memory: Memory, session_id: SessionId) -> Layout:
@@ -442,6 +455,8 @@ def _check_header(name: str, memory: Memory, session_id: SessionId) -> Layout:
     except ConfigInvalid as error:
         raise SegmentCorrupted(name, error.setting, error.allowed, error.value) from error
     require("size of its capacities", len(memory), layout.size)
+    # Other capacities that fill as many pages would shift everything else unnoticed.
+    require("checksum of its capacities", _checksum(memory), memory.load(at.CHECKSUM_AT))
     if memory.load(at.STATE_AT) not in (at.OPEN, at.SEALED):
         require("state", f"{at.OPEN} or {at.SEALED}", memory.load(at.STATE_AT))
     return layout

@@ -33,8 +33,9 @@ _log = logging.getLogger(__name__)
 #: that something was stored of since the last such look are looked at more often.
 _LOOK_S: Final = 1.0
 _WARM_LOOK_S: Final = 0.05
-#: How often, within one delay, the completions that wait are counted.
-_COUNTS: Final = 10
+#: How often completions that wait for `max_delay` to pass are counted: in tenths of it, but not
+#: less often than this.
+_COUNT_S: Final = 0.05
 
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
@@ -129,16 +130,19 @@ class PersistenceChannel:
 
     def follow(self, bindings: SessionRuntimeBindings) -> None:
         """Keep an epoch durable from now on; of no effect if it is followed already."""
+        self._require_mine()
         with self._state:
             self._require_open()
             if bindings.epoch_id in self._epochs:
                 return
-            self._epochs[bindings.epoch_id] = Followed(bindings)
+            self._epochs[bindings.epoch_id] = followed = Followed(bindings)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._main, name="shmepoch-persistence", daemon=True
                 )
                 self._thread.start()
+            elif self._loop is not None:
+                self._loop.call_soon_threadsafe(self._advanced.add, followed)
             self._signal()
 
     def unfollow(self, bindings: SessionRuntimeBindings) -> None:
@@ -147,6 +151,7 @@ class PersistenceChannel:
         What is not stored by then is not stored any more; `flush` first. Of no effect if the epoch
         is not followed.
         """
+        self._require_mine()
         with self._saving, self._state:
             followed = self._epochs.pop(bindings.epoch_id, None)
             if followed is not None and followed.waiting is not None and self._loop is not None:
@@ -159,6 +164,7 @@ class PersistenceChannel:
         it is slow; the channel goes on trying. Raises the error of an epoch that cannot be stored
         at all, and `ChannelClosed`.
         """
+        self._require_mine()
         with self._state:
             self._require_open()
             if self._thread is None:
@@ -171,8 +177,9 @@ class PersistenceChannel:
                 if self._ended:
                     raise ChannelClosed
                 if self._failing:
-                    reason = f"flush waited {timeout} s, and still {self._last_error}"
-                    raise StoreWriteFailed(reason) from self._last_error
+                    error = self._last_error
+                    why = error.reason if isinstance(error, StoreWriteFailed) else error
+                    raise StoreWriteFailed(f"{why} (flush waited {timeout} s)") from error
                 raise TimeoutError(f"the store was not up to date within {timeout} s")
             for followed in self._epochs.values():
                 if followed.error is not None:
@@ -180,6 +187,7 @@ class PersistenceChannel:
 
     def status(self) -> ChannelStatus:
         """How far the store has come, what it took and what it did not."""
+        self._require_mine()
         with self._state:
             return ChannelStatus(
                 epochs=tuple(followed.status() for followed in self._epochs.values()),
@@ -192,9 +200,9 @@ class PersistenceChannel:
 
     def close(self) -> None:
         """Store what there is, or log that it could not be, and stop. The store stays open."""
+        if self._pid != os.getpid():
+            return
         with self._state:
-            if self._pid != os.getpid():
-                return
             self._closed = True
             thread, self._thread = self._thread, None
             self._signal()
@@ -212,8 +220,13 @@ class PersistenceChannel:
     ) -> None:
         self.close()
 
+    def _require_mine(self) -> None:
+        # Before any lock: in a forked child whoever held one does not exist.
+        if self._pid != os.getpid():
+            raise ChannelClosed
+
     def _require_open(self) -> None:
-        if self._closed or self._ended or self._pid != os.getpid():
+        if self._closed or self._ended:
             raise ChannelClosed
 
     def _signal(self) -> None:
@@ -281,11 +294,9 @@ class PersistenceChannel:
     async def _coalesce(self) -> None:
         """Give further completions the time that `max_delay` leaves, less what storing takes."""
         end = time.monotonic() + self._max_delay - self._took_s
-        while self._advanced and not self._is_pressed():
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            await asyncio.sleep(min(left, self._max_delay / _COUNTS))
+        count_s = min(self._max_delay / 10, _COUNT_S)
+        while self._advanced and not self._is_pressed() and (left := end - time.monotonic()) > 0:
+            await self._woken(min(left, count_s))
 
     def _is_pressed(self) -> bool:
         return (
@@ -313,26 +324,37 @@ class PersistenceChannel:
 
     def _store_news(self, candidates: Iterable[Followed], *, thoroughly: bool) -> bool:
         """Store what is new of them; False if the store failed, and it is to be tried again."""
-        due = [followed for followed in candidates if followed.is_due(thoroughly=thoroughly)]
         began = time.monotonic()
+        due = self._due(candidates, thoroughly=thoroughly)
         while due:
             try:
-                due = self._save(due)
-            except StoreConflict as error:
-                for followed in due:
-                    if followed.id == error.epoch_id:
-                        _give_up(followed, error)
-            except Exception as error:
-                # Whatever it is, the epochs go on, and what is not stored is still in them.
-                self._failed(error)
-                self._advanced.update(due)
-                return False
-            self._took_s = time.monotonic() - began
+                self._save(due)
+                break
+            except Exception as error:  # whatever it is, the epochs go on and keep what is new
+                conflicting = _conflicting(error, due)
+                if conflicting is None:
+                    self._failed(error)
+                    self._advanced.update(due)
+                    return False
+                _give_up(conflicting, error)
+                due.remove(conflicting)
+        self._took_s = time.monotonic() - began
         self._failing = False
         return True
 
-    def _save(self, due: list[Followed]) -> list[Followed]:
-        """Store what is new of them in one transaction; none is left."""
+    def _due(self, candidates: Iterable[Followed], *, thoroughly: bool) -> list[Followed]:
+        due = []
+        for followed in candidates:
+            try:
+                if followed.is_due(thoroughly=thoroughly):
+                    due.append(followed)
+            except ShmepochError as error:
+                _give_up(followed, error)
+        self._advanced.clear()
+        return due
+
+    def _save(self, due: list[Followed]) -> None:
+        """Store what is new of them, in one transaction."""
         with self._saving:
             readings = []
             for followed in due:
@@ -352,8 +374,6 @@ class PersistenceChannel:
                 self._entries += len(reading.capture.snapshot.entries)
                 self._warm.add(followed)
                 self._listen(followed)
-        self._advanced.difference_update(due)
-        return []
 
     def _listen(self, followed: Followed) -> None:
         if followed.over or (followed.waiting is not None and not followed.waiting.done()):
@@ -370,6 +390,13 @@ class PersistenceChannel:
             followed.ask_again()
 
 
-def _give_up(followed: Followed, error: ShmepochError) -> None:
+def _conflicting(error: Exception, due: list[Followed]) -> Followed | None:
+    """The one whose stored history contradicts it, if that is what the store failed at."""
+    if not isinstance(error, StoreConflict):
+        return None
+    return next((followed for followed in due if followed.id == error.epoch_id), None)
+
+
+def _give_up(followed: Followed, error: Exception) -> None:
     _log.error("epoch %s cannot be stored any more: %s", followed.id, error)
     followed.error = error

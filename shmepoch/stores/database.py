@@ -10,12 +10,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from shmepoch.stores.protocol import StoreUnusable
 from shmepoch.stores.schema import SchemaUnsupported, is_current, migrate
 
 _RETRY_S: Final = 0.01
+
+_FileId: TypeAlias = tuple[int, int]
 
 
 class Database:
@@ -34,7 +36,6 @@ class Database:
         self._writer = _Connection(self)
         self._reader = _Connection(self)
         self._closed = False
-        self._file: tuple[int, int] | None = None
         _databases.add(self)
 
     @contextlib.contextmanager
@@ -56,8 +57,11 @@ class Database:
             with connection.lock:
                 connection.close()
 
-    def connect(self) -> sqlite3.Connection:
-        """Open the file, made or migrated if need be. Raises `StoreUnusable`."""
+    def connect(self) -> tuple[sqlite3.Connection, _FileId | None]:
+        """Open the file, made or migrated if need be, and say which file that is.
+
+        Raises `StoreUnusable`.
+        """
         if self._closed:
             raise StoreUnusable(self.path, "it was closed")
         try:
@@ -73,25 +77,20 @@ class Database:
             except BaseException:
                 connection.close()
                 raise
-            found = os.stat(self.path)
+            return connection, _file_id(self.path)
         except (sqlite3.Error, SchemaUnsupported, OSError) as error:
-            raise StoreUnusable(self.path, explain(error, self._busy_timeout)) from error
-        self._file = found.st_dev, found.st_ino
-        return connection
-
-    def require_unmoved(self) -> None:
-        """`StoreUnusable` if the path does not name the file that is open any more: what is written
-        to a file without a name is lost."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != self._file:
-            raise StoreUnusable(self.path, "the file was moved or removed while it was in use")
+            raise StoreUnusable(self.path, self._reason(error)) from error
 
     def explain(self, error: Exception) -> str:
         """Why something failed, for the text of an error."""
-        return f"{self.path}: {explain(error, self._busy_timeout)}"
+        return f"{self.path}: {self._reason(error)}"
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, StoreUnusable):
+            return error.reason
+        if isinstance(error, sqlite3.OperationalError) and _is_busy(error):
+            return f"{error}, for longer than the busy_timeout of {self._busy_timeout} s"
+        return str(error)
 
     def _create(self) -> None:
         # SQLite's own would be open to others. Never opened if it is there: to close a file again
@@ -120,8 +119,8 @@ class Database:
                 (mode,) = connection.execute("PRAGMA journal_mode = wal").fetchone()
                 break
             except sqlite3.OperationalError as error:
-                # Here SQLite does not wait for the others by itself.
-                if not is_busy(error) or time.monotonic() >= deadline:
+                # Here SQLite does not always wait for the others by itself.
+                if not _is_busy(error) or time.monotonic() >= deadline:
                     raise
                 time.sleep(_RETRY_S)
         if mode != "wal":
@@ -137,6 +136,7 @@ class _Connection:
     def __init__(self, database: Database) -> None:
         self._database: Database = weakref.proxy(database)
         self._connection: sqlite3.Connection | None = None
+        self._file: _FileId | None = None
         self.lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -152,14 +152,13 @@ class _Connection:
                 raise
 
     def _open(self) -> sqlite3.Connection:
+        path = self._database.path
         if self._connection is None:
-            self._connection = self._database.connect()
-            return self._connection
-        try:
-            self._database.require_unmoved()
-        except StoreUnusable:
-            self.close()  # the next call opens what is there then
-            raise
+            self._connection, self._file = self._database.connect()
+        elif _file_id(path) != self._file:
+            # What is written to a file without a name is lost. The next call opens what is there.
+            self.close()
+            raise StoreUnusable(path, "the file was moved or removed while it was in use")
         return self._connection
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
@@ -174,16 +173,18 @@ class _Connection:
             self._connection = None
 
 
-def is_busy(error: sqlite3.OperationalError) -> bool:
+def _is_busy(error: sqlite3.OperationalError) -> bool:
     """Whether the only trouble is that somebody else has the file locked."""
     return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def explain(error: Exception, busy_timeout: float) -> str:
-    """An error in words that say what to do where that is known."""
-    if isinstance(error, sqlite3.OperationalError) and is_busy(error):
-        return f"{error}, for longer than the busy_timeout of {busy_timeout} s"
-    return str(error)
+def _file_id(path: Path) -> _FileId | None:
+    """Which file a path names; None if it names none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()

@@ -184,21 +184,8 @@ CONTROL: Final = {
     "origin": at.ORIGIN_AT,
 }
 
-UNGUARDED: Final = pytest.mark.xfail(reason="this word is used without being checked")
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=UNGUARDED
-            if name in ("watermark", "dropped_through", "reclaimed_through", "joined")
-            else (),
-        )
-        for name in CONTROL
-    ],
-)
+@pytest.mark.parametrize("name", list(CONTROL))
 def test_a_word_of_the_control_lines(subject: Subject, name: str) -> None:
     for value in (0, *WORDS):
         subject.put_back()
@@ -206,9 +193,7 @@ def test_a_word_of_the_control_lines(subject: Subject, name: str) -> None:
         subject.use_up()
 
 
-@pytest.mark.parametrize(
-    "word", [pytest.param(0, marks=UNGUARDED), *range(8, 104, 8), 512, 1024, 1536]
-)
+@pytest.mark.parametrize("word", [*range(0, 104, 8), 512, 1024, 1536])
 def test_a_word_of_a_slot(subject: Subject, word: int) -> None:
     for slot in range(subject.segment.layout.slots):
         for value in (0, *WORDS[slot % 2 :: 2]):

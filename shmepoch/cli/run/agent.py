@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,14 +12,12 @@ from shmepoch.epoch.bindings import SessionOwned, SessionRuntimeBindings
 from shmepoch.runtime.factory import AgentFactory
 
 
-def main(token: str, pipe: Connection, transcript: Path) -> None:
+def main(pipe: Connection, token: str, transcript: Path) -> None:
     """Take a turn at once, then one for each message, until the runtime closes the pipe.
 
     The first turn is taken unasked: the agent before this one may have been killed between being
     told to take it and taking it.
     """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     bindings = SessionRuntimeBindings.from_token(token)
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     # The runtime may close its end at any moment, also while this process is still starting.

@@ -7,13 +7,61 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any, Final
+
+from shmepoch.cli.run.descendants import adopt_orphans, children, kill_children
+from shmepoch.errors import ShmepochError
 
 _context = multiprocessing.get_context("spawn")
 
-#: How long a child has to end by itself once its pipe is closed.
+#: How long a child has to end by itself once its pipe is closed. A worker gives its command less.
 _GRACE_S: Final = 5.0
+
+
+class ChildFailed(ShmepochError):
+    """A child ended by itself. Another one would end in the same way, so it is not replaced."""
+
+    role: str
+    pid: int
+    exitcode: int
+
+    def __init__(self, role: str, pid: int, exitcode: int) -> None:
+        super().__init__(
+            f"the {role} process {pid} ended with status {exitcode}; it has said why, and the run "
+            "cannot go on without it",
+            role=role,
+            pid=pid,
+            exitcode=exitcode,
+        )
+
+
+class Children:
+    """Starts the children of this process, and sees to it that nothing outlives them."""
+
+    def __init__(self) -> None:
+        adopt_orphans()
+        # multiprocessing's own helper ends with this process; who was here before is not ours.
+        resource_tracker.ensure_running()
+        self._not_ours: Final = frozenset(children())
+
+    def start(
+        self,
+        role: str,
+        main: Callable[..., None],
+        args: tuple[object, ...],
+        on_message: Callable[[Child, Any], None],
+        on_death: Callable[[Child], None],
+    ) -> Child:
+        """Start a process that runs `main(pipe, *args)`; to be called on the event loop."""
+        return Child(self._end_orphans, role, main, args, on_message, on_death)
+
+    def _end_orphans(self) -> None:
+        """Kill what was started by children that are dead."""
+        alive = {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+        kill_children(keep=self._not_ours | alive)
 
 
 class Child:
@@ -21,34 +69,41 @@ class Child:
 
     def __init__(
         self,
+        end_orphans: Callable[[], None],
         role: str,
-        target: Callable[..., None],
+        main: Callable[..., None],
         args: tuple[object, ...],
         on_message: Callable[[Child, Any], None],
         on_death: Callable[[Child], None],
     ) -> None:
         self.role: Final = role
+        self.killed = False
+        self._end_orphans = end_orphans
         self._on_message = on_message
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._pipe, theirs = _context.Pipe()
-        token, *others = args
-        self._process = _context.Process(target=target, args=(token, theirs, *others))
-        self._process.start()
-        theirs.close()
+        self._process = _context.Process(target=_main, args=(role, main, theirs, *args))
+        # Inherited: until the child is a session of its own, a Ctrl-C reaches it too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
         self._loop.add_reader(self._pipe.fileno(), self._hear)
         self._loop.add_reader(self._process.sentinel, self._died)
         self._watched = True
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is its process group's too."""
+        """The child's process id."""
         assert self._process.pid is not None
         return self._process.pid
 
     @property
     def exitcode(self) -> int | None:
-        """How it ended, as multiprocessing says it; None while it runs."""
+        """How it ended, as multiprocessing says it: -9 if it was killed; None while it runs."""
         return self._process.exitcode
 
     def send(self, message: object) -> bool:
@@ -59,15 +114,11 @@ class Child:
             return False
         return True
 
-    def kill(self) -> None:
-        """Kill the child alone, as a crash would."""
-        os.kill(self.pid, signal.SIGKILL)
-
-    def kill_group(self) -> None:
-        """Kill the child with everything it started."""
-        with contextlib.suppress(ProcessLookupError):  # before it has made its group
-            os.killpg(self.pid, signal.SIGKILL)
-        self.kill()
+    def kill(self) -> bool:
+        """Kill the child alone, as a crash would; whether it was alive."""
+        self.killed = self.exitcode is None
+        self._process.kill()
+        return self.killed
 
     async def end(self) -> None:
         """Close the pipe, which ends the child, and make sure of everything it started."""
@@ -78,6 +129,7 @@ class Child:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), _GRACE_S)
         self._loop.remove_reader(self._process.sentinel)
+        self._process.kill()
         self._bury()
 
     def _hear(self) -> None:
@@ -106,6 +158,19 @@ class Child:
             self._loop.remove_reader(self._process.sentinel)
 
     def _bury(self) -> None:
-        # Before the child is reaped: until then nobody else can have its process group's number.
-        self.kill_group()
         self._process.join()
+        self._end_orphans()
+
+
+def _main(role: str, main: Callable[..., None], pipe: object, *args: object) -> None:
+    """What every child runs."""
+    # A session of its own: Ctrl-C is the runtime's to deal with, and no command finds a terminal
+    # to wait for.
+    os.setsid()
+    # Not ignored: that would be inherited by commands, and a handler is not.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        main(pipe, *args)
+    except (ShmepochError, OSError) as error:
+        sys.exit(f"shmepoch: {role} process {os.getpid()}: {error}")

@@ -9,24 +9,29 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from shmepoch.cli.run.children import Children
 from shmepoch.cli.run.jobs import Job
-from shmepoch.cli.run.session import SessionRun
+from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
 from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.views import view_for
+from shmepoch.cli.run.worker import TAIL_BYTES
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.ids import SessionId
-from shmepoch.memory.layout import MAX_PARTICIPANTS, OpsLifecycleConfig
+from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 
-#: Room for the tails of some thousand commands that the agent has not been told of yet.
-_FEED_BYTES: Final = 4 * 1024 * 1024
+#: What the completion of a command takes in the feed at most: the tail of its output, and the rest.
+_ENTRY_BYTES: Final = TAIL_BYTES + 1024
 #: How long an interrupted run waits for its agents to be told of what was cancelled.
-_LAST_TURN_S: Final = 2.0
+_LAST_TURN_S: Final = 5.0
+#: What ends a run early, and as if it had ended by it.
+_INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +47,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def execute(jobs: list[Job], options: Options) -> int:
-    """Run the commands; the exit status."""
+    """Run the commands; the exit status.
+
+    What made it impossible to go on is raised once everything was ended.
+    """
     with contextlib.ExitStack() as stack:
         folder = options.transcript
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmepoch-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        run = _Run(jobs, options, folder)
-        status, summary = asyncio.run(run.run())
+        status, summary = asyncio.run(_Run(jobs, options, folder).run())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(summary)).decode())
     else:
@@ -63,78 +69,105 @@ class _Run:
         self._options = options
         self._transcripts = transcripts
         self._view = view_for(sys.stderr if options.json else sys.stdout)
+        self._children = Children()
         self._sessions: list[SessionRun] = []
         self._kills = 0
         self._signal: int | None = None
+        self._interrupted = asyncio.Event()
+        self._error: BaseException | None = None
+        self._broken = asyncio.Event()
 
     async def run(self) -> tuple[int, Summary]:
         """Everything; the exit status, and what it came to."""
         began = time.monotonic()
-        with self._adapter() as adapter:
+        self._listen()
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            stack.callback(self._view.close)
+            self._view.began(self._sessions, len(self._jobs))
             try:
-                self._open(adapter)
                 await self._until_finished()
             finally:
                 await asyncio.gather(*(session.end() for session in self._sessions))
-                self._view.close()
-                summary = self._summary(time.monotonic() - began)
-                for session in self._sessions:
-                    adapter.unregister_session(session.bindings.session_id)
+            summary = self._summary(time.monotonic() - began)
         if self._signal is not None:
             return 128 + self._signal, summary
-        return int(any(session.not_completed for session in self._sessions)), summary
+        return int(any(s.undecided or s.not_completed for s in self._sessions)), summary
 
-    def _adapter(self) -> RuntimeSessionAdapter:
-        participants = min(MAX_PARTICIPANTS, max(64, 2 * (self._options.workers + 2)))
-        config = OpsLifecycleConfig(feed_bytes=_FEED_BYTES, max_participants=participants)
-        return RuntimeSessionAdapter.ephemeral(config=config)
+    def _listen(self) -> None:
+        """Hear of signals, and of errors in callbacks, which nobody awaits."""
+        loop = asyncio.get_running_loop()
 
-    def _open(self, adapter: RuntimeSessionAdapter) -> None:
+        def interrupt(number: int) -> None:
+            self._signal = self._signal or number
+            self._interrupted.set()
+
+        def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            self._error = (
+                self._error or context.get("exception") or RuntimeError(context["message"])
+            )
+            self._broken.set()
+
+        for number in _INTERRUPTIONS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, interrupt, number)
+        loop.set_exception_handler(fail)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
         options = self._options
+        adapter = stack.enter_context(RuntimeSessionAdapter.ephemeral(config=self._config()))
         count = min(options.sessions, len(self._jobs))
         for number in range(1, count + 1):
+            bindings = adapter.prepare_bindings(SessionId.new())
+            stack.callback(adapter.unregister_session, bindings.session_id)
             self._sessions.append(
                 SessionRun(
                     number,
-                    adapter.prepare_bindings(SessionId.new()),
+                    bindings,
                     self._jobs[number - 1 :: count],
+                    children=self._children,
                     workers=options.workers,
                     retries=options.retries,
                     transcripts=self._transcripts,
                     view=self._view,
                 )
             )
-        self._view.began(self._sessions, len(self._jobs))
-        for session in self._sessions:
-            session.start()
+
+    def _config(self) -> OpsLifecycleConfig:
+        workers = self._options.workers
+        return OpsLifecycleConfig(
+            max_operations=2 * workers + 64,  # those of workers that have just died among them
+            feed_bytes=(MOST_UNTOLD + workers) * _ENTRY_BYTES,
+            max_participants=workers + 16,
+        )
 
     async def _until_finished(self) -> None:
-        loop = asyncio.get_running_loop()
-        interrupted = asyncio.Event()
-
-        def interrupt(number: int) -> None:
-            self._signal = self._signal or number
-            interrupted.set()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, number)
-        tasks: list[asyncio.Task[Any]] = [
-            asyncio.create_task(self._all_finished()),
-            asyncio.create_task(interrupted.wait()),
-        ]
+        for session in self._sessions:
+            session.start()
+        awaited = [self._all_finished(), self._interrupted.wait()]
         if self._options.kill_every is not None:
-            tasks.append(asyncio.create_task(self._kill_every(self._options.kill_every)))
-        done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+            awaited.append(self._kill_every(self._options.kill_every))
+        await self._first_of(awaited)
+        if self._interrupted.is_set():
+            reason = "the run was interrupted"
+            await asyncio.gather(*(session.cancel(reason) for session in self._sessions))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_TURN_S):
+                    await self._first_of([self._all_finished()])
+
+    async def _first_of(self, awaited: Sequence[Coroutine[Any, Any, object]]) -> None:
+        """Wait until one of `awaited` is done; raise what breaks the run before that."""
+        tasks = [asyncio.create_task(one) for one in (*awaited, self._broken.wait())]
+        running = [task for session in self._sessions for task in session.tasks]
+        try:
+            done, _ = await asyncio.wait([*tasks, *running], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
         for task in done:
             task.result()
-        if interrupted.is_set():
-            for session in self._sessions:
-                session.cancel("the run was interrupted")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all_finished(), _LAST_TURN_S)
+        if self._error is not None:
+            raise self._error
 
     async def _all_finished(self) -> None:
         for session in self._sessions:
@@ -145,12 +178,8 @@ class _Run:
         while True:
             await asyncio.sleep(seconds)
             session = chance.choice(self._sessions)
-            victims = session.children()
-            if victims and not session.finished.is_set():
-                victim = chance.choice(victims)
-                session.killed.add(victim.pid)
-                victim.kill()
-                self._kills += 1
+            if not session.finished.is_set():
+                self._kills += chance.choice(session.children()).kill()
 
     def _summary(self, duration_s: float) -> Summary:
         sessions = [session.summary() for session in self._sessions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from shmepoch.cli.run.children import Child
 from shmepoch.cli.run.jobs import Job
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.cursors import EpochCursorSnapshot
@@ -20,12 +21,17 @@ class Standing(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many operations have ended with each status."""
+        """How many operations have ended with each status; 0 of any other."""
         ...
 
     @property
     def watermark(self) -> int:
         """How far its feed has come."""
+        ...
+
+    @property
+    def decided(self) -> int:
+        """Commands of which nothing more is to come."""
         ...
 
     @property
@@ -62,12 +68,12 @@ class View(Protocol):
         """A command's operation has ended."""
         ...
 
-    def told(self, session: Standing) -> None:
-        """The agent has taken a turn."""
+    def told(self, session: Standing, through: int) -> None:
+        """The agent has taken a turn and knows of every completion through this one."""
         ...
 
-    def lost_child(self, session: Standing, role: str, pid: int, *, killed: bool) -> None:
-        """A child has died; `killed` by the run itself."""
+    def lost_child(self, session: Standing, child: Child) -> None:
+        """A child was killed; another one is being started."""
         ...
 
     def close(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, deque
 from pathlib import Path
 from typing import Final
 
 from shmepoch.cli.run import agent, transcript, worker
-from shmepoch.cli.run.children import Child
+from shmepoch.cli.run.children import Child, ChildFailed, Children
 from shmepoch.cli.run.events import View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.messages import Assignment, Idle, Turn
@@ -17,9 +18,13 @@ from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationStatus, status_of
-from shmepoch.errors import EpochSealed, InvalidTransition, NotFound
+from shmepoch.errors import InvalidTransition, NotFound
 from shmepoch.ids import OperationId
 from shmepoch.runtime.loop import Continuation, RuntimeLoop
+
+#: How many operations may have ended, or be running, that the agent has not been told of. While it
+#: is behind by more, nothing new is started: so the feed never drops what it has not seen.
+MOST_UNTOLD: Final = 256
 
 
 class SessionRun:
@@ -31,6 +36,7 @@ class SessionRun:
         bindings: SessionRuntimeBindings,
         jobs: list[Job],
         *,
+        children: Children,
         workers: int,
         retries: int,
         transcripts: Path,
@@ -43,14 +49,15 @@ class SessionRun:
         self.operations = 0
         self.retried = 0
         self.restarts = 0
-        self.killed: set[int] = set()
-        self.undecided = len(jobs)
+        self.undecided = self._commands = len(jobs)
         self.not_completed = 0
         self.finished = asyncio.Event()
         self._token = bindings.to_token()
         self._pending = deque((job, 0) for job in jobs)
         self._attempts: dict[OperationId, tuple[Job, int]] = {}
         self._by_worker: dict[Child, OperationId] = {}
+        self._sequence: dict[int, OperationId] = {}
+        self._children = children
         self._workers_wanted = min(workers, len(jobs))
         self._retries = retries
         self._transcript = transcript.path_in(transcripts, bindings.session_id)
@@ -61,13 +68,13 @@ class SessionRun:
         self._idle: deque[Child] = deque()
         self._ending = False
         self._loop = RuntimeLoop(bindings, inject=self._inject, quiescent=lambda: self._agent_idle)
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks: list[asyncio.Task[None]] = []
 
     # --- life ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the loop, the agent and the workers."""
-        self._tasks = [
+        """Start the loop, the agent and the workers; none of `tasks` ends before `end`."""
+        self.tasks = [
             asyncio.create_task(self._loop.run_async()),
             asyncio.create_task(self._follow()),
         ]
@@ -75,39 +82,50 @@ class SessionRun:
         for _ in range(self._workers_wanted):
             self._start_worker()
 
-    def cancel(self, reason: str) -> None:
+    async def cancel(self, reason: str) -> None:
         """Cancel what runs and forget what waits; `finished` once the agent knows."""
         self._ending = True
-        self.undecided -= len(self._pending)
-        self.not_completed += len(self._pending)
+        self._give_up(len(self._pending))
         self._pending.clear()
-        for child, id in self._by_worker.items():
-            child.kill_group()
-            try:
-                self.bindings.ops_lifecycle.cancel_operation(id, reason)
-            except NotFound:
-                self.undecided -= 1  # its worker had not come to register it
-            except InvalidTransition:
-                continue  # it has just ended by itself
+        self._cancel_running(reason)
+        await asyncio.gather(*(worker.end() for worker in self._workers))
+        self._workers.clear()
+        self._by_worker.clear()
+        self._cancel_running(reason)  # what was assigned and not yet registered the first time
         self._collect()
+        self._give_up(len(self._attempts))
+        self._attempts.clear()
+        self._look_if_finished()
+
+    def _cancel_running(self, reason: str) -> None:
+        for id in self._attempts:
+            with contextlib.suppress(NotFound, InvalidTransition):  # not begun, or ended by itself
+                self.bindings.ops_lifecycle.cancel_operation(id, reason)
+
+    def _give_up(self, commands: int) -> None:
+        self.undecided -= commands
+        self.not_completed += commands
 
     async def end(self) -> None:
         """End every child and task."""
         self._ending = True
-        children = [*self._workers, *([self._agent] if self._agent else [])]
-        await asyncio.gather(*(child.end() for child in children))
+        await asyncio.gather(*(child.end() for child in self.children()))
         self._workers.clear()
         self._agent = None
-        self._loop.stop()
-        for task in self._tasks[1:]:
+        for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def children(self) -> list[Child]:
         """Who can be killed."""
         return [*self._workers, *([self._agent] if self._agent else [])]
 
     # --- what a view shows --------------------------------------------------------------------
+
+    @property
+    def decided(self) -> int:
+        """Commands of which nothing more is to come."""
+        return self._commands - self.undecided
 
     @property
     def running(self) -> int:
@@ -129,7 +147,12 @@ class SessionRun:
 
     def summary(self) -> SessionSummary:
         """The session as it ended, its transcript held against its feed."""
-        told = [line.seq for line in transcript.read(self._transcript) if line.after_seq is None]
+        told = [
+            (line.seq, line.operation_id)
+            for line in transcript.read(self._transcript)
+            if line.after_seq is None
+        ]
+        owed = {(seq, str(id)) for seq, id in self._sequence.items()}
         return SessionSummary(
             session_id=str(self.bindings.session_id),
             epoch_id=str(self.bindings.epoch_id),
@@ -138,7 +161,7 @@ class SessionRun:
             notices=Notices(
                 delivered=len(set(told)),
                 duplicates=len(told) - len(set(told)),
-                lost=len(set(range(1, self.watermark + 1)) - set(told)),
+                lost=len(owed - set(told)),
             ),
         )
 
@@ -146,7 +169,7 @@ class SessionRun:
 
     def _start_agent(self) -> None:
         self._agent_idle = False
-        self._agent = Child(
+        self._agent = self._children.start(
             "agent",
             agent.main,
             (self._token, self._transcript),
@@ -156,15 +179,15 @@ class SessionRun:
 
     def _agent_said(self, child: Child, message: Idle) -> None:
         self._agent_idle = True
-        self._view.told(self)
+        self._view.told(self, self.bindings.cursor_state.agent_applied_cursor.load())
         self._loop.session_changed()
+        self._assign()
         self._look_if_finished()
 
     def _agent_died(self, child: Child) -> None:
         self._agent_idle = False
         self._lost(child)
-        if not self._ending:
-            self._start_agent()
+        self._start_agent()
 
     def _inject(self, continuation: Continuation) -> bool:
         if self._agent is None or not self._agent_idle or not self._agent.send(Turn()):
@@ -176,7 +199,7 @@ class SessionRun:
 
     def _start_worker(self) -> None:
         self._workers.add(
-            Child(
+            self._children.start(
                 "worker",
                 worker.main,
                 (self._token,),
@@ -192,7 +215,7 @@ class SessionRun:
         self._assign()
 
     def _assign(self) -> None:
-        while self._pending and self._idle:
+        while self._pending and self._idle and self._untold() < MOST_UNTOLD:
             child = self._idle.popleft()
             job, retry = self._pending.popleft()
             id = OperationId.new()
@@ -202,17 +225,20 @@ class SessionRun:
             child.send(Assignment(id, job.line, job.command))
             self._view.assigned(self, job)
 
+    def _untold(self) -> int:
+        applied = self.bindings.cursor_state.agent_applied_cursor.load()
+        return self.watermark - applied + len(self._attempts)
+
     def _worker_died(self, child: Child) -> None:
         self._workers.discard(child)
         if child in self._idle:
             self._idle.remove(child)
         self._lost(child)
         id = self._by_worker.pop(child, None)
-        if id is not None and not self._ending and self._never_registered(id):
+        if id is not None and self._never_registered(id):
             self._pending.appendleft(self._attempts.pop(id))
             self._assign()
-        if not self._ending:
-            self._start_worker()
+        self._start_worker()
 
     def _never_registered(self, id: OperationId) -> bool:
         # An operation that ended and was evicted since has been collected from the feed.
@@ -220,21 +246,20 @@ class SessionRun:
         return id in self._attempts and self.bindings.ops_lifecycle.snapshot(id) is None
 
     def _lost(self, child: Child) -> None:
-        if not self._ending:
-            self.restarts += 1
-            self._view.lost_child(self, child.role, child.pid, killed=child.pid in self.killed)
+        assert child.exitcode is not None
+        if child.exitcode >= 0:
+            raise ChildFailed(child.role, child.pid, child.exitcode)
+        self.restarts += 1
+        self._view.lost_child(self, child)
 
     # --- the feed -----------------------------------------------------------------------------
 
     async def _follow(self) -> None:
         """Hear of what ends without a worker's word: the operations of dead ones."""
         feed = self.bindings.ops_lifecycle.completion_feed()
-        try:
-            while True:
-                await feed.advanced(self.watermark)
-                self._collect()
-        except EpochSealed:
-            return
+        while True:
+            await feed.advanced(self.watermark)
+            self._collect()
 
     def _collect(self) -> None:
         batch = self.bindings.ops_lifecycle.completion_feed().list_since(self.watermark)
@@ -244,6 +269,7 @@ class SessionRun:
         self._look_if_finished()
 
     def _decide(self, entry: CompletionEntry) -> None:
+        self._sequence[entry.seq] = entry.operation_id
         job, retry = self._attempts.pop(entry.operation_id)
         status = status_of(entry.terminal_outcome)
         self.operations += 1
@@ -258,6 +284,7 @@ class SessionRun:
         self.not_completed += status is not OperationStatus.COMPLETED
 
     def _look_if_finished(self) -> None:
-        applied = self.bindings.cursor_state.agent_applied_cursor.load()
-        if self.undecided == 0 and self._agent_idle and applied >= self.watermark:
+        cursors = self.cursors()
+        through = min(cursors.agent_applied_cursor, cursors.runtime_observed_seq)
+        if self.undecided == 0 and self._agent_idle and through >= self.watermark:
             self.finished.set()

@@ -3,144 +3,178 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
+from shmepoch.cli.run.children import Child
 from shmepoch.cli.run.events import Standing, View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
 
-_SHOWN: Final = (
-    OperationStatus.COMPLETED,
-    OperationStatus.FAILED,
-    OperationStatus.TERMINATED,
-    OperationStatus.CANCELLED,
-)
-#: Between two drawings of the table: often enough to watch, and idle runs draw nothing.
-_DRAW_EVERY_S: Final = 0.2
+#: The table is drawn so long after a change, and that often when nothing changes but the time.
+_DRAW_AFTER_S: Final = 0.2
+_DRAW_EVERY_S: Final = 1.0
+#: Room for the names of the rows, and for the figures of one session.
+_NAME_WIDTH: Final = 16
+_FIGURE_WIDTH: Final = 9
 
 
 def view_for(stream: TextIO) -> View:
     """The view that fits where the events go."""
-    return TableView(stream) if stream.isatty() else LineView(stream)
+    if isinstance(stream, io.TextIOWrapper):  # a command may hold what the locale has no code for
+        stream.reconfigure(errors="backslashreplace")
+    console = Console(file=stream)
+    if stream.isatty() and not console.is_dumb_terminal:
+        return TableView(console)
+    return LineView(lambda line: print(line, file=stream, flush=True))
 
 
 class LineView:
     """A line for each event."""
 
-    def __init__(self, stream: TextIO = sys.stdout) -> None:
-        self._stream = stream
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
 
     def began(self, sessions: Sequence[Standing], commands: int) -> None:
         self._say(f"{commands} commands in {len(sessions)} sessions")
 
     def assigned(self, session: Standing, job: Job) -> None:
-        self._say(f"session {session.number}: started   line {job.line}: {job.command}")
+        self._say(f"session {session.number}: started    line {job.line}: {job.command}")
 
     def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
         status = status_of(entry.terminal_outcome)
-        self._say(f"session {session.number}: {status:9} line {job.line}: {_how(entry)}")
+        self._say(f"session {session.number}: {status:10} line {job.line}{_how(entry)}")
 
-    def told(self, session: Standing) -> None:
-        pass
+    def told(self, session: Standing, through: int) -> None:
+        self._say(f"session {session.number}: agent has been told of {through} completions")
 
-    def lost_child(self, session: Standing, role: str, pid: int, *, killed: bool) -> None:
-        how = "killed" if killed else "died"
-        self._say(f"session {session.number}: {role} {pid} {how}; starting another")
+    def lost_child(self, session: Standing, child: Child) -> None:
+        self._say(f"session {session.number}: {_loss(child)}")
 
     def close(self) -> None:
         pass
 
-    def _say(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
-
-
-def _how(entry: CompletionEntry) -> str:
-    match entry.terminal_outcome:
-        case Completed(result):
-            return f"in {result.duration_ms} ms"
-        case Failed(text) | Terminated(text):
-            return text.partition("\n")[0]
-        case _:
-            return ""
-
 
 class TableView:
-    """A table of the sessions that is drawn again when something has changed."""
+    """A table of the sessions; above it, the commands that did not complete."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream)
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._progress = Progress(
             BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
         )
-        self._live = Live(console=self._console, auto_refresh=False)
+        self._live = Live(console=console, auto_refresh=False)
         self._sessions: Sequence[Standing] = ()
         self._bar = TaskID(0)
-        self._drawing: asyncio.TimerHandle | None = None
+        self._next: asyncio.TimerHandle | None = None
+        self._stale = False
 
     def began(self, sessions: Sequence[Standing], commands: int) -> None:
         self._sessions = sessions
         self._bar = self._progress.add_task("commands", total=commands)
         self._live.start()
-        self._changed()
+        self._draw()
 
     def assigned(self, session: Standing, job: Job) -> None:
         self._changed()
 
     def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
+        status = status_of(entry.terminal_outcome)
+        if status is not OperationStatus.COMPLETED:
+            self._say(f"line {job.line} {status}{_how(entry)}: {job.command}")
         self._changed()
 
-    def told(self, session: Standing) -> None:
+    def told(self, session: Standing, through: int) -> None:
         self._changed()
 
-    def lost_child(self, session: Standing, role: str, pid: int, *, killed: bool) -> None:
+    def lost_child(self, session: Standing, child: Child) -> None:
+        self._say(f"session {session.number}: {_loss(child)}")
         self._changed()
 
     def close(self) -> None:
-        if self._drawing is not None:
-            self._drawing.cancel()
-        if self._live.is_started:
+        if self._next is not None:
             self._draw()
+            self._next.cancel()
             self._live.stop()
 
+    def _say(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
     def _changed(self) -> None:
-        if self._drawing is None:
-            loop = asyncio.get_running_loop()
-            self._drawing = loop.call_later(_DRAW_EVERY_S, self._draw)
+        if not self._stale:
+            self._stale = True
+            self._draw_after(_DRAW_AFTER_S)
+
+    def _draw_after(self, seconds: float) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        self._next = asyncio.get_running_loop().call_later(seconds, self._draw)
 
     def _draw(self) -> None:
-        self._drawing = None
-        undecided = sum(session.waiting + session.running for session in self._sessions)
-        total = self._progress.tasks[self._bar].total or 0
-        self._progress.update(self._bar, completed=max(0, total - undecided))
+        decided = sum(session.decided for session in self._sessions)
+        self._progress.update(self._bar, completed=decided)
         self._live.update(Group(self._table(), self._progress), refresh=True)
+        self._stale = False
+        self._draw_after(_DRAW_EVERY_S)
 
-    def _table(self) -> Table:
-        table = Table("session", "waiting", "running", *(str(status) for status in _SHOWN))
-        for heading in ("watermark", "observed", "injected", "applied", "lag", "participants"):
-            table.add_column(heading)
-        for column in table.columns:
-            column.justify = "right"
-        for session in self._sessions:
-            cursors = session.cursors()
-            figures = (
-                session.number,
-                session.waiting,
-                session.running,
-                *(session.counts.get(status, 0) for status in _SHOWN),
-                session.watermark,
-                cursors.runtime_observed_seq,
-                cursors.runtime_last_injected_seq,
-                cursors.agent_applied_cursor,
-                max(0, session.watermark - cursors.agent_applied_cursor),
-                session.participants(),
-            )
-            table.add_row(*map(str, figures))
-        return table
+    def _table(self) -> Text:
+        shown = self._columns()
+        columns = [_figures(session) for session in self._sessions]
+        rows = {"session": [str(session.number) for session in self._sessions[:shown]]}
+        rows |= {name: [str(column[name]) for column in columns[:shown]] for name in columns[0]}
+        if len(columns) > 1:
+            rows["session"].append(f"all {len(columns)}")
+            for name in columns[0]:
+                rows[name].append(str(sum(column[name] for column in columns)))
+        # Laid out here: it is drawn every second, and a rich.table takes several times as long.
+        lines = (
+            f"{name:{_NAME_WIDTH}}" + "".join(f"{figure:>{_FIGURE_WIDTH}}" for figure in figures)
+            for name, figures in rows.items()
+        )
+        return Text("\n".join(lines), no_wrap=True, overflow="crop")
+
+    def _columns(self) -> int:
+        """How many sessions there is room for, beside their sum."""
+        return max(1, (self._console.width - _NAME_WIDTH) // _FIGURE_WIDTH - 1)
+
+
+def _figures(session: Standing) -> dict[str, int]:
+    """What there is to say of a session, by the names of the table's rows."""
+    cursors = session.cursors()
+    return {
+        "waiting": session.waiting,
+        "running": session.running,
+        "completed": session.counts[OperationStatus.COMPLETED],
+        "failed": session.counts[OperationStatus.FAILED],
+        "terminated": session.counts[OperationStatus.TERMINATED],
+        "cancelled": session.counts[OperationStatus.CANCELLED],
+        "watermark": session.watermark,
+        "runtime observed": cursors.runtime_observed_seq,
+        "runtime injected": cursors.runtime_last_injected_seq,
+        "agent applied": cursors.agent_applied_cursor,
+        "lag": max(0, session.watermark - cursors.agent_applied_cursor),
+        "participants": session.participants(),
+    }
+
+
+def _how(entry: CompletionEntry) -> str:
+    match entry.terminal_outcome:
+        case Completed(result):
+            return f" in {result.duration_ms} ms"
+        case Failed(text) | Terminated(text):
+            first_line, _, _ = text.partition("\n")
+            return f" ({first_line})"
+        case _:
+            return ""
+
+
+def _loss(child: Child) -> str:
+    who = f"{child.role} process {child.pid}"
+    return f"{who} was killed{' on purpose' if child.killed else ''}; another takes its place"

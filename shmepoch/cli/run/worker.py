@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Final
 
+from shmepoch.cli.run.descendants import adopt_orphans, kill_children, reap_children
 from shmepoch.cli.run.messages import Assignment, Idle
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import (
@@ -23,24 +25,30 @@ from shmepoch.epoch.operations import (
 from shmepoch.errors import InvalidTransition
 from shmepoch.ids import OperationId
 
-#: How much of the end of a command's output its operation keeps.
+#: How much of the end of a command's output its operation keeps, as UTF-8.
 TAIL_BYTES: Final = 4096
+#: A little more, so that a character cut in half is cut away.
+_KEPT_BYTES: Final = TAIL_BYTES + 3
 #: How much of a command, or of a line of output, names it in tables.
 NAME_BYTES: Final = 200
 #: Between two progress reports; a report tells how many lines there have been.
 _REPORT_EVERY_S: Final = 0.1
+#: How long a command that nobody wants any more has between SIGTERM and SIGKILL.
+_GRACE_S: Final = 2.0
 _CHUNK: Final = 1 << 16
 
 
-def main(token: str, pipe: Connection) -> None:
+def main(pipe: Connection, token: str) -> None:
     """Run what the runtime assigns until it closes the pipe."""
-    # A group of its own: when this process is killed, the runtime ends what it had started.
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    adopt_orphans()
     bindings = SessionRuntimeBindings.from_token(token)
-    for assignment in _assignments(pipe):
-        _Command(bindings, pipe, assignment).run()
-    bindings.close()
+    try:
+        for assignment in _assignments(pipe):
+            _Command(bindings, pipe, assignment).run()
+            reap_children()  # what commands left in the background became this process's
+    finally:
+        bindings.close()
+        kill_children()
 
 
 def _assignments(pipe: Connection) -> Iterator[Assignment]:
@@ -49,6 +57,10 @@ def _assignments(pipe: Connection) -> Iterator[Assignment]:
         while True:
             pipe.send(Idle())
             yield pipe.recv()
+
+
+class _Unwanted(Exception):
+    """Nobody waits for the command any more: the runtime is gone, or ended the operation."""
 
 
 class _Command:
@@ -65,7 +77,7 @@ class _Command:
             id=self._id,
             kind=OperationKind.BACKGROUND_TOOL_OP,
             owner_session_id=bindings.session_id,
-            display_name=clip(assignment.command.encode(), NAME_BYTES),
+            display_name=_head(assignment.command, NAME_BYTES),
             source_label=f"line {assignment.line}",
         )
         self._tail = b""
@@ -77,10 +89,11 @@ class _Command:
         started = time.monotonic()
         try:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", self._command],
+                [b"/bin/sh", b"-c", self._command.encode()],  # UTF-8 in every locale
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                process_group=0,
             )
         except OSError as error:
             self._registry.provisioning_failed(self._id, f"could not be started: {error}")
@@ -89,48 +102,55 @@ class _Command:
             self._registry.provisioning_succeeded(self._id)
             self._follow(process)
             self._end(process.wait(), round((time.monotonic() - started) * 1000))
-        except InvalidTransition:
-            process.wait()  # somebody else, such as a cancelling runtime, has ended it
+        except (_Unwanted, InvalidTransition):
+            _stop(process)
+            with contextlib.suppress(InvalidTransition):  # whoever ended it said so already
+                self._registry.cancel_operation(self._id, "its worker was told to end")
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         """Read the output until the shell has ended; what it left in the background may go on."""
         assert process.stdout is not None
-        exited = os.pidfd_open(process.pid)
         output = process.stdout.fileno()
         os.set_blocking(output, False)
-        with selectors.DefaultSelector() as selector, process.stdout:
+        with process.stdout, _exit_of(process) as exited, selectors.DefaultSelector() as selector:
             for source in (output, exited, self._pipe):
                 selector.register(source, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select()}
+                if self._pipe.fileno() in ready:  # nothing is said to a busy worker but its end
+                    raise _Unwanted
+                if exited in ready:
+                    self._read_rest(output)
+                    return
                 if output in ready and not self._read(output):
                     selector.unregister(output)
-                if self._pipe.fileno() in ready:
-                    os.killpg(0, signal.SIGKILL)  # the runtime is gone, and nobody will ask
-                if exited in ready:
-                    while self._read(output):
-                        pass
-                    break
-        os.close(exited)
 
-    def _read(self, output: int) -> bool:
-        """Take what there is; whether there may be more."""
+    def _read_rest(self, output: int) -> None:
+        # No more than the pipe held: what runs on in the background may write for ever.
+        left = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        while left > 0 and (size := self._read(output)):
+            left -= size
+
+    def _read(self, output: int) -> int:
+        """Take what there is; how much that was."""
         try:
             chunk = os.read(output, _CHUNK)
         except BlockingIOError:
-            return False
-        self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+            return 0
+        self._tail = (self._tail + chunk)[-_KEPT_BYTES:]
         self._lines += chunk.count(b"\n")
         now = time.monotonic()
         if chunk and now - self._reported_at >= _REPORT_EVERY_S:
             self._reported_at = now
-            last = clip(self._tail.rstrip(b"\n").rpartition(b"\n")[2], NAME_BYTES)
-            update = OperationProgressUpdate(f"{self._lines} lines, the last: {last}")
+            last = self._tail.rstrip(b"\n").rpartition(b"\n")[2].decode(errors="replace")
+            update = OperationProgressUpdate(
+                f"{self._lines} lines, the last: {_head(last, NAME_BYTES)}"
+            )
             self._registry.report_progress(self._id, update)
-        return bool(chunk)
+        return len(chunk)
 
     def _end(self, status: int, duration_ms: int) -> None:
-        output = clip(self._tail, TAIL_BYTES, keep_end=True)
+        output = _tail(self._tail.decode(errors="replace"), TAIL_BYTES)
         if status == 0:
             self._registry.complete_operation(
                 self._id, OperationResult(id=self._id, content=output, duration_ms=duration_ms)
@@ -140,13 +160,35 @@ class _Command:
         self._registry.fail_operation(self._id, f"{how} after {duration_ms} ms\n{output}")
 
 
-def clip(data: bytes, limit: int, *, keep_end: bool = False) -> str:
-    """At most `limit` bytes of `data` as text; what is not UTF-8 is replaced."""
-    text = (data[-limit:] if keep_end else data[:limit]).decode(errors="replace")
-    # A replacement character takes three bytes, so there may be more of them than before.
-    while len(text.encode()) > limit:
-        text = text[1:] if keep_end else text[:-1]
-    return text
+@contextlib.contextmanager
+def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
+    """A descriptor that is readable once the process has ended."""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask a command to end, and end it with all it started if it does not."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+    process.kill()
+    process.wait()
+    kill_children()
+
+
+def _head(text: str, limit: int) -> str:
+    """The beginning of `text` that fits `limit` bytes."""
+    return text.encode()[:limit].decode(errors="ignore")
+
+
+def _tail(text: str, limit: int) -> str:
+    """The end of `text` that fits `limit` bytes."""
+    return text.encode()[-limit:].decode(errors="ignore")
 
 
 def _signal_name(number: int) -> str:

@@ -1,0 +1,141 @@
+"""Runs the real `shmepoch` command, and finds every process that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from shmepoch.memory.files import SHM_DIR
+from tests.support import eventually
+
+COMMAND: Final = (sys.executable, "-m", "shmepoch")
+#: A watchdog; nothing here takes a tenth of it on an idle machine.
+DEADLINE_S: Final = 90.0
+
+
+def run(
+    *arguments: object, stdin: str | bytes = b"", command: Sequence[str] = COMMAND
+) -> subprocess.CompletedProcess[str]:
+    """The command's status and what it printed."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*command, "run", *map(str, arguments)],
+        input=data,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+@contextlib.contextmanager
+def started(*arguments: object, stdin: str) -> Iterator[subprocess.Popen[str]]:
+    """A run in progress, in a process group of its own as a terminal would start it."""
+    with subprocess.Popen(
+        [*COMMAND, "run", *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(stdin)
+            process.stdin.close()
+            process.stdin = None
+            yield process
+        finally:
+            process.terminate()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """How a run in progress ended: its status and what it printed."""
+    out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out, err
+
+
+def summary(stdout: str) -> dict[str, Any]:
+    """The machine-readable summary."""
+    found: dict[str, Any] = json.loads(stdout)
+    return found
+
+
+def transcripts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each session's agent was told, by session."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("*.jsonl"))
+    }
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What all agents were told."""
+    return [line for lines in transcripts(folder).values() for line in lines]
+
+
+def processes_in(namespace: str) -> list[psutil.Process]:
+    """Every process that inherited the namespace, whoever its parent is by now; not this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("SHMEPOCH_NAMESPACE") == namespace and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def waits(folder: Path) -> str:
+    """A command that says in `folder` that it is there, and stays until it is killed."""
+    return f"sh -c 'echo $$ >>{folder}/waiting; exec sleep 600'"
+
+
+def waiting(folder: Path, count: int = 1) -> list[psutil.Process]:
+    """The commands that stay, once there are `count` of them."""
+
+    def pids() -> list[str]:
+        said = folder / "waiting"
+        return said.read_text().splitlines() if said.exists() else []
+
+    return [
+        psutil.Process(int(pid)) for pid in eventually(lambda: _whole(pids(), count), within=60)
+    ]
+
+
+def _whole(lines: list[str], count: int) -> list[str]:
+    return lines if len(lines) == count and lines[-1] else []
+
+
+def agent_of(transcripts: Path) -> psutil.Process:
+    """The agent of a run with one session, once it has opened its transcript."""
+    (path,) = eventually(lambda: list(transcripts.glob("*.jsonl")), within=60)
+    (writer,) = (process for process in psutil.process_iter() if _has_open(process, path))
+    return writer
+
+
+def _has_open(process: psutil.Process, path: Path) -> bool:
+    try:
+        return any(file.path == str(path) for file in process.open_files())
+    except psutil.Error:
+        return False
+
+
+def segments_in(namespace: str) -> list[Path]:
+    """What the namespace has in shared memory."""
+    return list(SHM_DIR.glob(f"shmepoch.{namespace}.*"))
+
+
+def nothing_left(namespace: str) -> None:
+    """Fails unless every process and segment of the namespace is gone before long."""
+    eventually(lambda: not processes_in(namespace), within=30)
+    assert segments_in(namespace) == []

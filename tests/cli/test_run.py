@@ -1,0 +1,310 @@
+"""`shmepoch run` on real commands: what it makes of them, and what it says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.running import (
+    ended,
+    nothing_left,
+    run,
+    started,
+    summary,
+    told,
+    transcripts,
+    waiting,
+    waits,
+)
+
+_WITHOUT = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name={missing!r})
+
+
+sys.meta_path.insert(0, Absent())
+from shmepoch.cli import main
+
+main()
+"""
+
+
+def test_all_complete(namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "jobs"
+    file.write_text("# greetings\necho hello\n\necho there\n")
+    done = run(file, "--transcript", tmp_path / "told", "--json")
+    assert done.returncode == 0
+    figures = summary(done.stdout)
+    assert {key: figures[key] for key in ("commands", "operations", "completed", "failed")} == {
+        "commands": 2,
+        "operations": 2,
+        "completed": 2,
+        "failed": 0,
+    }
+    assert figures["notices"] == {"delivered": 2, "duplicates": 0, "lost": 0}
+    (session,) = figures["sessions"]
+    assert session["watermark"] == 2
+    assert set(session["cursors"].values()) == {2}
+    lines = transcripts(tmp_path / "told")[session["session_id"]]
+    assert {line["epoch_id"] for line in lines} == {session["epoch_id"]}
+    assert [line["seq"] for line in lines] == [1, 2]
+    assert {(line["command"], line["status"], line["output"]) for line in lines} == {
+        ("echo hello", "completed", "hello\n"),
+        ("echo there", "completed", "there\n"),
+    }
+    assert len({line["operation_id"] for line in lines}) == 2
+    nothing_left(namespace)
+
+
+def test_the_summary_has_the_agreed_keys() -> None:
+    figures = summary(run("-", "--json", stdin="true\n").stdout)
+    counts = {"commands", "operations", "completed", "failed", "terminated", "cancelled", "retried"}
+    assert set(figures) == counts | {"notices", "kills", "restarts", "duration_s", "sessions"}
+    assert set(figures["notices"]) == {"delivered", "duplicates", "lost"}
+    assert {"session_id", "epoch_id", "watermark", "cursors"} <= set(figures["sessions"][0])
+    assert isinstance(figures["duration_s"], float)
+
+
+def test_commands_are_spread_over_the_sessions(tmp_path: Path) -> None:
+    stdin = "".join(f"echo {number}\n" for number in range(7))
+    done = run("-", "--sessions", 3, "--transcript", tmp_path, "--json", stdin=stdin)
+    figures = summary(done.stdout)
+    by_session = transcripts(tmp_path)
+    assert sorted(map(len, by_session.values())) == [2, 2, 3]
+    assert set(by_session) == {session["session_id"] for session in figures["sessions"]}
+    assert len({session["epoch_id"] for session in figures["sessions"]}) == 3
+    assert figures["notices"] == {"delivered": 7, "duplicates": 0, "lost": 0}
+
+
+def test_there_is_no_more_of_anything_than_there_are_commands() -> None:
+    done = run("-", "--sessions", 9, "--workers", 9, "--json", stdin="true\ntrue\n")
+    assert done.returncode == 0
+    assert len(summary(done.stdout)["sessions"]) == 2
+
+
+def test_one_line_for_each_event() -> None:
+    done = run("-", stdin="# a comment\necho hello\nexit 3\n")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == "2 commands in 1 sessions"
+    assert "session 1: started    line 2: echo hello" in lines
+    assert "session 1: started    line 3: exit 3" in lines
+    assert any(re.fullmatch(r"session 1: completed  line 2 in \d+ ms", line) for line in lines)
+    failed = r"session 1: failed     line 3 \(exit status 3 after \d+ ms\)"
+    assert any(re.fullmatch(failed, line) for line in lines)
+    assert "session 1: agent has been told of 2 completions" in lines
+    assert "2 notices delivered, 0 duplicates, 0 lost" in lines[-1]
+    assert done.stderr == ""
+
+
+def test_with_json_the_events_go_to_stderr() -> None:
+    done = run("-", "--json", stdin="echo hello\n")
+    assert summary(done.stdout)["completed"] == 1
+    assert "line 1: echo hello" in done.stderr
+
+
+def test_a_command_that_fails(tmp_path: Path) -> None:
+    stdin = "echo said; echo so >&2; exit 3\nkill -9 $$\nno-such-program\n"
+    done = run("-", "--json", "--transcript", tmp_path, stdin=stdin)
+    assert done.returncode == 1
+    figures = summary(done.stdout)
+    assert (figures["completed"], figures["failed"], figures["notices"]["lost"]) == (0, 3, 0)
+    by_command = {line["command"]: line for line in told(tmp_path)}
+    assert {line["status"] for line in by_command.values()} == {"failed"}
+    first = by_command["echo said; echo so >&2; exit 3"]["output"]
+    assert first.startswith("exit status 3 after ")
+    assert first.endswith(" ms\nsaid\nso\n")
+    assert by_command["kill -9 $$"]["output"].startswith("killed by SIGKILL after ")
+    assert "not found" in by_command["no-such-program"]["output"]
+
+
+def test_a_command_that_cannot_start(tmp_path: Path) -> None:
+    too_long = "echo " + "x" * 200_000  # Linux takes 128 KiB in one argument
+    done = run("-", "--json", "--transcript", tmp_path, stdin=f"{too_long}\ntrue\n")
+    assert done.returncode == 1
+    figures = summary(done.stdout)
+    assert (figures["completed"], figures["failed"]) == (1, 1)
+    (failed,) = (line for line in told(tmp_path) if line["status"] == "failed")
+    assert "could not be started" in failed["output"]
+    assert "Argument list too long" in failed["output"]
+    assert "ms" not in failed["output"]
+
+
+def test_output_that_is_not_utf8_is_kept_with_replacement_characters(tmp_path: Path) -> None:
+    run("-", "--transcript", tmp_path, stdin=r"printf 'caf\351 ol\303\251\n'")
+    (line,) = told(tmp_path)
+    assert line["output"] == "caf\N{REPLACEMENT CHARACTER} olé\n"
+
+
+def test_commands_are_utf8_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LC_ALL", "C"), ("PYTHONCOERCECLOCALE", "0"), ("PYTHONUTF8", "0")):
+        monkeypatch.setenv(name, value)
+    done = run("-", "--transcript", tmp_path, stdin="echo käse 🧀\n")
+    assert done.returncode == 0
+    assert "line 1: echo k\\xe4se" in done.stdout
+    assert told(tmp_path)[0]["output"] == "käse 🧀\n"
+
+
+def test_of_ten_megabytes_of_output_the_tail_is_kept(tmp_path: Path) -> None:
+    done = run("-", "--json", "--transcript", tmp_path, stdin="seq -f %09.0f 1 1000000\n")
+    assert done.returncode == 0
+    (line,) = told(tmp_path)
+    lines = line["output"].splitlines()
+    assert lines[-1] == "001000000"
+    assert 100 < len(lines) < 1000
+
+
+def test_a_character_at_the_cut_is_left_out_not_replaced(tmp_path: Path) -> None:
+    for shift in range(3):  # one of them cuts a character of three bytes in each place
+        stdin = f"yes € | tr -d '\\n' | head -c 30000; printf %s {'x' * shift}\n"
+        run("-", "--transcript", tmp_path / str(shift), stdin=stdin)
+        (line,) = told(tmp_path / str(shift))
+        assert line["output"].rstrip("x") == "€" * ((4096 - shift) // 3)
+
+
+def test_output_without_a_newline_or_of_nothing_but_bad_bytes(tmp_path: Path) -> None:
+    stdin = "head -c 1000000 /dev/zero | tr '\\0' '\\377'\n"
+    done = run("-", "--json", "--transcript", tmp_path, stdin=stdin)
+    assert done.returncode == 0
+    (line,) = told(tmp_path)
+    assert set(line["output"]) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_a_command_reads_nothing_of_ours_and_has_its_own_signals(tmp_path: Path) -> None:
+    stdin = "cat; kill -INT $$; echo not reached\nkill -TERM $$; echo not reached\n"
+    run("-", "--transcript", tmp_path, stdin=stdin)
+    outputs = sorted(line["output"].partition(" after ")[0] for line in told(tmp_path))
+    assert outputs == ["killed by SIGINT", "killed by SIGTERM"]
+
+
+def test_what_commands_left_behind_is_reaped(tmp_path: Path) -> None:
+    stdin = "true &\n" * 20 + f"{waits(tmp_path)}; true\n"
+    with started("-", "--workers", 1, stdin=stdin) as process:
+        (waiter,) = waiting(tmp_path)
+        found = psutil.Process(process.pid).children(recursive=True)
+        zombies = [one for one in found if one.status() == psutil.STATUS_ZOMBIE]
+        assert len(zombies) < 10  # those of the last commands may have ended after they were asked
+        waiter.kill()
+        assert ended(process)[0] == 0
+
+
+def test_a_busy_background_process_does_not_hold_its_command_up(
+    namespace: str, tmp_path: Path
+) -> None:
+    done = run("-", "--transcript", tmp_path, stdin="yes & sleep 0.2\n")
+    assert done.returncode == 0
+    nothing_left(namespace)
+
+
+def test_what_a_command_leaves_in_the_background_does_not_hold_it_up(
+    namespace: str, tmp_path: Path
+) -> None:
+    done = run("-", "--json", "--transcript", tmp_path, stdin="sleep 601 & echo done\n")
+    assert done.returncode == 0
+    assert told(tmp_path)[0]["output"] == "done\n"
+    nothing_left(namespace)
+
+
+def test_what_a_command_left_in_a_session_of_its_own_ends_with_the_run(namespace: str) -> None:
+    assert run("-", stdin="setsid -f sleep 602; true\n").returncode == 0
+    nothing_left(namespace)
+
+
+def test_more_commands_than_the_feed_retains(tmp_path: Path) -> None:
+    done = run("-", "--json", "--workers", 4, "--transcript", tmp_path, stdin="true\n" * 1500)
+    figures = summary(done.stdout)
+    assert done.returncode == 0
+    assert figures["notices"] == {"delivered": 1500, "duplicates": 0, "lost": 0}
+    assert [line["seq"] for line in told(tmp_path)] == list(range(1, 1501))
+
+
+def test_the_console_script_is_the_same_command() -> None:
+    script = shutil.which("shmepoch", path=sysconfig.get_path("scripts"))
+    assert script is not None
+    assert run("-", stdin="true\n", command=[script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stdin", "words"),
+    [
+        ("", "standard input: no commands"),
+        ("true\necho 'open\n", "standard input, line 2: "),
+        (b"true\n\xff\n", "standard input, line 2: "),
+    ],
+)
+def test_a_bad_file_is_status_2_and_starts_nothing(
+    namespace: str, stdin: str | bytes, words: str
+) -> None:
+    done = run("-", stdin=stdin)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    nothing_left(namespace)
+
+
+def test_a_file_that_cannot_be_read_is_status_2(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        done = run(path)
+        assert done.returncode == 2
+        assert str(path) in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--sessions", 0),
+        ("--workers", 0),
+        ("--retries", -1),
+        ("--kill-every", 0),
+        ("--kill-every", "nan"),
+        ("--wrong",),
+    ],
+)
+def test_a_bad_option_is_status_2(arguments: tuple[object, ...]) -> None:
+    done = run("-", *arguments, stdin="true\n")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_transcript_folder_that_cannot_be_made_is_status_2(
+    namespace: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = run("-", "--transcript", tmp_path / "file", stdin="true\n")
+    assert done.returncode == 2
+    assert str(tmp_path / "file") in done.stderr
+    nothing_left(namespace)
+
+
+def test_a_transcript_that_cannot_be_written_ends_the_run(namespace: str) -> None:
+    """Not a thousand agents that all fail in the same way."""
+    done = run("-", "--transcript", "/proc/self", stdin="true\n")
+    assert done.returncode == 1
+    assert "agent" in done.stderr
+    nothing_left(namespace)
+
+
+def test_importing_the_library_imports_nothing_of_the_command() -> None:
+    code = "import shmepoch, sys; sys.exit(any(m in sys.modules for m in ('typer', 'rich')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_the_command_says_what_to_install(missing: str) -> None:
+    done = run("-", command=[sys.executable, "-c", _WITHOUT.format(missing=missing)])
+    assert done.returncode == 1
+    assert done.stderr == "the shmepoch command needs its extra: pip install 'shmepoch[cli]'\n"

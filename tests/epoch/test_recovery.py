@@ -1,0 +1,312 @@
+"""A stored epoch goes on where it was: what is kept, what is dropped, and what comes next."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap
+from shmepoch.epoch.cursors import EpochCursorSnapshot, EpochCursorState
+from shmepoch.epoch.operations import (
+    Aborted,
+    Cancelled,
+    Completed,
+    Failed,
+    OperationKind,
+    OperationProgressUpdate,
+    OperationStatus,
+    Retired,
+    Terminated,
+)
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import InvalidTransition, NotFound, RecordInvalid
+from shmepoch.ids import OperationId, RuntimeEpochId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import OpsLifecycleConfig
+from tests.epoch.conftest import MakeEpoch
+from tests.epoch.implementations import Epoch
+from tests.epoch.operations import PATHS, PEER, Registry, end, reach, result, spec, state, taken
+
+CONFIG: Final = OpsLifecycleConfig(max_completed=3, max_operations=4)
+
+
+def capture(epoch: Epoch) -> PersistedOpsSnapshot:
+    return epoch.registry.capture_persistence_snapshot(epoch.segment.epoch_id, epoch.cursors)
+
+
+def entry(seq: int, content: str = "done") -> CompletionEntry:
+    id = OperationId.new()
+    return CompletionEntry(
+        seq=seq,
+        operation_id=id,
+        kind=OperationKind.BACKGROUND_TOOL_OP,
+        display_name="work",
+        terminal_outcome=Completed(result(id, content)),
+        completed_at_ms=1,
+    )
+
+
+def stored(*entries: CompletionEntry, cursors: EpochCursorSnapshot) -> PersistedOpsSnapshot:
+    return PersistedOpsSnapshot(epoch_id=RuntimeEpochId.new(), entries=entries, cursors=cursors)
+
+
+def cursors_at(applied: int, observed: int = 0, injected: int = 0) -> EpochCursorSnapshot:
+    return EpochCursorSnapshot(
+        agent_applied_cursor=applied,
+        runtime_observed_seq=observed,
+        runtime_last_injected_seq=injected,
+    )
+
+
+def test_an_empty_epoch(epoch: Epoch) -> None:
+    captured = capture(epoch)
+    assert captured == PersistedOpsSnapshot(epoch_id=epoch.segment.epoch_id)
+    assert PersistedOpsSnapshot.from_json(captured.to_json()) == captured
+    recovered = Registry.from_recovered(captured)
+    assert state(recovered) == state(Registry())
+    recovered.check()
+    assert recovered.completion_feed().list_since(end_seq(recovered) - 1).entries[0].seq == 1
+
+
+def end_seq(registry: Registry) -> int:
+    """The sequence that the next completion gets."""
+    id = end(registry)
+    (found,) = (e for e in registry.completion_feed().list_since(0).entries if e.operation_id == id)
+    return found.seq
+
+
+def test_everything_is_captured(epoch: Epoch) -> None:
+    registry = epoch.registry
+    ids = {status: reach(registry, status) for status in PATHS if status.is_terminal}
+    ids |= {status: reach(registry, status) for status in PATHS if not status.is_terminal}
+    registry.peer_ready(ids[OperationStatus.RUNNING], PEER)
+    registry.report_progress(ids[OperationStatus.RUNNING], OperationProgressUpdate("half", 50.0))
+    epoch.cursors.agent_applied_cursor.advance(2)
+    epoch.cursors.runtime_observed_seq.advance(3)
+    captured = capture(epoch)
+    assert captured.epoch_id == epoch.segment.epoch_id
+    assert {found.id: found for found in captured.operations} == {
+        found.id: found for found in registry.list_operations()
+    }
+    assert [found.id for found in captured.operations] == list(ids.values())  # as registered
+    assert [found.id for found in captured.specs] == [found.id for found in captured.operations]
+    assert captured.entries == registry.completion_feed().list_since(0).entries
+    assert captured.cursors == cursors_at(2, 3, 0)
+    assert captured.last_seq == len(captured.entries)
+    assert PersistedOpsSnapshot.from_json(captured.to_json()) == captured
+    assert PersistedOpsSnapshot.from_json(captured.to_json().decode()) == captured
+
+
+def test_the_ended_go_on_and_the_others_are_dropped(epoch: Epoch) -> None:
+    registry = epoch.registry
+    ids = [reach(registry, status) for status in PATHS if status.is_terminal]
+    live = [reach(registry, status) for status in PATHS if not status.is_terminal]
+    captured = capture(epoch)
+    recovered = Registry.from_recovered(captured)
+    recovered.check()
+    kept = {found.id: found for found in recovered.list_operations()}
+    assert kept == {id: taken(registry, id) for id in ids}
+    for id in live:
+        assert recovered.snapshot(id) is None
+        with pytest.raises(NotFound):
+            recovered.cancel_operation(id)
+    assert recovered.active_count() == 0
+    for id in ids:
+        with pytest.raises(InvalidTransition):
+            recovered.request_retire(id)
+        assert recovered.register_watcher(id).wait(0) == kept[id].terminal_outcome
+    assert recovered.completion_feed().list_since(0) == registry.completion_feed().list_since(0)
+    assert end_seq(recovered) == captured.last_seq + 1
+    assert [id for id, _ in recovered.collect_completed()][:-1] == ids
+
+
+def test_recovery_may_be_repeated(epoch: Epoch) -> None:
+    for status in PATHS:
+        reach(epoch.registry, status)
+    once = Registry.from_recovered(capture(epoch))
+    captured = once.capture_persistence_snapshot(
+        epoch.segment.epoch_id, EpochCursorState.from_recovered(0, 0, 0)
+    )
+    twice = Registry.from_recovered(PersistedOpsSnapshot.from_json(captured.to_json()))
+    assert state(twice) == state(once)
+    assert captured == twice.capture_persistence_snapshot(
+        epoch.segment.epoch_id, EpochCursorState.new()
+    )
+
+
+def test_entries_are_kept_beyond_the_registry_s_retention(make_epoch: MakeEpoch) -> None:
+    epoch = make_epoch(max_completed=3, max_operations=4)
+    ended = [end(epoch.registry) for _ in range(10)]
+    recovered = Registry.from_recovered(capture(epoch), CONFIG)
+    recovered.check()
+    feed = recovered.completion_feed().list_since(0)
+    assert [found.operation_id for found in feed.entries] == ended
+    assert [found.id for found in recovered.list_operations()] == ended[-3:]
+    for _ in range(20):
+        end(recovered)
+        recovered.check()
+
+
+def test_what_was_collected_stays_collected(epoch: Epoch) -> None:
+    ended = [end(epoch.registry) for _ in range(4)]
+    epoch.registry.collect_completed()
+    later = end(epoch.registry)
+    recovered = Registry.from_recovered(capture(epoch))
+    recovered.check()
+    assert [found.id for found in recovered.list_operations()] == [later]
+    assert [id for id, _ in recovered.collect_completed()] == [later]
+    entries = recovered.completion_feed().list_since(0).entries
+    assert [found.operation_id for found in entries] == [*ended, later]
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("ahead", [0, 1, 5, 2000])
+def test_the_next_sequence_is_above_every_cursor(ahead: int, which: int) -> None:
+    positions = [0, 0, 0]
+    positions[which] = 3 + ahead
+    snapshot = stored(*(entry(seq) for seq in (1, 2, 3)), cursors=cursors_at(*positions))
+    assert snapshot.last_seq == 3 + ahead
+    recovered = Registry.from_recovered(snapshot)
+    recovered.check()
+    feed = recovered.completion_feed()
+    assert feed.watermark() == 3 + ahead
+    assert feed.list_since(3).entries == ()
+    found = feed.list_since(0)
+    assert found.entries == snapshot.entries[found.dropped_through :]
+    assert end_seq(recovered) == 4 + ahead
+    recovered.check()
+
+
+@pytest.mark.parametrize("position", [1, 1023, 1024, 1025, 10**6, 2**40, 2**62])
+def test_cursors_alone(position: int) -> None:
+    recovered = Registry.from_recovered(stored(cursors=cursors_at(position)))
+    recovered.check()
+    feed = recovered.completion_feed()
+    assert feed.watermark() == position
+    assert feed.list_since(0).entries == ()
+    assert feed.wait_for_advance(position - 1, 0) == position
+    with pytest.raises(TimeoutError):
+        feed.wait_for_advance(position, 0)
+    for turn in range(1, 6):
+        assert end_seq(recovered) == position + turn
+        recovered.check()
+
+
+def test_cursors_of_zero_are_positions() -> None:
+    recovered = Registry.from_recovered(stored(entry(1), cursors=cursors_at(0, 0, 0)))
+    feed = recovered.completion_feed()
+    assert [found.seq for found in feed.list_since(0).entries] == [1]
+    assert feed.list_since(0).gap_after(0) is None
+
+
+def test_a_feed_that_had_dropped_its_oldest() -> None:
+    snapshot = stored(*(entry(seq) for seq in range(8, 12)), cursors=cursors_at(9))
+    recovered = Registry.from_recovered(snapshot)
+    recovered.check()
+    batch = recovered.completion_feed().list_since(3)
+    assert batch.entries == snapshot.entries
+    assert batch.gap_after(3) == CompletionFeedGap(3, 7)
+    assert end_seq(recovered) == 12
+
+
+def test_more_entries_than_there_is_room_for() -> None:
+    config = OpsLifecycleConfig(max_completed=3, max_operations=1, feed_bytes=at.PAGE + 1024)
+    snapshot = stored(*(entry(seq, "c" * 700) for seq in range(1, 30)), cursors=cursors_at(0))
+    recovered = Registry.from_recovered(snapshot, config)
+    recovered.check()
+    batch = recovered.completion_feed().list_since(0)
+    assert 3 <= len(batch.entries) < 8
+    assert batch.entries == snapshot.entries[-len(batch.entries) :]
+    assert batch.dropped_through == 29 - len(batch.entries)
+    for _ in range(10):
+        end(recovered, "r" * 500)
+        recovered.check()
+
+
+def test_fewer_slots_than_operations_were_stored(make_epoch: MakeEpoch) -> None:
+    epoch = make_epoch(max_completed=50)
+    ended = [end(epoch.registry) for _ in range(30)]
+    recovered = Registry.from_recovered(capture(epoch), CONFIG)
+    recovered.check()
+    assert [found.id for found in recovered.list_operations()] == ended[-3:]
+
+
+def test_an_operation_without_its_spec(epoch: Epoch) -> None:
+    id = end(epoch.registry)
+    captured = msgspec.structs.replace(capture(epoch), specs=())
+    recovered = Registry.from_recovered(captured)
+    recovered.check()
+    assert taken(recovered, id) == taken(epoch.registry, id)
+
+
+def test_entries_without_their_operations() -> None:
+    snapshot = stored(*(entry(seq) for seq in range(1, 6)), cursors=cursors_at(0))
+    recovered = Registry.from_recovered(snapshot)
+    recovered.check()
+    assert recovered.list_operations() == []
+    assert recovered.collect_completed() == []
+    assert recovered.completion_feed().list_since(0).entries == snapshot.entries
+    again = snapshot.entries[2].operation_id
+    recovered.register_operation(spec(id=again))
+    recovered.cancel_operation(again)
+    recovered.check()
+
+
+@pytest.mark.parametrize("seqs", [(1, 1), (2, 1), (1, 2, 2), (5, 3)])
+def test_entries_out_of_order_are_refused(seqs: tuple[int, ...]) -> None:
+    with pytest.raises(RecordInvalid) as refused:
+        Registry.from_recovered(stored(*map(entry, seqs), cursors=cursors_at(0)))
+    assert "entries go from" in refused.value.reason
+
+
+def test_sequences_at_the_end_of_their_range_are_refused() -> None:
+    with pytest.raises(RecordInvalid, match=r"above 2\*\*63"):
+        Registry.from_recovered(stored(cursors=cursors_at(2**63 + 1)))
+
+
+def test_it_goes_on_as_the_same_epoch(epoch: Epoch) -> None:
+    captured = capture(epoch)
+    assert Registry.from_recovered(captured)._segment.epoch_id == epoch.segment.epoch_id
+
+
+OUTCOMES: Final = st.one_of(
+    st.builds(Completed, st.builds(result, st.builds(OperationId.new), st.text(max_size=20))),
+    st.builds(Failed, st.text(max_size=20)),
+    st.builds(Aborted, st.none() | st.text(max_size=20)),
+    st.builds(Cancelled, st.none() | st.text(max_size=20)),
+    st.just(Retired()),
+    st.builds(Terminated, st.text(max_size=20)),
+)
+POSITIONS: Final = st.integers(0, 40) | st.integers(0, 3000)
+
+
+@given(
+    seqs=st.lists(st.integers(1, 3000), unique=True, max_size=20).map(sorted),
+    outcomes=st.lists(OUTCOMES, min_size=20, max_size=20),
+    positions=st.tuples(POSITIONS, POSITIONS, POSITIONS),
+)
+def test_any_stored_feed(
+    seqs: list[int], outcomes: list[Completed], positions: tuple[int, int, int]
+) -> None:
+    """Holes included: a sequence nobody has is no gap, and what there is room for is there."""
+    entries = [
+        msgspec.structs.replace(entry(seq), terminal_outcome=outcome)
+        for seq, outcome in zip(seqs, outcomes, strict=False)
+    ]
+    snapshot = stored(*entries, cursors=cursors_at(*positions))
+    assert PersistedOpsSnapshot.from_json(snapshot.to_json()) == snapshot
+    recovered = Registry.from_recovered(snapshot, CONFIG)
+    recovered.check()
+    capacity = recovered._segment.layout.ring[1]
+    batch = recovered.completion_feed().list_since(0)
+    last = max([*seqs, *positions, 0])
+    assert batch.watermark == last
+    assert batch.entries == tuple(found for found in entries if found.seq > last - capacity)
+    if batch.entries:
+        assert batch.dropped_through == batch.entries[0].seq - 1
+    assert end_seq(recovered) == last + 1
+    recovered.check()

@@ -1,0 +1,206 @@
+"""Child processes of a test, started in every way that Python programs start processes."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol, Self
+
+from shmepoch import SessionRuntimeBindings
+
+#: "subprocess" is a fresh interpreter that is given a token in its environment.
+METHODS: Final = ("fork", "spawn", "forkserver", "subprocess")
+#: Longer than anything here takes on any machine; who reaches it hangs.
+WATCHDOG_S: Final = 60.0
+
+_ROOT: Final = Path(__file__).parents[2]
+_MAIN: Final = "from tests.processes.children import main; main()"
+
+
+class _Raised(NamedTuple):
+    error: BaseException
+    traceback: str
+
+
+class Channel:
+    """One end of the way between a test and its child."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection: Final = connection
+
+    def say(self, value: object) -> None:
+        """Tell the other side something."""
+        self.connection.send(value)
+
+    def hear(self) -> Any:
+        """What the other side says next; raises what it raised, and `EOFError` if it is gone."""
+        assert self.connection.poll(WATCHDOG_S), "nothing was said"
+        value = self.connection.recv()
+        if isinstance(value, _Raised):
+            value.error.add_note(value.traceback)
+            raise value.error
+        return value
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is nothing to be heard now."""
+        return not self.connection.poll()
+
+
+class Act(Protocol):
+    """What a child does; what it returns is said at its end, and so is what it raises."""
+
+    __module__: str
+    __qualname__: str
+
+    def __call__(self, bindings: SessionRuntimeBindings, test: Channel, /, *args: Any) -> Any: ...
+
+
+class Child(Channel):
+    """A started process. On leaving its `with` it is killed if it still lives."""
+
+    def __init__(
+        self, process: BaseProcess | subprocess.Popen[bytes], connection: Connection
+    ) -> None:
+        super().__init__(connection)
+        assert process.pid is not None
+        self.pid: Final = process.pid
+        self._process = process
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, and return when it is dead."""
+        self.signal(signal.SIGKILL)
+        self.join()
+
+    def join(self) -> int:
+        """Wait for its end; its exit code, negative if a signal ended it."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.wait(WATCHDOG_S)
+        self._process.join(WATCHDOG_S)
+        code = self._process.exitcode
+        assert code is not None, f"process {self.pid} does not end"
+        return code
+
+    def result(self) -> Any:
+        """What its act returned, after its end."""
+        value = self.hear()
+        assert self.join() == 0
+        return value
+
+    def stopped(self) -> bool:
+        """Whether a signal has stopped it."""
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "T"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if isinstance(self._process, subprocess.Popen):
+            alive = self._process.poll() is None
+        else:
+            alive = self._process.is_alive()
+        if alive:
+            self.kill()
+        self.connection.close()
+        if isinstance(self._process, BaseProcess):
+            self._process.join()
+            self._process.close()
+
+
+def start(
+    act: Callable[..., Any],
+    bindings: SessionRuntimeBindings | None,
+    *args: object,
+    method: str = "fork",
+) -> Child:
+    """Start a child that does `act(bindings, channel, *args)`."""
+    ours, theirs = Pipe()
+    try:
+        if method == "subprocess":
+            return Child(_popen(act, bindings, args, ours, theirs), ours)
+        context: BaseContext = multiprocessing.get_context(method)
+        process: BaseProcess = context.Process(  # type: ignore[attr-defined]
+            target=_perform, args=(act, bindings, theirs, ours if method == "fork" else None, args)
+        )
+        process.start()
+        return Child(process, ours)
+    finally:
+        theirs.close()
+
+
+def _popen(
+    act: Callable[..., Any],
+    bindings: SessionRuntimeBindings | None,
+    args: tuple[object, ...],
+    ours: Connection,
+    theirs: Connection,
+) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ, TEST_CHANNEL=str(theirs.fileno()))
+    if bindings is not None:
+        environment["SHMEPOCH_TOKEN"] = bindings.to_token()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _MAIN],
+        cwd=_ROOT,
+        env=environment,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+    )
+    ours.send((act.__module__, act.__qualname__, args))
+    return process
+
+
+def main() -> None:
+    """The whole of a fresh interpreter that `start` started."""
+    connection = Connection(int(os.environ["TEST_CHANNEL"]))
+    module, name, args = connection.recv()
+    token = os.environ.get("SHMEPOCH_TOKEN")
+    bindings = SessionRuntimeBindings.from_token(token) if token else None
+    _perform(getattr(importlib.import_module(module), name), bindings, connection, None, args)
+
+
+def _perform(
+    act: Callable[..., Any],
+    bindings: SessionRuntimeBindings | None,
+    connection: Connection,
+    inherited: Connection | None,
+    args: tuple[Any, ...],
+) -> None:
+    if inherited is not None:
+        inherited.close()
+    channel = Channel(connection)
+    try:
+        said = act(bindings, channel, *args)
+        pickle.dumps(said)
+    except BaseException as error:
+        said = _Raised(error, traceback.format_exc())
+    try:
+        channel.say(said)
+    except BrokenPipeError:
+        pass  # the test is over
+    connection.close()
+
+
+def wait_until(look: Callable[[], bool]) -> None:
+    """Return once `look` is true; for children, which have no test to fail."""
+    deadline = time.monotonic() + WATCHDOG_S
+    while not look():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition never came true")
+        time.sleep(0.001)

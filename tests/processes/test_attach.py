@@ -1,0 +1,137 @@
+"""Bindings that go to another process, by pickle or as a token, attach there to the same epoch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+
+from shmepoch import (
+    EpochCursorSnapshot,
+    EpochGone,
+    EpochSealed,
+    OperationId,
+    OperationStatus,
+    Participant,
+    Role,
+    RuntimeEpochId,
+    RuntimeSessionAdapter,
+    SessionId,
+    SessionRuntimeBindings,
+)
+from tests.processes.children import METHODS, Channel, start
+from tests.support import eventually, result, spec
+
+
+class Seen(NamedTuple):
+    """What a child found in its bindings."""
+
+    pid: int
+    session_id: SessionId
+    epoch_id: RuntimeEpochId
+    cursors: EpochCursorSnapshot
+    names: list[str]
+    myself: list[Participant]
+    others: list[Participant]
+    resolved_to_the_same: bool
+
+
+def look_and_work(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> Seen:
+    """Say what is to be seen, and leave a running operation and a cursor behind."""
+    registry = bindings.ops_lifecycle
+    registry.register_operation(spec("the child's", id=id))
+    registry.provisioning_succeeded(id)
+    bindings.cursor_state.runtime_observed_seq.advance(7)
+    participants = bindings.participants()
+    test.say(
+        Seen(
+            pid=os.getpid(),
+            session_id=bindings.session_id,
+            epoch_id=bindings.epoch_id,
+            cursors=bindings.cursor_state.snapshot(),
+            names=[operation.display_name for operation in registry.list_operations()],
+            myself=[participant for participant in participants if participant.is_self],
+            others=[participant for participant in participants if not participant.is_self],
+            resolved_to_the_same=SessionRuntimeBindings.from_token(bindings.to_token()) is bindings
+            and pickle.loads(pickle.dumps(bindings)) is bindings,
+        )
+    )
+    test.hear()
+    registry.complete_operation(id, result(id))
+    return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_attaches_to_the_same_epoch(bindings: SessionRuntimeBindings, method: str) -> None:
+    mine, id = OperationId.new(), OperationId.new()
+    bindings.ops_lifecycle.register_operation(spec("the parent's", id=mine))
+    bindings.cursor_state.agent_applied_cursor.advance(5)
+    with start(look_and_work, bindings, id, method=method) as child:
+        seen = child.hear()
+        assert seen.pid == child.pid
+        assert (seen.session_id, seen.epoch_id) == (bindings.session_id, bindings.epoch_id)
+        assert seen.cursors == EpochCursorSnapshot(agent_applied_cursor=5, runtime_observed_seq=7)
+        assert seen.names == ["the child's", "the parent's"]
+        assert seen.resolved_to_the_same
+        # It is a participant of its own, beside its parent, and both see each other alive.
+        assert [(one.pid, one.alive) for one in seen.myself] == [(child.pid, True)]
+        assert [(one.pid, one.alive) for one in seen.others] == [(os.getpid(), True)]
+        found = {one.pid: one for one in bindings.participants()}
+        assert found[child.pid].alive
+        assert found[child.pid].role is Role.WORKER
+        assert found[os.getpid()].is_self
+        # What it did is here.
+        assert bindings.cursor_state.runtime_observed_seq.load() == 7
+        started = bindings.ops_lifecycle.snapshot(id)
+        assert started is not None
+        assert started.status is OperationStatus.RUNNING
+        watch = bindings.ops_lifecycle.register_watcher(id)
+        child.say("end it")
+        outcome = watch.wait(60)
+        child.result()
+    [entry] = bindings.ops_lifecycle.completion_feed().list_since(0).entries
+    assert (entry.operation_id, entry.terminal_outcome) == (id, outcome)
+    # It has left, in good order or found dead: only the runtime remains.
+    eventually(lambda: [one.pid for one in bindings.participants()] == [os.getpid()])
+
+
+def epoch_of(bindings: SessionRuntimeBindings) -> RuntimeEpochId:
+    """What a pool's worker makes of bindings that came as an argument."""
+    return bindings.epoch_id
+
+
+def test_bindings_are_arguments_and_results_of_a_pool(bindings: SessionRuntimeBindings) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        assert set(pool.map(epoch_of, [bindings] * 4)) == {bindings.epoch_id}
+        assert pool.submit(_same, bindings).result() is bindings
+
+
+def _same(bindings: SessionRuntimeBindings) -> SessionRuntimeBindings:
+    return bindings
+
+
+def attach_to(bindings: None, test: Channel, token: str) -> str:
+    """Attach by a token that came as an argument."""
+    return str(SessionRuntimeBindings.from_token(token).epoch_id)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_errors_of_an_attach_arrive_whole(adapter: RuntimeSessionAdapter, method: str) -> None:
+    session_id = SessionId.new()
+    bindings = adapter.prepare_bindings(session_id)
+    token, epoch_id, name = bindings.to_token(), bindings.epoch_id, bindings.shared_segment().name
+    adapter.reset_session(session_id)
+    with start(attach_to, None, token, method=method) as child, pytest.raises(EpochSealed) as old:
+        child.result()
+    assert old.value.epoch_id == epoch_id
+    adapter.unregister_session(session_id)
+    with start(attach_to, None, token, method=method) as child, pytest.raises(EpochGone) as gone:
+        child.result()
+    assert (gone.value.session_id, gone.value.epoch_id) == (session_id, epoch_id)
+    assert gone.value.name == name
+    assert "RemoveIPC" in str(gone.value)
