@@ -104,7 +104,7 @@ def test_a_table_that_follows_the_run(namespace: str, jobs: Path, tmp_path: Path
         assert screen.row("running") == [1, 0, 1]
         assert screen.row("completed") == [1, 0, 1]
         assert screen.row("failed") == [0, 1, 1]
-        assert screen.row("participants") == [4, 3, 7]
+        eventually(lambda: screen.row("participants") == [4, 3, 7], within=60)
         assert "2/3" in screen.text.splitlines()[-1]
         assert re.search(
             r"line 2 failed \(exit status 3 after \d+ ms\): exit 3 *$", screen.text, re.M

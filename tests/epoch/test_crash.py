@@ -328,6 +328,31 @@ def test_stopped_before_some_stores(survive: Survive, name: str) -> None:
         pytest.fail("the transition never ended")
 
 
+def test_registrations_that_were_undone_take_no_room(survive: Survive) -> None:
+    """A writer is killed in a registration, over and over: its slot is given back each time."""
+    survivor = survive("register")
+    n = next(n for n in count(1) if is_half_registered(survivor, n))
+    registry = survivor.registry
+    for _ in range(survivor.segment.layout.slots + 1):
+        assert not survived(survivor.start(Death(n)))
+        registry.check()
+    for _ in range(CONFIG.max_operations - 1):
+        registry.register_operation(spec())
+    registry.check()
+
+
+def is_half_registered(survivor: Survivor, n: int) -> bool:
+    """Have the writer killed before its n-th store; whether a slot is then taken that holds
+    nothing."""
+    layout = survivor.segment.layout
+    survivor.put_back()
+    assert not survived(survivor.start(Death(n)))
+    taken = survivor.segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+    half = sum(map(bool, taken)) > len(survivor.registry.list_operations())
+    survivor.put_back()
+    return half
+
+
 def stopped(pid: int) -> bool:
     """Whether a process has stopped itself, rather than ended."""
     _, status = os.waitpid(pid, os.WUNTRACED)

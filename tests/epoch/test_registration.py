@@ -203,6 +203,9 @@ def broken_spec(**fields: Any) -> OperationSpec:
         {"owner_session_id": None},
         {"owner_session_id": 7},
         {"owner_session_id": "no-uuid"},
+        {"owner_session_id": "0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"},
+        {"id": "0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"},
+        {"id": SessionId.parse("0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a")},
         {"owner_session_id": b"short"},
         {"child_session_id": 1.5},
         {"expect_peer_channel": 1},
@@ -230,6 +233,7 @@ BROKEN: dict[str, Callable[[Registry, OperationId], None]] = {
     "a result of another operation": lambda r, op: r.complete_operation(
         op, result(OperationId.new())
     ),
+    "a result that is text": lambda r, op: r.complete_operation(op, "done"),  # type: ignore[arg-type]
     "a content that is no text": lambda r, op: r.complete_operation(
         op, a_result(op, content=b"raw")
     ),

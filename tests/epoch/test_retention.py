@@ -147,6 +147,23 @@ def test_a_feed_keeps_what_its_bytes_hold(make_epoch: MakeEpoch) -> None:
     assert batch.dropped_through > 0
 
 
+def test_entries_that_fill_the_ring_exactly_are_all_kept(make_epoch: MakeEpoch) -> None:
+    budget = at.PAGE + 2 * at.SPEC_LIMIT
+    registry = make_epoch(max_operations=1, feed_bytes=budget).registry
+    feed = registry.completion_feed()
+    end(registry, "r" * 300)
+    around = len(to_wire(feed.list_since(0).entries[0])) - 300
+    half = "r" * (budget // 2 - around)
+    for _ in range(5):
+        end(registry, half)
+        end(registry, half)
+        batch = feed.list_since(0)
+        assert [len(to_wire(entry)) for entry in batch.entries] == [budget // 2] * 2
+        registry.check()
+    end(registry, half[:-8])
+    assert len(feed.list_since(0).entries) == 2
+
+
 def test_what_the_feed_dropped_is_not_retained_either(make_epoch: MakeEpoch) -> None:
     registry = make_epoch(max_operations=1, feed_bytes=at.PAGE + 2 * at.SPEC_LIMIT).registry
     ended = [end(registry, "r" * 2000) for _ in range(4)]

@@ -180,7 +180,7 @@ def test_any_capacities_are_a_layout_or_refused(words: tuple[int, ...]) -> None:
     try:
         layout = Layout.from_capacities(words)
     except ConfigInvalid as refused:
-        assert refused.setting in OpsLifecycleConfig.__struct_fields__  # noqa: PT017
+        assert refused.setting in OpsLifecycleConfig.__struct_fields__
     else:
         assert layout.size > 0
         assert layout.config is None or layout.capacities() == words

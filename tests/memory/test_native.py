@@ -178,7 +178,7 @@ def test_any_number_of_arguments(memory: Memory, name: str) -> None:
             except (TypeError, ValueError, IndexError, OverflowError):
                 continue
             except OSError as refused:  # a mapping of a size that there is no room for
-                assert name == "private", refused  # noqa: PT017
+                assert name == "private", refused
 
 
 def test_types_are_made_by_their_own_rules(memory: Memory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -190,10 +191,8 @@ def _perform(
         pickle.dumps(said)
     except BaseException as error:
         said = _Raised(error, traceback.format_exc())
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the test is over
         channel.say(said)
-    except BrokenPipeError:
-        pass  # the test is over
     connection.close()
 
 

@@ -78,7 +78,8 @@ def test_readers_never_see_half_of_an_entry_or_a_hole(small: SessionRuntimeBindi
 def follow(bindings: SessionRuntimeBindings, test: Channel) -> list[int]:
     """Wait for each advance and take what it brought, until the epoch is sealed."""
     feed = bindings.ops_lifecycle.completion_feed()
-    position, seen = 0, []
+    position = 0
+    seen: list[int] = []
     test.say("following")
     while True:
         try:
