@@ -21,6 +21,8 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     specs: tuple[OperationSpec, ...] = ()
     entries: tuple[CompletionEntry, ...] = ()
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
+    reserved_through: CompletionSeq = 0
+    """Sequences that a recovery has skipped; the next one goes on above them (RECOVERY-2)."""
 
     @property
     def last_seq(self) -> CompletionSeq:
@@ -34,4 +36,5 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
             self.cursors.agent_applied_cursor,
             self.cursors.runtime_observed_seq,
             self.cursors.runtime_last_injected_seq,
+            self.reserved_through,
         )

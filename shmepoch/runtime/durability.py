@@ -14,7 +14,7 @@ from shmepoch.ids import SessionId
 from shmepoch.memory.layout import RECOVERY_SKIP
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime.persistence import PersistenceChannel
-from shmepoch.stores import RuntimeStore
+from shmepoch.stores import EpochCapture, RuntimeStore
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,16 @@ class Durability:
             return None
 
     def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
-        """Continue a stored epoch in a segment that nobody has found yet."""
+        """Continue a stored epoch in a segment that nobody has found yet.
+
+        Raises `StoreWriteFailed` if the store cannot reserve the sequences that this skips.
+        """
+        # Before anybody can see a sequence above them: a machine that goes down again at once, with
+        # nothing stored, must not hand out the same ones another time.
+        reserved = PersistedOpsSnapshot(
+            epoch_id=stored.epoch_id, reserved_through=stored.last_seq + RECOVERY_SKIP
+        )
+        self.store.save([EpochCapture(session_id=segment.session_id, snapshot=reserved)])
         registry = RuntimeOpsLifecycleRegistry(segment)
         registry.restore(stored, skip=RECOVERY_SKIP, unfinished=self._terminate_unfinished)
         EpochCursorState(segment).advance_all(stored.cursors)

@@ -32,6 +32,7 @@ class _Epoch:
         self.session_id: Final = session_id
         self.sealed = False
         self.cursors = EpochCursorSnapshot()
+        self.reserved_through: CompletionSeq = 0
         self.entries: dict[CompletionSeq, CompletionEntry] = {}
         self.ended: dict[OperationId, StoredOperation | None] = {}
         self.live: dict[OperationId, StoredOperation] = {}
@@ -39,6 +40,7 @@ class _Epoch:
     def copy(self) -> _Epoch:
         other = _Epoch(self.session_id)
         other.sealed, other.cursors = self.sealed, self.cursors
+        other.reserved_through = self.reserved_through
         other.entries, other.ended = self.entries.copy(), self.ended.copy()
         other.live = self.live.copy()
         return other
@@ -52,6 +54,7 @@ class _Epoch:
                 for name in EpochCursorSnapshot.__struct_fields__
             }
         )
+        self.reserved_through = max(self.reserved_through, snapshot.reserved_through)
         operations = stored_operations(snapshot)
         for entry in snapshot.entries:
             stored = self.entries.get(entry.seq)
@@ -99,6 +102,7 @@ class InMemoryRuntimeStore:
                     epoch.cursors,
                     ((entry, epoch.ended[entry.operation_id]) for entry in entries),
                     epoch.live.values(),
+                    epoch.reserved_through,
                 )
         return None
 

@@ -40,7 +40,8 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             sealed INTEGER NOT NULL,
             agent_applied_cursor INTEGER NOT NULL,
             runtime_observed_seq INTEGER NOT NULL,
-            runtime_last_injected_seq INTEGER NOT NULL
+            runtime_last_injected_seq INTEGER NOT NULL,
+            reserved_through INTEGER NOT NULL
         )
         """,
         "CREATE INDEX epochs_of_session ON epochs (session_id)",

@@ -44,20 +44,22 @@ _DAMAGE: Final = (ValueError, TypeError)
 
 _PAGE: Final = 1000
 _CURSORS: Final = EpochCursorSnapshot.__struct_fields__
+#: What only grows in an epoch's row.
+_POSITIONS: Final = (*_CURSORS, "reserved_through")
 
 _FIND_EPOCH: Final = (
-    f"SELECT key, session_id, sealed, {', '.join(_CURSORS)} FROM epochs WHERE epoch_id = ?"
+    f"SELECT key, session_id, sealed, {', '.join(_POSITIONS)} FROM epochs WHERE epoch_id = ?"
 )
 _ADD_EPOCH: Final = (
-    f"INSERT INTO epochs (epoch_id, session_id, sealed, {', '.join(_CURSORS)}) "
-    "VALUES (?, ?, ?, ?, ?, ?)"
+    f"INSERT INTO epochs (epoch_id, session_id, sealed, {', '.join(_POSITIONS)}) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
 _CHANGE_EPOCH: Final = (
-    f"UPDATE epochs SET sealed = ?, {', '.join(f'{name} = ?' for name in _CURSORS)} WHERE key = ?"
+    f"UPDATE epochs SET sealed = ?, {', '.join(f'{name} = ?' for name in _POSITIONS)} WHERE key = ?"
 )
 _SEAL_CURRENT: Final = "UPDATE epochs SET sealed = 1 WHERE session_id = ? AND sealed = 0"
 _FIND_CURRENT: Final = (
-    f"SELECT key, epoch_id, {', '.join(_CURSORS)} FROM epochs WHERE session_id = ? AND sealed = 0"
+    f"SELECT key, epoch_id, {', '.join(_POSITIONS)} FROM epochs WHERE session_id = ? AND sealed = 0"
 )
 # An operation that this capture does not describe may have been stored while it ran.
 _ADD_ENTRY: Final = """
@@ -95,7 +97,7 @@ class _Rows(NamedTuple):
     """A capture as rows that lack only the epoch's key: made before the file is locked."""
 
     capture: EpochCapture
-    cursors: tuple[int, ...]
+    positions: tuple[int, ...]
     entries: list[tuple[int, bytes, str, int, str, str | None]]
     operations: list[tuple[bytes, str]]
 
@@ -248,7 +250,10 @@ def _rows(capture: EpochCapture) -> _Rows:
     encoded = {id: stored.to_json().decode() for id, stored in operations.items()}
     return _Rows(
         capture,
-        tuple(to_sql(getattr(snapshot.cursors, name)) for name in _CURSORS),
+        (
+            *(to_sql(getattr(snapshot.cursors, name)) for name in _CURSORS),
+            to_sql(snapshot.reserved_through),
+        ),
         [
             (
                 to_sql(entry.seq),
@@ -282,7 +287,7 @@ def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
     if found is None:
         if not capture.sealed:
             connection.execute(_SEAL_CURRENT, (session,))
-        row = (str(epoch_id), session, capture.sealed, *rows.cursors)
+        row = (str(epoch_id), session, capture.sealed, *rows.positions)
         key = connection.execute(_ADD_EPOCH, row).lastrowid
         assert key is not None
         return key
@@ -291,7 +296,7 @@ def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
         raise StoreConflict(
             epoch_id, "the session", SessionId.parse(stored_session), capture.session_id
         )
-    merged = [max(pair) for pair in zip(stored, (capture.sealed, *rows.cursors), strict=True)]
+    merged = [max(pair) for pair in zip(stored, (capture.sealed, *rows.positions), strict=True)]
     if merged != stored:
         connection.execute(_CHANGE_EPOCH, (*merged, key))
     return int(key)
@@ -312,7 +317,7 @@ def _load(
     found = connection.execute(_FIND_CURRENT, (str(session_id),)).fetchone()
     if found is None:
         return None
-    key, epoch_id, *cursors = found
+    key, epoch_id, *cursors, reserved = found
     rows = connection.execute(_NEWEST_ENTRIES, (key, limit)).fetchall()[::-1]
     live = connection.execute(_LIVE_OPERATIONS, (key,)).fetchall()
     entries = _decode_entries(entry for entry, _ in rows)
@@ -325,6 +330,7 @@ def _load(
             for entry, (_, kept) in zip(entries, rows, strict=True)
         ),
         _decode_operations(kept for (kept,) in live),
+        from_sql(reserved),
     )
 
 
