@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
@@ -13,7 +14,9 @@ import typer
 
 from shmepoch.cli.run import jobs
 from shmepoch.cli.run.command import Options, execute
+from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError
+from shmepoch.ids import SessionId
 
 RUN_ERROR: Final = 1
 USAGE_ERROR: Final = 2
@@ -83,6 +86,46 @@ def run(
     except (ShmepochError, OSError) as error:
         _fail(RUN_ERROR, error)
     sys.exit(status)
+
+
+@app.command()
+def persist(
+    store: Annotated[Path, typer.Option(help="SQLite file that the epochs are kept in.")],
+    namespace: Annotated[
+        str | None, typer.Option(help="Whose epochs; SHMEPOCH_NAMESPACE, else default.")
+    ] = None,
+    max_delay: Annotated[
+        float, typer.Option(min=0, help="Seconds within which a completion is durable.")
+    ] = 0.05,
+) -> None:
+    """Keep every epoch of a namespace in a store, until Ctrl-C or SIGTERM."""
+    from shmepoch.cli import persist as command
+
+    try:
+        command.persist(store, namespace, max_delay)
+    except ShmepochError as error:
+        _fail(RUN_ERROR, error)
+
+
+@app.command()
+def history(
+    session: Annotated[str, typer.Argument(help="The session's id.")],
+    store: Annotated[Path, typer.Option(help="SQLite file that its epochs are kept in.")],
+    status: Annotated[
+        list[OperationStatus] | None, typer.Option(help="Only these; may be given several times.")
+    ] = None,
+    since: Annotated[datetime | None, typer.Option(help="Ended then or later.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Ended before then.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+) -> None:
+    """Show what a store has of a session: how its operations ended, epoch by epoch."""
+    from shmepoch.cli import history as command
+
+    try:
+        session_id = SessionId.parse(session)
+        command.show(store, session_id, statuses=status or (), since=since, until=until, json=json)
+    except (ShmepochError, ValueError) as error:
+        _fail(USAGE_ERROR, error)
 
 
 def _fail(status: int, error: Exception) -> NoReturn:
