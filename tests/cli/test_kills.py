@@ -144,6 +144,11 @@ def test_a_worker_without_a_command_is_replaced(tmp_path: Path) -> None:
     arguments = ("--json", "--workers", 2, "--transcript", tmp_path)
     with started("-", *arguments, stdin=f"{waits(tmp_path)}; true\ntrue\n") as process:
         (command,) = waiting(tmp_path)
+        # The other one is idle once its own command has ended, and the agent was told.
+        eventually(
+            lambda: any(b"completed" in path.read_bytes() for path in tmp_path.glob("*.jsonl")),
+            within=60,
+        )
         others = set(psutil.Process(process.pid).children())
         others -= {worker_of(command, process.pid), agent_of(tmp_path)}
         (idle,) = (child for child in others if "resource_tracker" not in " ".join(child.cmdline()))

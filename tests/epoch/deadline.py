@@ -1,4 +1,4 @@
-"""Coroutines under a watchdog."""
+"""How long a test may take: as long as the machine needs, under a watchdog."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Final, TypeVar
 
+from hypothesis import HealthCheck, settings
+
 T = TypeVar("T")
 
 #: Longer than any of this takes on any machine; a test that reaches it has failed.
 DEADLINE_S: Final = 60.0
+
+#: How long an example takes says something about the machine, nothing about the code.
+UNHURRIED: Final = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:

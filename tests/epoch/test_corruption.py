@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Final
 
 import pytest
@@ -115,9 +116,9 @@ def watch(registry: Registry, id: OperationId) -> None:
 
 def use_up(namespace: str, segment: SharedSegment, known: list[OperationId]) -> int:
     mine = SharedSegment.attach(namespace, segment.session_id)
-    mine.join(Role.WORKER)
     corrupted = 0
-    for call in calls(mine, known):
+    join: Callable[[], object] = partial(mine.join, Role.WORKER)
+    for call in chain([join], calls(mine, known)):
         try:
             call()
         except SegmentCorrupted as error:

@@ -42,6 +42,7 @@ from shmepoch.errors import (
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
+from tests.epoch.deadline import UNHURRIED
 from tests.epoch.implementations import IMPLEMENTATIONS, Epoch
 from tests.epoch.operations import PEER, Registry, spec
 from tests.epoch.operations import result as result_of
@@ -418,4 +419,6 @@ def test_histories(
 ) -> None:
     """Any number of them: `--hypothesis-seed` and profiles say which and how many."""
     machine.implementation, machine.namespace = implementation, namespace
-    run_state_machine_as_test(machine, settings=settings(max_examples=50, stateful_step_count=50))
+    run_state_machine_as_test(
+        machine, settings=settings(UNHURRIED, max_examples=50, stateful_step_count=50)
+    )

@@ -28,6 +28,7 @@ from shmepoch.ids import OperationId, RuntimeEpochId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from tests.epoch.conftest import MakeEpoch
+from tests.epoch.deadline import UNHURRIED
 from tests.epoch.implementations import Epoch
 from tests.epoch.operations import PATHS, PEER, Registry, end, reach, result, spec, state, taken
 
@@ -284,6 +285,7 @@ OUTCOMES: Final = st.one_of(
 POSITIONS: Final = st.integers(0, 40) | st.integers(0, 3000)
 
 
+@UNHURRIED
 @given(
     seqs=st.lists(st.integers(1, 3000), unique=True, max_size=20).map(sorted),
     outcomes=st.lists(OUTCOMES, min_size=20, max_size=20),

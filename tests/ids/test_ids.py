@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shmepoch.epoch.codec import decode_json, to_wire, wire_decoder
 from shmepoch.errors import RecordInvalid
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId, SessionId, WaitRequestId
+from tests.epoch.deadline import UNHURRIED
 
 KINDS = [SessionId, RuntimeEpochId, OperationId, RunId, WaitRequestId]
 TEXT = "0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"
@@ -41,6 +42,7 @@ def test_later_ones_sort_after_earlier_ones(kind: type[SessionId]) -> None:
 
 
 @kinds
+@UNHURRIED
 @given(value=st.uuids())
 def test_every_way_to_write_one_leads_back(kind: type[SessionId], value: uuid.UUID) -> None:
     made = kind.from_uuid(value)
@@ -55,6 +57,7 @@ def test_every_way_to_write_one_leads_back(kind: type[SessionId], value: uuid.UU
     assert repr(made) == f"{kind.__name__}('{value}')"
 
 
+@UNHURRIED
 @given(first=st.uuids(), second=st.uuids())
 def test_they_are_ordered_as_their_uuids(first: uuid.UUID, second: uuid.UUID) -> None:
     one, two = OperationId.from_uuid(first), OperationId.from_uuid(second)

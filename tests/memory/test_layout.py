@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shmepoch.errors import ConfigInvalid
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import Layout, OpsLifecycleConfig
+from tests.epoch.deadline import UNHURRIED
 
 #: The constant behind each line of the tables of the layout's docstring.
 HEADER: Final = {
@@ -148,6 +149,7 @@ def test_a_layout_is_rebuilt_from_its_header(config: OpsLifecycleConfig | None) 
     assert again.size == layout.size
 
 
+@UNHURRIED
 @given(config=CONFIGS)
 def test_parts_follow_each_other(config: OpsLifecycleConfig) -> None:
     layout = Layout(config)
@@ -175,6 +177,7 @@ def test_parts_follow_each_other(config: OpsLifecycleConfig) -> None:
     assert (again.config, again.size, again.ring) == (config, layout.size, layout.ring)
 
 
+@UNHURRIED
 @given(words=st.tuples(*[st.integers(0, 2**64 - 1) | st.integers(0, 300)] * at.CAPACITIES))
 def test_any_capacities_are_a_layout_or_refused(words: tuple[int, ...]) -> None:
     try:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from shmepoch.memory import _native
 from shmepoch.memory._native import Cell, Memory, WriterLock, is_locked, try_lock, unlock
 from shmepoch.memory.layout import Ring
+from tests.epoch.deadline import UNHURRIED
 from tests.support import eventually
 
 SIZE: Final = 4096
@@ -237,6 +238,7 @@ def test_a_writer_lock_that_could_not_be_taken_is_free() -> None:
 # --- words and bytes ------------------------------------------------------------------------------
 
 
+@UNHURRIED
 @given(first=st.integers(0, TOP), second=st.integers(0, TOP))
 def test_words(first: int, second: int) -> None:
     memory = Memory.private(64)
@@ -252,6 +254,7 @@ def test_words(first: int, second: int) -> None:
     assert memory.find(0, 3, memory.load(8), 0) == (0 if memory.load(8) == 0 else 1)
 
 
+@UNHURRIED
 @given(data=st.binary(max_size=64), offset=st.integers(0, 7))
 def test_bytes(data: bytes, offset: int) -> None:
     memory = Memory.private(128)
@@ -505,6 +508,7 @@ def test_an_entry_of_another_round_is_not_whole(memory: Memory) -> None:
     assert memory.ring_gather(RING, 9, 9) == (10, array())
 
 
+@UNHURRIED
 @given(
     garbage=st.binary(min_size=0, max_size=512),
     at=st.integers(0, 63),
@@ -536,6 +540,7 @@ def test_garbage_in_a_ring_is_never_returned(
         assert found == array(*whole)
 
 
+@UNHURRIED
 @given(
     garbage=st.binary(max_size=256),
     name=st.sampled_from([name for name in dir(Memory) if not name.startswith("_")]),
