@@ -84,11 +84,6 @@ class Followed:
     def id(self) -> RuntimeEpochId:
         return self.bindings.epoch_id
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing will come any more: its end is stored, or it cannot be stored."""
-        return self.error is not None or (self._stored is not None and self._stored.sealed)
-
     def pending(self) -> int:
         """How many completions were committed and are not stored."""
         return self.feed.watermark() - self.durable

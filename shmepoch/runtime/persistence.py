@@ -376,9 +376,8 @@ class PersistenceChannel:
                 self._listen(followed)
 
     def _listen(self, followed: Followed) -> None:
-        if followed.over or (followed.waiting is not None and not followed.waiting.done()):
-            return
-        followed.waiting = asyncio.create_task(self._watch(followed))
+        if followed.waiting is None or followed.waiting.done():
+            followed.waiting = asyncio.create_task(self._watch(followed))
 
     def _failed(self, error: Exception) -> None:
         if not self._failing:

@@ -83,6 +83,7 @@ class EpochCapture(Record, kw_only=True, frozen=True):
         cursors = self.snapshot.cursors
         for name in cursors.__struct_fields__:
             _check_position(name, getattr(cursors, name), 0)
+        _check_position("reserved_through", self.snapshot.reserved_through, 0)
         for entry in self.snapshot.entries:
             if not 1 <= entry.seq <= LAST_SEQ:
                 _check_position("seq", entry.seq, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -25,7 +26,9 @@ from shmepoch.errors import ConfigInvalid, SegmentCorrupted, StoreWriteFailed
 from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.runtime import persistence
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
+from shmepoch.runtime.followed import Followed
 from shmepoch.runtime.persistence import ChannelClosed, PersistenceChannel
 from shmepoch.stores import (
     EpochCapture,
@@ -103,15 +106,15 @@ def test_an_epoch_is_recorded_before_anything_happens_in_it(
         eventually(lambda: recorded(store, bindings))
 
 
-def test_an_epoch_followed_later_is_recorded_too(
-    store: WatchedStore, adapter: RuntimeSessionAdapter
+def test_an_epoch_that_is_followed_is_looked_at_at_once(
+    store: WatchedStore, adapter: RuntimeSessionAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(persistence, "_LOOK_S", NEVER)
     first, second = (adapter.prepare_bindings(SessionId.new()) for _ in range(2))
     with PersistenceChannel(store) as channel:
-        channel.follow(first)
-        eventually(lambda: recorded(store, first))
-        channel.follow(second)
-        eventually(lambda: recorded(store, second))
+        for bindings in (first, second):
+            channel.follow(bindings)
+            eventually(lambda bindings=bindings: recorded(store, bindings))  # type: ignore[misc]
 
 
 def test_a_cursor_becomes_durable_unasked(
@@ -280,9 +283,54 @@ def test_completions_within_the_delay_share_a_transaction(
     with PersistenceChannel(store, max_delay=1.0, max_entries=10_000) as channel:
         channel.follow(bindings)
         channel.flush()
-        complete(bindings, 30)
+        complete(bindings, 10)
         eventually(store.saved_entries)
-    assert store.saved_entries()[0] == 30
+    assert store.saved_entries()[0] == 10
+
+
+def test_what_wakes_nobody_is_looked_for_soon_after_something_happened(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persistence, "_LOOK_S", NEVER)
+    with PersistenceChannel(store) as channel:
+        channel.follow(bindings)
+        complete(bindings)
+        eventually(lambda: stored_seqs(store, bindings) == [1])
+        saves = len(store.saves)
+        bindings.cursor_state.agent_applied_cursor.advance(1)
+        eventually(lambda: len(store.saves) > saves)
+
+
+def test_and_seldom_once_nothing_happens(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, is_due = [], Followed.is_due
+
+    def counted(self: Followed, *, thoroughly: bool) -> bool:
+        looks.append(time.monotonic())
+        return is_due(self, thoroughly=thoroughly)
+
+    with PersistenceChannel(store) as channel:
+        channel.follow(bindings)
+        complete(bindings)
+        channel.flush()
+        time.sleep(2.2)  # by then nothing has happened for as long as matters
+        monkeypatch.setattr(Followed, "is_due", counted)
+        eventually(lambda: len(looks) >= 3)
+        assert looks[-1] - looks[0] > 1.5
+
+
+def test_a_flush_does_not_wait_for_the_next_look(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("_LOOK_S", "_WARM_LOOK_S"):
+        monkeypatch.setattr(persistence, pause, NEVER)
+    with PersistenceChannel(store) as channel:
+        channel.follow(bindings)
+        eventually(lambda: recorded(store, bindings))
+        for _ in range(3):
+            begin(bindings)
+            channel.flush(20)
 
 
 def test_nothing_is_saved_while_nothing_happens(
@@ -325,18 +373,27 @@ def test_an_idle_channel_uses_next_to_no_processor() -> None:
     assert float(done.stdout) < 0.15  # of three seconds, with a hundred epochs
 
 
-def test_a_sealed_epoch_is_not_watched_any_more(
-    store: WatchedStore, adapter: RuntimeSessionAdapter, bindings: SessionRuntimeBindings
+def test_a_sealed_epoch_makes_no_more_work(
+    store: WatchedStore,
+    adapter: RuntimeSessionAdapter,
+    bindings: SessionRuntimeBindings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with PersistenceChannel(store) as channel:
+    looks, is_due = [], Followed.is_due
+
+    def counted(self: Followed, *, thoroughly: bool) -> bool:
+        looks.append(self)
+        return is_due(self, thoroughly=thoroughly)
+
+    with PersistenceChannel(store, max_delay=0) as channel:
         channel.follow(bindings)
         adapter.unregister_session(bindings.session_id)
         channel.flush()
-        attempts, used = store.attempts, time.thread_time()
-        cpu = time.process_time() - used
+        attempts = store.attempts
+        monkeypatch.setattr(Followed, "is_due", counted)
         time.sleep(1.2)
         assert store.attempts == attempts
-        assert time.process_time() - time.thread_time() - cpu < 0.3
+        assert 0 < len(looks) < 100  # a wait that returns at once would make thousands
 
 
 # --- PERSIST-1: the order -------------------------------------------------------------------------
@@ -441,12 +498,39 @@ def test_a_recovered_epoch_misses_nothing(namespace: str, tmp_path: Path) -> Non
             with RuntimeSessionAdapter.persistent(store, config=SMALL) as adapter:
                 bindings = adapter.prepare_bindings(session)
                 complete(bindings, 3)
-                assert adapter._durability is not None
-                channel = adapter._durability.channel
+                channel = _channel_of(adapter)
                 channel.flush()
                 assert (channel.status().missed, channel.status().lag) == (0, 0)
                 assert len(store.list_entries(bindings.epoch_id)) == 3 * round
                 bindings.shared_segment().unlink()  # the machine restarts
+
+
+def test_what_recovery_skipped_is_not_counted_as_missed(namespace: str, tmp_path: Path) -> None:
+    session = SessionId.new()
+    with SqliteRuntimeStore(tmp_path / "store.db", synchronous="normal") as store:
+        with RuntimeSessionAdapter.persistent(store, config=SMALL) as adapter:
+            bindings = adapter.prepare_bindings(session)
+            complete(bindings, 3)
+            _channel_of(adapter).flush()
+            bindings.shared_segment().unlink()
+        with RuntimeSessionAdapter.persistent(store, config=SMALL) as adapter:
+            bindings = adapter.prepare_bindings(session)
+            after, through = bindings.skipped
+            assert after == 3
+            _channel_of(adapter).unfollow(bindings)
+            complete(bindings, 400)
+            dropped = bindings.ops_lifecycle.completion_feed().list_since(0).dropped_through
+            assert dropped > through
+            with PersistenceChannel(store) as channel:
+                channel.follow(bindings)
+                channel.flush()
+                assert channel.status().epochs[0].last_gap == CompletionFeedGap(through, dropped)
+            bindings.shared_segment().unlink()
+
+
+def _channel_of(adapter: RuntimeSessionAdapter) -> PersistenceChannel:
+    assert adapter._durability is not None
+    return adapter._durability.channel
 
 
 def test_how_far_the_store_has_come_is_seen_by_every_process(
@@ -495,16 +579,38 @@ def test_a_store_that_fails_is_tried_again(
 
 
 def test_pauses_grow_while_the_store_fails(
-    store: WatchedStore, bindings: SessionRuntimeBindings
+    store: WatchedStore, adapter: RuntimeSessionAdapter
 ) -> None:
-    store.failure = lambda: StoreWriteFailed("no")
+    epochs = [adapter.prepare_bindings(SessionId.new()) for _ in range(40)]
+    with PersistenceChannel(store) as channel:
+        for bindings in epochs:
+            channel.follow(bindings)
+        channel.flush()
+        store.failure = lambda: StoreWriteFailed("no")
+        began = time.monotonic()
+        for bindings in epochs:
+            complete(bindings)  # whatever happens meanwhile, it is no reason to try earlier
+            time.sleep(0.02)
+        failures = channel.status().failures
+        # n failures take 2**(n - 1) - 1 first pauses; one more may come before the clock is read.
+        assert 0 < failures <= 2 + math.log2(1 + (time.monotonic() - began) / 0.05)
+        store.failure = None
+        channel.flush()
+
+
+def test_pauses_are_short_again_once_the_store_has_worked(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persistence, "_FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(persistence, "_LAST_RETRY_S", NEVER)
     with PersistenceChannel(store) as channel:
         channel.follow(bindings)
-        for _ in range(50):
+        for failures in (7, 14):  # the fourteenth pause would take a minute and more
+            store.failure = lambda: StoreWriteFailed("no")
             complete(bindings)
-            time.sleep(0.02)  # a completion at any time is no reason to try earlier
-        assert channel.status().failures <= 6
-        store.failure = None
+            eventually(lambda failures=failures: channel.status().failures >= failures)  # type: ignore[misc]
+            store.failure = None
+            channel.flush()
 
 
 def test_a_flush_of_a_store_that_fails_says_why(
@@ -667,6 +773,20 @@ def test_nothing_is_written_of_an_epoch_that_is_not_followed_any_more(
         assert len(stored_seqs(store, one)) == 21
 
 
+def test_nothing_waits_for_an_epoch_that_is_not_followed_any_more(
+    store: WatchedStore, adapter: RuntimeSessionAdapter
+) -> None:
+    one, other = (adapter.prepare_bindings(SessionId.new()) for _ in range(2))
+    with PersistenceChannel(store) as channel:
+        channel.follow(one)
+        channel.follow(other)
+        channel.flush()
+        waiting = channel._epochs[one.epoch_id].waiting
+        assert waiting is not None
+        channel.unfollow(one)
+        eventually(waiting.cancelled)
+
+
 def test_unfollowing_waits_for_what_is_being_written(
     store: WatchedStore, bindings: SessionRuntimeBindings
 ) -> None:
@@ -689,6 +809,29 @@ def test_unfollowing_waits_for_what_is_being_written(
         store.gate.set()
         thread.join()
     assert stored_seqs(store, bindings) == [1]
+
+
+def test_what_is_not_followed_any_more_when_its_turn_comes_is_not_written(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, go_on = threading.Event(), threading.Event()
+    with PersistenceChannel(store, max_delay=0) as channel:
+        channel.follow(bindings)
+        channel.flush()
+        is_due = Followed.is_due
+
+        def slow(self: Followed, *, thoroughly: bool) -> bool:
+            looking.set()
+            go_on.wait()
+            return is_due(self, thoroughly=thoroughly)
+
+        monkeypatch.setattr(Followed, "is_due", slow)
+        complete(bindings)
+        looking.wait()
+        channel.unfollow(bindings)
+        go_on.set()
+        channel.flush()
+    assert stored_seqs(store, bindings) == []
 
 
 def test_a_closed_channel_takes_nothing(

@@ -21,6 +21,7 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import StoreLoadFailed, StoreWriteFailed
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.stores import (
+    EpochCapture,
     RuntimeStore,
     StoreConflict,
     StoreReadFailed,
@@ -171,6 +172,17 @@ def test_positions_are_unsigned_64_bit(store: RuntimeStore, value: int) -> None:
     assert loaded(store, epoch).cursors == cursors(value, max(0, value - 1), 0)
     store.save([epoch.capture(cursors=(0, value, value))])
     assert loaded(store, epoch).cursors == cursors(value, value, value)
+
+
+def test_what_is_reserved_only_grows(store: RuntimeStore) -> None:
+    epoch = Epoch()
+    for reserved, expected in ((0, 0), (1027, 1027), (5, 1027), (HIGHEST, HIGHEST), (0, HIGHEST)):
+        snapshot = PersistedOpsSnapshot(epoch_id=epoch.id, reserved_through=reserved)
+        store.save([EpochCapture(session_id=epoch.session_id, snapshot=snapshot)])
+        assert loaded(store, epoch).reserved_through == loaded(store, epoch).last_seq == expected
+    beyond = PersistedOpsSnapshot(epoch_id=epoch.id, reserved_through=2**64)
+    with pytest.raises(OverflowError, match="reserved_through"):
+        EpochCapture(session_id=epoch.session_id, snapshot=beyond)
 
 
 def test_sequences_sort_as_unsigned_numbers(store: RuntimeStore) -> None:
