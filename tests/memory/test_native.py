@@ -710,6 +710,26 @@ def test_an_idle_wait_uses_no_processor(memory: Memory) -> None:
     assert time.process_time_ns() - before < 10**8  # of 3 * 10**8 that it waited
 
 
+def test_a_snapshot_is_of_one_instant(fds: tuple[int, int]) -> None:
+    """Of words that another process, which this one's interpreter lock does not stop, raises one
+    after the other: no later one is ever ahead, and none is two behind."""
+    memory, words, stride, rounds = Memory(fds[0], SIZE), 8, 512, 1_000_000
+    pid = os.fork()
+    if pid == 0:
+        try:
+            theirs = Memory(fds[1], SIZE)
+            for value in range(1, rounds):
+                theirs.write(0, value.to_bytes(8, sys.byteorder) * (SIZE // 8))
+        finally:
+            os._exit(0)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        for _ in range(500):
+            found = memory.snapshot(0, words, stride)
+            assert list(found) == sorted(found, reverse=True)
+            assert found[0] - found[-1] <= 1
+    assert memory.snapshot(0, words, stride) == (rounds - 1,) * words
+
+
 # --- locks ----------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 from shmepoch import SessionRuntimeBindings
 
@@ -60,15 +60,6 @@ class Channel:
         return not self.connection.poll()
 
 
-class Act(Protocol):
-    """What a child does; what it returns is said at its end, and so is what it raises."""
-
-    __module__: str
-    __qualname__: str
-
-    def __call__(self, bindings: SessionRuntimeBindings, test: Channel, /, *args: Any) -> Any: ...
-
-
 class Child(Channel):
     """A started process. On leaving its `with` it is killed if it still lives."""
 
@@ -93,10 +84,10 @@ class Child(Channel):
         """Wait for its end; its exit code, negative if a signal ended it."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.wait(WATCHDOG_S)
-        self._process.join(WATCHDOG_S)
-        code = self._process.exitcode
-        assert code is not None, f"process {self.pid} does not end"
-        return code
+        # Not join with a timeout: that waits for the end of every child which it has forked, too.
+        process = self._process
+        wait_until(lambda: process.exitcode is not None)
+        return cast(int, process.exitcode)
 
     def result(self) -> Any:
         """What its act returned, after its end."""
@@ -131,7 +122,10 @@ def start(
     *args: object,
     method: str = "fork",
 ) -> Child:
-    """Start a child that does `act(bindings, channel, *args)`."""
+    """Start a child that does `act(bindings, channel, *args)`.
+
+    What it returns is said at its end, and so is what it raises.
+    """
     ours, theirs = Pipe()
     try:
         if method == "subprocess":

@@ -1,0 +1,247 @@
+"""The agent boundary: what the agent is told, and when its cursor moves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from shmepoch import (
+    AgentBoundary,
+    AgentFactory,
+    CompletionEntry,
+    CompletionFeedGap,
+    CompletionSeq,
+    Drain,
+    EpochCursorSnapshot,
+    EpochSealed,
+    OperationKind,
+    OpsLifecycleConfig,
+    PersistedOpsSnapshot,
+    RuntimeEpochId,
+    SessionId,
+    SessionOwned,
+    SessionRuntimeBindings,
+)
+from tests.runtime.completions import CHILD, TOOL, drop_through, end
+
+SMALL = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
+
+
+class Kept:
+    """A history that has some of the entries."""
+
+    def __init__(self, entries: Sequence[CompletionEntry] = ()) -> None:
+        self.entries = list(entries)
+        self.asked: list[tuple[RuntimeEpochId, int, int]] = []
+
+    def list_entries(
+        self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
+    ) -> Sequence[CompletionEntry]:
+        self.asked.append((epoch_id, after_seq, through_seq))
+        return [entry for entry in self.entries if after_seq < entry.seq <= through_seq]
+
+
+def told(drain: Drain) -> list[int | tuple[int, int]]:
+    """The notices: sequences of completions, and from where to where a gap is."""
+    return [
+        (notice.after_seq, notice.dropped_through)
+        if isinstance(notice, CompletionFeedGap)
+        else notice.seq
+        for notice in drain
+    ]
+
+
+@pytest.fixture
+def boundary(bindings: SessionRuntimeBindings) -> AgentBoundary:
+    return AgentFactory().build(bindings.session_id, SessionOwned(bindings))
+
+
+@pytest.fixture
+def small() -> SessionRuntimeBindings:
+    """Bindings of an epoch that soon drops completions."""
+    return SessionRuntimeBindings.standalone(SessionId.new(), SMALL)
+
+
+def test_the_agent_is_told_of_tools_and_not_of_children(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary
+) -> None:
+    assert told(boundary.drain()) == []
+    end(bindings, TOOL, CHILD, TOOL, CHILD)
+    drain = boundary.drain()
+    assert told(drain) == [1, 3]
+    assert (len(drain), drain.watermark) == (2, 4)
+    assert all(isinstance(notice, CompletionEntry) for notice in drain.notices)
+
+
+def test_only_a_commit_moves_the_cursor_past_entries_of_other_kinds_too(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary
+) -> None:
+    end(bindings, TOOL, CHILD)
+    cursor = bindings.cursor_state.agent_applied_cursor
+    drain = boundary.drain()
+    assert told(boundary.drain()) == told(drain) == [1]
+    assert cursor.load() == 0
+    drain.commit()
+    assert cursor.load() == 2
+    assert told(boundary.drain()) == []
+
+
+def test_what_ends_during_a_turn_is_told_in_the_next(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary
+) -> None:
+    end(bindings, TOOL)
+    with boundary.drain() as notices:
+        end(bindings, TOOL)
+        assert told(notices) == [1]
+    with boundary.drain() as notices:
+        assert told(notices) == [2]
+    assert bindings.cursor_state.agent_applied_cursor.load() == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_after_an_exception_the_same_notices_come_again(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary, error: type[BaseException]
+) -> None:
+    end(bindings, TOOL, TOOL)
+    with pytest.raises(error), boundary.drain():
+        raise error
+    assert bindings.cursor_state.agent_applied_cursor.load() == 0
+    with boundary.drain() as notices:
+        assert told(notices) == [1, 2]
+
+
+def test_an_older_commit_does_not_move_the_cursor_back(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary
+) -> None:
+    end(bindings, TOOL)
+    older = boundary.drain()
+    end(bindings, TOOL)
+    boundary.drain().commit()
+    older.commit()
+    assert bindings.cursor_state.agent_applied_cursor.load() == 2
+
+
+def test_a_rebuilt_agent_goes_on_where_the_last_one_was(bindings: SessionRuntimeBindings) -> None:
+    end(bindings, TOOL, TOOL)
+    first = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
+    assert told(first.drain()) == [1, 2]  # the cursor is zero, which is a position
+    first.drain().commit()
+    end(bindings, TOOL)
+    second = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
+    assert told(second.drain()) == [3]
+
+
+def test_a_sealed_epoch_still_tells_and_takes_no_commit(
+    bindings: SessionRuntimeBindings, boundary: AgentBoundary
+) -> None:
+    end(bindings, TOOL)
+    bindings.shared_segment().seal()
+    drain = boundary.drain()
+    assert told(drain) == [1]
+    with pytest.raises(EpochSealed):
+        drain.commit()
+
+
+# --- gaps -------------------------------------------------------------------------------------
+
+
+def gap(after: int, through: int) -> list[tuple[int, int]]:
+    """How `told` shows a gap, if there is one."""
+    return [(after, through)] if after < through else []
+
+
+def test_a_gap_is_in_front_of_the_notices(small: SessionRuntimeBindings) -> None:
+    boundary = AgentBoundary(small)
+    end(small, TOOL, TOOL)
+    boundary.drain().commit()
+    end(small, TOOL, TOOL)
+    dropped = drop_through(small, 3)
+    [last] = end(small, TOOL)
+    still_there = [4] if dropped < 4 else []
+    drain = boundary.drain()
+    assert told(drain) == [(2, dropped), *still_there, last]
+    drain.commit()
+    assert told(boundary.drain()) == []
+
+
+def test_what_was_applied_is_no_gap(small: SessionRuntimeBindings) -> None:
+    boundary = AgentBoundary(small)
+    end(small, TOOL)
+    boundary.drain().commit()
+    drop_through(small, 1)
+    small.cursor_state.agent_applied_cursor.advance(drop_through(small, 1))
+    assert told(boundary.drain()) == []
+
+
+def test_the_history_fills_the_gap(small: SessionRuntimeBindings) -> None:
+    end(small, TOOL, CHILD, TOOL)
+    kept = Kept(small.ops_lifecycle.completion_feed().list_since(0).entries)
+    boundary = AgentBoundary(small, kept)
+    assert told(boundary.drain()) == [1, 3]
+    assert kept.asked == [], "what the feed holds is not asked for"
+    dropped = drop_through(small, 3)
+    assert told(boundary.drain()) == [*gap(3, dropped), 1, 3]
+    assert kept.asked == [(small.epoch_id, 0, dropped)]
+
+
+def test_the_history_of_the_bindings_is_used(small: SessionRuntimeBindings) -> None:
+    end(small, TOOL)
+    small.history = Kept(small.ops_lifecycle.completion_feed().list_since(0).entries)
+    dropped = drop_through(small, 1)
+    assert told(AgentBoundary(small).drain()) == [*gap(1, dropped), 1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_sequence_is_told_or_in_a_gap_and_never_both(seed: int) -> None:
+    """BOUNDARY-1, against a history that has lost some of it."""
+    random_ = random.Random(seed)
+    small = SessionRuntimeBindings.standalone(SessionId.new(), SMALL)
+    feed = small.ops_lifecycle.completion_feed()
+    entries: list[CompletionEntry] = []
+    kinds = [random_.choice(list(OperationKind)) for _ in range(60)]
+    for kind in kinds:
+        end(small, kind, reason="x" * random_.randrange(900))
+        entries += feed.list_since(len(entries)).entries
+    dropped = feed.list_since(0).dropped_through
+    assert dropped > 0
+    applied = random_.randrange(dropped + 1)
+    small.cursor_state.agent_applied_cursor.advance(applied)
+    found = [entry for entry in entries if random_.random() < 0.7]
+    notices = told(AgentBoundary(small, Kept(found)).drain())
+
+    gaps = [notice for notice in notices if isinstance(notice, tuple)]
+    missing = [seq for after, through in gaps for seq in range(after + 1, through + 1)]
+    kept = {entry.seq for entry in found}
+    assert missing == [seq for seq in range(applied + 1, dropped + 1) if seq not in kept]
+    assert all(after < through for after, through in gaps)
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(gaps))
+    due = [
+        seq
+        for seq, kind in enumerate(kinds, 1)
+        if seq > applied and kind is TOOL and seq not in missing
+    ]
+    assert notices == gaps + due, "the gaps are in front"
+
+
+def test_sequences_that_recovery_skipped_are_no_gap() -> None:
+    stored = SessionRuntimeBindings.standalone(SessionId.new(), SMALL)
+    end(stored, TOOL, TOOL)
+    kept = stored.ops_lifecycle.completion_feed().list_since(0).entries
+    recovered = SessionRuntimeBindings.standalone(stored.session_id, SMALL)
+    recovered.ops_lifecycle.restore(
+        PersistedOpsSnapshot(
+            epoch_id=recovered.epoch_id, entries=kept, cursors=EpochCursorSnapshot()
+        ),
+        skip=10,
+    )
+    assert recovered.skipped == (2, 12)
+    assert end(recovered, TOOL) == [13]
+    boundary = AgentBoundary(recovered)
+    assert told(boundary.drain()) == [1, 2, 13]
+    dropped = drop_through(recovered, 13)
+    after = told(boundary.drain())
+    # What was skipped never was a completion; what was dropped on both sides of it was.
+    assert after[:2] == [(0, 2), (12, dropped)]

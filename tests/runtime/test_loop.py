@@ -1,0 +1,477 @@
+"""The runtime loop: when it injects a continuation, and what advances its cursors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shmepoch import (
+    Continuation,
+    EpochCursorSnapshot,
+    OpsLifecycleConfig,
+    RuntimeLoop,
+    SessionId,
+    SessionRuntimeBindings,
+)
+from tests.processes.children import Channel, start
+from tests.runtime.completions import CHILD, TOOL, drop_through, end
+from tests.support import eventually
+
+
+class Session:
+    """What a loop drives: it takes continuations or refuses them, between its turns."""
+
+    def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        self.bindings = bindings
+        self.quiet = True
+        self.accepts = True
+        self.failure: Exception | None = None
+        self.looks = 0
+        #: Every continuation it was offered, with the cursors as they were then.
+        self.offered: list[tuple[Continuation, EpochCursorSnapshot]] = []
+        self.taken: list[int] = []
+
+    def inject(self, continuation: Continuation) -> bool:
+        self.offered.append((continuation, self.bindings.cursor_state.snapshot()))
+        if self.failure is not None:
+            raise self.failure
+        if self.accepts:
+            self.taken.append(continuation.watermark)
+        return self.accepts
+
+    def quiescent(self) -> bool:
+        self.looks += 1
+        return self.quiet
+
+    def loop(self) -> RuntimeLoop:
+        return RuntimeLoop(self.bindings, inject=self.inject, quiescent=self.quiescent)
+
+    def observed(self, seq: int) -> None:
+        """Return once the loop has observed that much."""
+        eventually(lambda: self.bindings.cursor_state.runtime_observed_seq.load() >= seq)
+
+    def looked(self, times: int) -> None:
+        """Return once it was asked that often whether it is quiescent."""
+        eventually(lambda: self.looks >= times)
+
+    @property
+    def cursors(self) -> tuple[int, int]:
+        """Observed and last injected."""
+        now = self.bindings.cursor_state.snapshot()
+        return now.runtime_observed_seq, now.runtime_last_injected_seq
+
+
+@pytest.fixture(params=["private", "shared"])
+def session(request: pytest.FixtureRequest) -> Session:
+    if request.param == "private":
+        return Session(SessionRuntimeBindings.standalone(SessionId.new()))
+    return Session(request.getfixturevalue("bindings"))
+
+
+@pytest.fixture
+def small() -> Session:
+    """A session whose epoch soon drops completions."""
+    config = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
+    return Session(SessionRuntimeBindings.standalone(SessionId.new(), config))
+
+
+@pytest.fixture
+def running(session: Session) -> Iterator[RuntimeLoop]:
+    with session.loop() as loop:
+        yield loop
+
+
+# --- what it injects --------------------------------------------------------------------------
+
+
+def test_a_completion_is_injected(session: Session, running: RuntimeLoop) -> None:
+    end(session.bindings, TOOL)
+    session.observed(1)
+    [(continuation, cursors)] = session.offered
+    assert continuation == Continuation(
+        session_id=session.bindings.session_id, epoch_id=session.bindings.epoch_id, watermark=1
+    )
+    assert cursors == EpochCursorSnapshot(), "nothing advances before it was accepted"
+    assert session.cursors == (1, 1)
+    end(session.bindings, TOOL)
+    session.observed(2)
+    assert session.taken == [1, 2]
+
+
+def test_many_completions_are_one_continuation(session: Session) -> None:
+    end(session.bindings, *[TOOL, CHILD] * 5)
+    with session.loop():
+        session.observed(10)
+    assert session.taken == [10]
+    assert session.cursors == (10, 10)
+
+
+def test_children_wake_nobody(session: Session, running: RuntimeLoop) -> None:
+    for seq in range(1, 4):
+        end(session.bindings, CHILD)
+        session.observed(seq)
+    assert session.offered == []
+    assert session.looks == 0
+    assert session.cursors == (3, 0)
+
+
+def test_what_comes_during_an_injection_is_in_the_next(session: Session) -> None:
+    take = session.inject
+
+    def inject(continuation: Continuation) -> bool:
+        if continuation.watermark == 1:
+            end(session.bindings, TOOL, TOOL)
+        return take(continuation)
+
+    session.inject = inject  # type: ignore[method-assign]
+    end(session.bindings, TOOL)
+    with session.loop():
+        session.observed(3)
+    assert session.taken == [1, 3]
+
+
+def end_a_tool(bindings: SessionRuntimeBindings, test: Channel) -> None:
+    end(bindings, TOOL)
+
+
+def test_a_completion_of_another_process_is_injected(bindings: SessionRuntimeBindings) -> None:
+    session = Session(bindings)
+    with session.loop(), start(end_a_tool, bindings) as worker:
+        worker.result()
+        session.observed(1)
+    assert session.taken == [1]
+
+
+# --- where it starts --------------------------------------------------------------------------
+
+
+def test_it_starts_at_the_shared_cursors(session: Session) -> None:
+    end(session.bindings, TOOL, TOOL)
+    session.bindings.cursor_state.runtime_last_injected_seq.advance(2)
+    session.bindings.cursor_state.runtime_observed_seq.advance(2)
+    with session.loop():
+        end(session.bindings, CHILD)
+        session.observed(3)
+        assert session.offered == []
+        end(session.bindings, TOOL)
+        session.observed(4)
+    assert session.taken == [4]
+
+
+def test_killed_between_its_two_cursors_it_does_not_inject_again(session: Session) -> None:
+    end(session.bindings, TOOL, TOOL)
+    session.bindings.cursor_state.runtime_last_injected_seq.advance(2)
+    with session.loop():
+        session.observed(2)
+    assert session.offered == []
+
+
+def test_the_cursors_advance_in_an_order_that_loses_nothing(session: Session) -> None:
+    """The injected one first: a kill between the two repeats nothing and skips nothing."""
+    order: list[str] = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self._name = name
+            self._cell: Any = getattr(session.bindings.cursor_state, name)
+
+        def load(self) -> int:
+            return int(self._cell.load())
+
+        def advance(self, value: int) -> bool:
+            order.append(self._name)
+            return bool(self._cell.advance(value))
+
+    loop = session.loop()
+    loop._injected = Recorded("runtime_last_injected_seq")  # type: ignore[assignment]
+    loop._observed = Recorded("runtime_observed_seq")  # type: ignore[assignment]
+    end(session.bindings, TOOL)
+    with loop:
+        session.observed(1)
+    assert order == ["runtime_last_injected_seq", "runtime_observed_seq"]
+
+
+# --- gaps -------------------------------------------------------------------------------------
+
+
+def test_a_gap_counts_as_something_owed(small: Session) -> None:
+    end(small.bindings, TOOL)
+    drop_through(small.bindings, 1)
+    watermark = small.bindings.ops_lifecycle.completion_feed().watermark()
+    with small.loop():
+        small.observed(watermark)
+    assert small.taken == [watermark]
+
+
+def test_a_gap_below_the_last_injection_does_not(small: Session) -> None:
+    end(small.bindings, TOOL)
+    dropped = drop_through(small.bindings, 1)
+    small.bindings.cursor_state.runtime_last_injected_seq.advance(dropped)
+    watermark = small.bindings.ops_lifecycle.completion_feed().watermark()
+    with small.loop():
+        small.observed(watermark)
+    assert small.offered == []
+
+
+# --- a session that is busy -------------------------------------------------------------------
+
+
+def test_a_busy_session_is_left_alone_until_it_says_so(session: Session) -> None:
+    session.quiet = False
+    end(session.bindings, TOOL)
+    with session.loop() as loop:
+        eventually(lambda: session.looks == 1)
+        # It looks once for each time that something may have changed, and never in between.
+        for looks in range(2, 5):
+            loop.session_changed()
+            session.looked(looks)
+        end(session.bindings, TOOL)
+        eventually(lambda: session.looks == 5)
+        assert (session.offered, session.cursors) == ([], (0, 0))
+        session.quiet = True
+        loop.session_changed()
+        session.observed(2)
+    assert session.looks == 6
+    assert session.taken == [2]
+
+
+def test_a_change_that_is_told_while_it_looks_is_not_lost(session: Session) -> None:
+    loop = session.loop()
+
+    def quiescent() -> bool:
+        session.looks += 1
+        if session.looks == 1:
+            loop.session_changed()  # the session became quiescent just after it was asked
+            return False
+        return True
+
+    loop._quiescent = quiescent
+    end(session.bindings, TOOL)
+    with loop:
+        session.observed(1)
+    assert session.looks == 2
+
+
+# --- a session that refuses -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["refuses", "raises"])
+def test_a_refusal_advances_nothing_and_is_tried_again(session: Session, how: str) -> None:
+    if how == "refuses":
+        session.accepts = False
+    else:
+        session.failure = ValueError("not now")
+    end(session.bindings, TOOL)
+    with session.loop():
+        eventually(lambda: len(session.offered) == 3)
+        assert session.cursors == (0, 0)
+        end(session.bindings, TOOL)
+        session.accepts, session.failure = True, None
+        session.observed(2)
+    assert session.taken == [2], "the next attempt has what came meanwhile, too"
+    assert {cursors for _, cursors in session.offered} == {EpochCursorSnapshot()}
+
+
+def test_a_session_that_changed_is_tried_at_once(session: Session) -> None:
+    session.accepts = False
+    loop = session.loop()
+    loop._retry_s = 10_000.0
+    end(session.bindings, TOOL)
+    with loop:
+        eventually(lambda: len(session.offered) == 1)
+        session.accepts = True
+        loop.session_changed()
+        session.observed(1)
+    assert len(session.offered) == 2
+
+
+def test_attempts_become_rarer_and_after_a_success_do_not_stay_so(session: Session) -> None:
+    session.accepts = False
+    loop = session.loop()
+    pauses: list[float] = []
+    waited = loop._pause
+
+    async def pause(pause: Any) -> None:
+        if pause.timeout is not None:
+            pauses.append(pause.timeout)
+            pause = pause._replace(timeout=0.001)
+        await waited(pause)
+
+    loop._pause = pause  # type: ignore[method-assign]
+    end(session.bindings, TOOL)
+    with loop:
+        eventually(lambda: len(pauses) >= 12)
+        session.accepts = True
+        session.observed(1)
+        refused = len(pauses)
+        session.accepts = False
+        end(session.bindings, TOOL)
+        eventually(lambda: len(pauses) > refused)
+        session.accepts = True
+        session.observed(2)
+    assert pauses[:refused] == sorted(pauses[:refused])
+    assert pauses[0] < pauses[1] < pauses[11] == pauses[refused - 1] <= 60
+    assert pauses[refused] == pauses[0]
+
+
+# --- coroutines -------------------------------------------------------------------------------
+
+
+def test_inject_may_be_a_coroutine_function(session: Session) -> None:
+    async def inject(continuation: Continuation) -> bool:
+        await asyncio.sleep(0)
+        return session.inject(continuation)
+
+    with RuntimeLoop(session.bindings, inject=inject, quiescent=session.quiescent):
+        end(session.bindings, TOOL)
+        session.observed(1)
+    assert session.taken == [1]
+
+
+def test_a_coroutine_that_refuses_or_raises_advances_nothing(session: Session) -> None:
+    async def inject(continuation: Continuation) -> bool:
+        await asyncio.sleep(0)
+        session.failure = ValueError("once") if len(session.offered) == 0 else None
+        session.accepts = len(session.offered) > 1
+        return session.inject(continuation)
+
+    end(session.bindings, TOOL)
+    with RuntimeLoop(session.bindings, inject=inject, quiescent=session.quiescent):
+        session.observed(1)
+    assert [cursors for _, cursors in session.offered] == [EpochCursorSnapshot()] * 3
+
+
+def test_it_runs_in_an_event_loop_beside_others(session: Session) -> None:
+    async def together() -> None:
+        loops = [session.loop() for _ in range(3)]
+        tasks = [asyncio.ensure_future(loop.run_async()) for loop in loops]
+        end(session.bindings, TOOL)
+        while session.cursors != (1, 1):
+            await asyncio.sleep(0)
+        for loop in loops:
+            loop.stop()
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)
+
+    asyncio.run(together())
+
+
+def test_cancelling_it_ends_it(session: Session) -> None:
+    async def cancelled() -> None:
+        before = asyncio.all_tasks()
+        task = asyncio.ensure_future(session.loop().run_async())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(cancelled(), 60))
+
+
+# --- its end ----------------------------------------------------------------------------------
+
+
+def test_stopping_ends_it_wherever_it_is(session: Session) -> None:
+    for quiet, accepts in [(True, True), (False, True), (True, False)]:
+        session.quiet, session.accepts = quiet, accepts
+        looks = session.looks
+        loop = session.loop()
+        runner = runner_of(loop)
+        end(session.bindings, TOOL)
+        session.looked(looks + 1)
+        loop.stop()
+        runner.join(60)
+        assert not runner.is_alive()
+
+
+def test_stopping_twice_or_before_it_runs_does_nothing(session: Session) -> None:
+    loop = session.loop()
+    loop.stop()
+    loop.stop()
+    loop.run()
+    end(session.bindings, TOOL)
+    assert session.offered == []
+
+
+def test_the_session_may_stop_it_from_within(session: Session) -> None:
+    loop = session.loop()
+
+    def inject(continuation: Continuation) -> bool:
+        loop.stop()
+        return session.inject(continuation)
+
+    loop._inject = inject
+    end(session.bindings, TOOL)
+    loop.start()
+    session.observed(1)
+    assert session.taken == [1]
+
+
+def test_a_session_that_changes_before_and_after_it_runs(session: Session) -> None:
+    loop = session.loop()
+    loop.session_changed()
+    with loop:
+        end(session.bindings, TOOL)
+        session.observed(1)
+    loop.session_changed()
+
+
+def runner_of(loop: RuntimeLoop) -> threading.Thread:
+    runner = threading.Thread(target=loop.run)
+    runner.start()
+    return runner
+
+
+def seal(session: Session) -> None:
+    session.bindings._segment.seal()
+
+
+def test_the_end_of_the_epoch_ends_it_while_it_waits(session: Session) -> None:
+    end(session.bindings, TOOL)
+    runner = runner_of(session.loop())
+    session.observed(1)
+    seal(session)
+    runner.join(60)
+    assert not runner.is_alive()
+
+
+def test_the_end_of_the_epoch_ends_it_while_the_session_is_busy(session: Session) -> None:
+    session.quiet = False
+    end(session.bindings, TOOL)
+    runner = runner_of(session.loop())
+    eventually(lambda: session.looks)
+    seal(session)
+    runner.join(60)
+    assert not runner.is_alive()
+
+
+def test_the_end_of_the_epoch_ends_it_while_it_injects(session: Session) -> None:
+    def inject(continuation: Continuation) -> bool:
+        seal(session)
+        return session.inject(continuation)
+
+    end(session.bindings, TOOL)
+    loop = RuntimeLoop(session.bindings, inject=inject, quiescent=session.quiescent)
+    runner = runner_of(loop)
+    runner.join(60)
+    assert not runner.is_alive()
+    assert session.cursors == (0, 0)
+
+
+@pytest.mark.xfail(reason="a loop that is refused does not look whether its epoch has ended")
+def test_the_end_of_the_epoch_ends_it_while_it_is_refused(session: Session) -> None:
+    session.accepts = False
+    end(session.bindings, TOOL)
+    loop = session.loop()
+    runner = runner_of(loop)
+    eventually(lambda: session.offered)
+    seal(session)
+    offered = len(session.offered)
+    eventually(lambda: not runner.is_alive() or len(session.offered) > offered + 2)
+    loop.stop()
+    runner.join(60)
+    assert len(session.offered) <= offered + 1, "continuations of an epoch that has ended"
