@@ -924,6 +924,20 @@ static PyType_Spec memory_spec = {
     .slots = memory_slots,
 };
 
+/* `on_closed` makes the error, since what it means to be closed is not known here. */
+static void
+raise_closed(PyObject *on_closed)
+{
+    PyObject *error = on_closed == NULL ? NULL : PyObject_CallFunctionObjArgs(on_closed, NULL);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    else if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "it is closed");
+    }
+}
+
 /* --- Cell ------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -999,22 +1013,13 @@ cell_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* `on_closed` makes the error, since what a closed gate means is not known here. */
 static bool
 cell_is_open(Cell *self)
 {
     if (atomic_load_explicit(self->gate, memory_order_acquire) == 0) {
         return true;
     }
-    PyObject *error =
-        self->on_closed == NULL ? NULL : PyObject_CallFunctionObjArgs(self->on_closed, NULL);
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
-    else if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "the cell is closed");
-    }
+    raise_closed(self->on_closed);
     return false;
 }
 
@@ -1216,6 +1221,7 @@ typedef struct {
     int fd;                     /* between processes; -1 for private memory */
     off_t at;
     _Atomic unsigned long owner; /* the thread inside, to refuse it a second time */
+    PyObject *on_closed;         /* makes the error of a retired lock; guarded by `threads` */
 } WriterLock;
 
 static PyObject *
@@ -1238,6 +1244,7 @@ writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fd = fd;
     self->at = (off_t)at;
     atomic_init(&self->owner, 0);
+    self->on_closed = NULL;
     self->threads = PyThread_allocate_lock();
     if (self->threads == NULL) {
         Py_DECREF(self);
@@ -1246,11 +1253,28 @@ writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+static int
+writer_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(((WriterLock *)object)->on_closed);
+    return 0;
+}
+
+static int
+writer_clear(PyObject *object)
+{
+    Py_CLEAR(((WriterLock *)object)->on_closed);
+    return 0;
+}
+
 static void
 writer_dealloc(PyObject *object)
 {
     WriterLock *self = (WriterLock *)object;
     PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    writer_clear(object);
     if (self->threads != NULL) {
         PyThread_free_lock(self->threads);
     }
@@ -1322,6 +1346,13 @@ writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
     if (!writer_take_thread_lock(self)) {
         return NULL;
     }
+    if (self->on_closed != NULL) {
+        PyObject *on_closed = Py_NewRef(self->on_closed);
+        writer_drop_thread_lock(self);
+        raise_closed(on_closed);
+        Py_DECREF(on_closed);
+        return NULL;
+    }
     if (!writer_take_process_lock(self)) {
         writer_drop_thread_lock(self);
         return NULL;
@@ -1348,9 +1379,31 @@ writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UN
     Py_RETURN_NONE;
 }
 
+/* For whoever is about to close the descriptor, which gives the lock up: after this no thread of the
+ * process is inside, and whoever still waits to enter, or tries later, gets the error. */
+static PyObject *
+writer_retire(PyObject *object, PyObject *on_closed)
+{
+    WriterLock *self = (WriterLock *)object;
+    if (!PyCallable_Check(on_closed)) {
+        PyErr_SetString(PyExc_TypeError, "on_closed is called to make the error");
+        return NULL;
+    }
+    if (!writer_take_thread_lock(self)) {
+        return NULL;
+    }
+    PyObject *before = self->on_closed;
+    self->on_closed = Py_NewRef(on_closed);
+    writer_drop_thread_lock(self);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef writer_methods[] = {
     {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
+    {"retire", (PyCFunction)writer_retire, METH_O,
+     "retire(on_closed, /): wait until nobody is inside and refuse everybody from then on."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -1358,6 +1411,8 @@ static PyType_Slot writer_slots[] = {
     {Py_tp_doc, "WriterLock(fd, byte): excludes threads and processes; fd -1 excludes threads."},
     {Py_tp_new, writer_new},
     {Py_tp_dealloc, writer_dealloc},
+    {Py_tp_traverse, writer_traverse},
+    {Py_tp_clear, writer_clear},
     {Py_tp_methods, writer_methods},
     {0, NULL},
 };
@@ -1365,7 +1420,7 @@ static PyType_Slot writer_slots[] = {
 static PyType_Spec writer_spec = {
     .name = "shmepoch.memory._native.WriterLock",
     .basicsize = sizeof(WriterLock),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = writer_slots,
 };
 

@@ -164,6 +164,7 @@ class SharedSegment(Segment):
         self.name = _segment_name(namespace, self.session_id)
         self.witness: Final = memory.read(at.WITNESS_AT, at.ID_SIZE)
         self.role = Role.WORKER
+        self._owns = False
         self._attaching = threading.Lock()
         self._hold(fd)
 
@@ -271,13 +272,22 @@ class SharedSegment(Segment):
         return self.path.with_name(f"{self.name}.new")
 
     def try_own(self) -> bool:
-        """Become the session's one runtime; False while another attachment is."""
-        return try_lock(self.fd, at.RUNTIME_BYTE, False)
+        """Become the session's one runtime; False while there is one, here or elsewhere."""
+        with self._attaching:
+            if self._owns or not try_lock(self.fd, at.RUNTIME_BYTE, False):
+                return False
+            self._owns = True
+            return True
 
     @property
     def owned(self) -> bool:
         """Whether another attachment is the session's live runtime."""
         return is_locked(self.fd, at.RUNTIME_BYTE)
+
+    @property
+    def attached(self) -> bool:
+        """Whether this process is attached: no more once it has left, nor right after a fork."""
+        return self.fd >= 0
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
@@ -286,12 +296,18 @@ class SharedSegment(Segment):
 
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        to whoever still holds a cursor of it."""
+        to whoever still holds a cursor of it. Waits for a transition of another thread."""
+        if isinstance(self.writer, WriterLock):
+            # Closing the descriptor gives the lock up, in the middle of a transition as well.
+            self.writer.retire(self._left_error)
+        self.writer = _Closed(self)
         if self.fd >= 0 and self.participant:
             self.participants.leave(self.participant)
         self._close_fd()
         self.participant = 0
-        self.writer = _Closed(self)
+
+    def _left_error(self) -> EpochSealed | BindingsClosed:
+        return self.closed_error() if self.sealed else BindingsClosed(self.epoch_id)
 
     def _hold(self, fd: int) -> None:
         self.fd = fd
@@ -317,6 +333,9 @@ class SharedSegment(Segment):
         if self.fd >= 0:
             self._close_fd()
             self.participant = 0
+            self._owns = False
+            if self.role is Role.RUNTIME:
+                self.role = Role.WORKER
             self.writer = _AttachAgain(self)
         self.waiters.after_fork()
 
@@ -343,7 +362,7 @@ class SharedSegment(Segment):
                 os.close(fd)
             raise
         self._hold(fd)
-        self.join(Role.WORKER if self.role is Role.RUNTIME else self.role)
+        self.join(self.role)
 
 
 class _AttachAgain:
@@ -372,9 +391,7 @@ class _Closed:
         self._segment: SharedSegment = weakref.proxy(segment)
 
     def __enter__(self) -> None:
-        if self._segment.sealed:
-            raise self._segment.closed_error()
-        raise BindingsClosed(self._segment.epoch_id)
+        raise self._segment._left_error()
 
     def __exit__(
         self,

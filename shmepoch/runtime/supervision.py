@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.errors import ShmepochError
+from shmepoch.errors import BindingsClosed, EpochSealed
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ class EpochSupervisor:
     def look(self) -> int:
         """Look once; how many operations were ended."""
         segment = self._bindings.shared_segment()
+        if not segment.attached:
+            return 0
         participants = segment.participants
         joined = participants.joined()
         present = participants.list(me=segment.participant)
@@ -78,5 +80,7 @@ class Supervisor:
             for epoch in self._epochs():
                 try:
                     epoch.look()
-                except ShmepochError as error:  # sealed or closed under it; others go on
+                except (EpochSealed, BindingsClosed) as error:  # by another thread, just now
                     _log.debug("not supervised: %s", error)
+                except Exception:  # whatever is wrong with one epoch, the others are looked after
+                    _log.exception("looking after an epoch failed")

@@ -841,6 +841,39 @@ def test_a_thread_is_refused_a_second_time(fds: tuple[int, int]) -> None:
             lock.__exit__(None, None, None)
 
 
+class Retired(Exception):
+    pass
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_retiring_waits_for_who_is_inside_and_refuses_who_waits(
+    fds: tuple[int, int], shared: bool
+) -> None:
+    lock = WriterLock(fds[0] if shared else -1, 0)
+
+    def enter() -> None:
+        with lock:
+            assert not retiring.done(), "let in afterwards"
+
+    with ThreadPoolExecutor(2) as pool:
+        with lock:
+            retiring = pool.submit(lock.retire, Retired)
+            with pytest.raises(TimeoutError):
+                retiring.result(0.05)
+            waiting = pool.submit(enter)
+            with pytest.raises(RuntimeError, match="already"):
+                lock.retire(Retired)
+        retiring.result(60)
+        with suppress(Retired):  # whichever of the two was first
+            waiting.result(60)
+    for _ in range(2):
+        with pytest.raises(Retired):
+            lock.__enter__()
+    assert not is_locked(fds[1], 0)
+    with pytest.raises(TypeError, match="called"):
+        lock.retire("not callable")  # type: ignore[arg-type]
+
+
 def test_a_thread_that_waits_for_the_lock_lets_others_run(fds: tuple[int, int]) -> None:
     mine, theirs = WriterLock(fds[0], 0), WriterLock(fds[1], 0)
 
@@ -920,7 +953,9 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         memory.store(8, 0)
         Cell(memory, 0, 8, closed)
         Memory(fds[0], SIZE)
-        WriterLock(-1, 0)
+        retired = WriterLock(-1, 0)
+        retired.retire(partial(Closed, retired))  # a cycle
+        with_errors(retired.__enter__)
         with lock:
             with_errors(lock.__enter__)
         try_lock(fds[0], 1, False)

@@ -312,7 +312,6 @@ def test_what_is_forgotten_is_left(
     assert [one.alive for one in segment.participants.list()] == [False]
 
 
-@pytest.mark.xfail(reason="closing gives the writer lock up in the middle of a transition")
 def test_closing_waits_for_a_transition(
     segment: SharedSegment, attach: Callable[[], SharedSegment], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,6 @@ def test_many_threads_of_a_forked_child_attach_once(bindings: SessionRuntimeBind
     assert len(bindings.ops_lifecycle.list_operations()) == 8
 
 
-@pytest.mark.xfail(reason="a forked child's role is still its parent's")
 def test_an_agent_forked_from_the_runtime_is_seen_as_one(
     bindings: SessionRuntimeBindings,
 ) -> None:

@@ -356,7 +356,6 @@ def test_closing_waits_for_what_is_in_progress(namespace: str) -> None:
 # --- finding what is there --------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="a second adapter of the process shares the first one's bindings")
 def test_two_adapters_of_a_process_are_not_both_the_runtime(
     adapter: RuntimeSessionAdapter, bindings: SessionRuntimeBindings, namespace: str
 ) -> None:
