@@ -89,13 +89,13 @@ class Bells:
     def add(self, wait: AsyncWait) -> None:
         """Have the listening thread resolve `wait` once it is over."""
         with self._lock:
-            self._waits.add(wait)
             if self._thread is None:
                 page, self._fd = self._join_listeners()
                 self._thread = threading.Thread(
                     target=self._listen, args=(page,), name="shmepoch-bells", daemon=True
                 )
                 self._thread.start()
+            self._waits.add(wait)
         # Armed before the look: a commit after the look finds the bit and rings.
         self._arm(wait)
         if wait.over:

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
+#: A position that no feed gets above: waiting for it is waiting for the end of the epoch.
+_THE_END: Final = 2**64 - 1
 
 
 class Continuation(Record, kw_only=True, frozen=True):
@@ -33,8 +35,8 @@ class Continuation(Record, kw_only=True, frozen=True):
 class _Pause(NamedTuple):
     """What to wait for, besides `session_changed`: the feed above `after`, or `timeout` seconds."""
 
-    after: CompletionSeq | None
-    timeout: float | None
+    after: CompletionSeq
+    timeout: float | None = None
 
 
 class RuntimeLoop:
@@ -42,7 +44,8 @@ class RuntimeLoop:
 
     `inject` hands a continuation to the session and returns whether it was accepted; it may be a
     coroutine function. `quiescent` says whether the session is between turns; call
-    `session_changed` whenever its answer may have changed.
+    `session_changed` whenever its answer may have changed. What either of them raises is logged,
+    and they are asked again later, as after a refusal.
 
     LOOP-1: only an accepted continuation advances `runtime_last_injected_seq`, and nothing
     advances `runtime_observed_seq` past an obligation that was not met.
@@ -122,7 +125,7 @@ class RuntimeLoop:
         observed = self._observed.load()
         batch = self._feed.list_since(observed)
         if batch.watermark <= observed:
-            return _Pause(observed, None)
+            return _Pause(observed)
         injected = self._injected.load()
         # What was dropped may have carried an obligation, so a gap counts as one.
         owed = batch.dropped_through > max(observed, injected) or any(
@@ -130,24 +133,28 @@ class RuntimeLoop:
             for entry in batch.entries
         )
         if owed:
-            if not self._quiescent():
-                return _Pause(batch.watermark, None)
-            if not await self._accepted(batch.watermark):
-                pause = _Pause(None, self._retry_s)
+            accepted = await self._offer(batch.watermark)
+            if accepted is None:
+                return _Pause(batch.watermark)
+            if not accepted:
+                pause = _Pause(_THE_END, self._retry_s)
                 self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
                 return pause
             self._injected.advance(batch.watermark)
         self._retry_s = _FIRST_RETRY_S
         self._observed.advance(batch.watermark)
-        return _Pause(batch.watermark, None)
+        return _Pause(batch.watermark)
 
-    async def _accepted(self, watermark: CompletionSeq) -> bool:
+    async def _offer(self, watermark: CompletionSeq) -> bool | None:
+        """Whether the session took the continuation; None if it is not the moment to offer it."""
         continuation = Continuation(
             session_id=self._bindings.session_id,
             epoch_id=self._bindings.epoch_id,
             watermark=watermark,
         )
         try:
+            if not self._quiescent():
+                return None
             answer = self._inject(continuation)
             return bool(await answer if inspect.isawaitable(answer) else answer)
         except Exception:
@@ -159,9 +166,10 @@ class RuntimeLoop:
             return False
 
     async def _pause(self, pause: _Pause) -> None:
-        waits: set[asyncio.Future[object]] = {asyncio.ensure_future(self._wake.wait())}
-        if pause.after is not None:
-            waits.add(asyncio.ensure_future(self._feed.advanced(pause.after)))
+        waits: set[asyncio.Future[object]] = {
+            asyncio.ensure_future(self._wake.wait()),
+            asyncio.ensure_future(self._feed.advanced(pause.after)),
+        }
         try:
             done, _ = await asyncio.wait(
                 waits, timeout=pause.timeout, return_when=asyncio.FIRST_COMPLETED

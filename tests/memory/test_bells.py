@@ -326,7 +326,6 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
         writer.result()
 
 
-@pytest.mark.xfail(reason="the wait is kept although it was refused")
 def test_a_wait_without_room_for_the_page_is_refused_and_forgotten(
     bindings: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

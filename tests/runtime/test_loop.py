@@ -462,7 +462,20 @@ def test_the_end_of_the_epoch_ends_it_while_it_injects(session: Session) -> None
     assert session.cursors == (0, 0)
 
 
-@pytest.mark.xfail(reason="a loop that is refused does not look whether its epoch has ended")
+def test_a_session_that_cannot_say_whether_it_is_quiescent_is_asked_again(session: Session) -> None:
+    failures = [ValueError("not yet"), OSError("nor now")]
+
+    def quiescent() -> bool:
+        if failures:
+            raise failures.pop()
+        return True
+
+    end(session.bindings, TOOL)
+    with RuntimeLoop(session.bindings, inject=session.inject, quiescent=quiescent):
+        session.observed(1)
+    assert session.taken == [1]
+
+
 def test_the_end_of_the_epoch_ends_it_while_it_is_refused(session: Session) -> None:
     session.accepts = False
     end(session.bindings, TOOL)
