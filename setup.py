@@ -8,6 +8,20 @@ import sysconfig
 
 from setuptools import Extension, setup
 
+# No optimisation level: it is the interpreter's, unless CFLAGS says otherwise, as for sanitizers.
+# Not -Wpedantic: it refuses functions in a PyType_Slot, whose pointer is void*; POSIX allows it.
+COMPILE_ARGS = [
+    "-std=c11",
+    "-Wall",
+    "-Wextra",
+    "-Wconversion",
+    "-Wshadow",
+    "-Wstrict-prototypes",
+    "-Werror=implicit-function-declaration",
+    "-Werror=incompatible-pointer-types",
+    "-fvisibility=hidden",
+]
+
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 setup(
@@ -16,7 +30,7 @@ setup(
             "shmepoch.memory._native",
             ["shmepoch/memory/_native.c"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
-            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            extra_compile_args=COMPILE_ARGS,
             py_limited_api=STABLE_ABI,
         )
     ],

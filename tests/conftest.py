@@ -1,73 +1,67 @@
-"""Every test has its own namespace and leaves nothing behind: no segment, process or thread."""
+"""A namespace of its own for each test, and nothing left behind in it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-import threading
-import uuid
-from collections.abc import Iterator
-from importlib.metadata import version
+import platform
+import secrets
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
-import psutil
 import pytest
 
-from shmepoch.memory.files import SHM_DIR
-from tests.support import eventually
+from shmepoch.memory import _native
+from tests.leaks import Held, left_behind
 
-#: multiprocessing keeps these for its own life; they are not of any one test.
-_KEPT_PROCESSES = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+#: How long what a test has told to end may take; threads that listen end within a second.
+PATIENCE_S = 10.0
 
-
-def pytest_report_header() -> str:
-    return f"shmepoch {version('shmepoch')}, {os.cpu_count()} processors"
+_failed = pytest.StashKey[bool]()
 
 
-def shm_descriptors() -> list[str]:
-    """What this process has open in /dev/shm."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue  # the descriptor of the listing itself
-        if target.startswith(str(SHM_DIR)):
-            found.append(target)
-    return found
+def pytest_report_header() -> list[str]:
+    """What the results depend on."""
+    maps = Path("/proc/self/maps").read_text()
+    sanitizers = [name for name in ("asan", "tsan", "ubsan") if f"/lib{name}." in maps]
+    version = importlib.metadata.version("shmepoch")
+    native = f"{Path(_native.__file__).name} (sanitizers: {', '.join(sanitizers) or 'none'})"
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    cpus = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs"
+    return [
+        f"shmepoch {version}, native module {native}",
+        f"{python}, {platform.machine()}, {cpus}",
+    ]
 
 
-def leftovers(namespace: str, threads: set[threading.Thread]) -> list[str]:
-    """What a test left behind, in words."""
-    segments = [str(path) for path in SHM_DIR.glob(f"shmepoch.{namespace}.*")]
-    processes = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            command = " ".join(child.cmdline())
-            if not any(kept in command for kept in _KEPT_PROCESSES):
-                processes.append(f"process {child.pid} ({child.status()}): {command}")
-        except psutil.NoSuchProcess:
-            continue
-    new = [f"thread {thread.name}" for thread in threading.enumerate() if thread not in threads]
-    return segments + processes + new
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember for `no_leaks` that a test failed."""
+    report = yield
+    if report.failed:
+        item.stash[_failed] = True
+    return report
+
+
+@pytest.fixture
+def namespace(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A namespace no other test uses, for this process and for those it starts."""
+    name = f"t-{secrets.token_hex(8)}"
+    monkeypatch.setenv("SHMEPOCH_NAMESPACE", name)
+    return name
 
 
 @pytest.fixture(autouse=True)
-def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A namespace of the test's own, in the environment too; afterwards nothing is left of it."""
-    name = f"t-{uuid.uuid4().hex[:16]}"
-    monkeypatch.setenv("SHMEPOCH_NAMESPACE", name)
-    threads = set(threading.enumerate())
-    open_before = sorted(shm_descriptors())
-    yield name
-    left: list[str] = []
-
-    def clean() -> bool:
-        left[:] = leftovers(name, threads)
-        return not left
-
-    try:
-        eventually(clean, within=5.0)
-    except AssertionError:
-        for path in SHM_DIR.glob(f"shmepoch.{name}.*"):
-            path.unlink()
-        pytest.fail(f"left behind: {', '.join(left)}")
-    assert sorted(shm_descriptors()) == open_before, "descriptors in /dev/shm left open"
+def no_leaks(request: pytest.FixtureRequest, namespace: str) -> Iterator[None]:
+    """Fail a test that leaves segments, processes, threads or descriptors behind."""
+    before = Held.now(namespace)
+    yield
+    # A failed test has reasons of its own to leave things; they would only hide the failure.
+    failed = request.node.stash.get(_failed, False)
+    left = left_behind(before, namespace, patience=0 if failed else PATIENCE_S)
+    description = str(left)  # before there is nothing left to describe
+    left.clean_up()
+    if left and not failed:
+        pytest.fail(f"left behind:\n{description}", pytrace=False)

@@ -35,6 +35,8 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
+            # Spelt out: pytest loads readline, which adds COLUMNS behind os.environ's back.
+            env=dict(os.environ),
         )
         os.close(theirs)
         self._reader = threading.Thread(target=self._read)

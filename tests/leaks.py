@@ -1,0 +1,126 @@
+"""What a test must not leave behind: segments, processes, threads, descriptors of shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+import psutil
+
+_SHM = Path("/dev/shm")
+#: multiprocessing keeps these open for its own Values and Arrays, for the life of the process.
+_ARENA = f"{_SHM}/pym-"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of each kind at one moment."""
+
+    segments: frozenset[Path]
+    processes: frozenset[psutil.Process]
+    threads: frozenset[threading.Thread]
+    descriptors: frozenset[tuple[int, str]]
+
+    @classmethod
+    def now(cls, namespace: str) -> Held:
+        """Look at everything; `namespace` says which segments and which orphans are ours."""
+        return cls(
+            segments=frozenset(_SHM.glob(f"shmepoch.{namespace}*")),
+            processes=_processes(namespace),
+            threads=frozenset(threading.enumerate()),
+            descriptors=_descriptors(),
+        )
+
+    def beyond(self, before: Held) -> Held:
+        """What there is now that there was not `before`."""
+        return Held(
+            segments=self.segments - before.segments,
+            processes=self.processes - before.processes,
+            threads=self.threads - before.threads,
+            descriptors=self.descriptors - before.descriptors,
+        )
+
+    def __bool__(self) -> bool:
+        return any((self.segments, self.processes, self.threads, self.descriptors))
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"segment {path}" for path in sorted(self.segments)]
+            + [f"process {_describe(process)}" for process in self.processes]
+            + [f"thread {thread.name}" for thread in self.threads]
+            + [f"descriptor {fd} of {target}" for fd, target in sorted(self.descriptors)]
+        )
+
+    def clean_up(self) -> None:
+        """End and remove what can be, so that one test's leak does not hinder the next ones."""
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes, timeout=10)
+        for path in self.segments:
+            path.unlink(missing_ok=True)
+
+
+def left_behind(before: Held, namespace: str, *, patience: float) -> Held:
+    """What is there that was not `before`, once it is gone or `patience` seconds are over.
+
+    Threads and processes that have been told to end may take a moment, and what is reachable only
+    through reference cycles is nobody's.
+    """
+    deadline = time.monotonic() + patience
+    left = Held.now(namespace).beyond(before)
+    if left:
+        gc.collect()
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        left = Held.now(namespace).beyond(before)
+    return left
+
+
+def _processes(namespace: str) -> frozenset[psutil.Process]:
+    """This process's descendants, zombies included, and orphans started in `namespace`.
+
+    An orphan is nobody's descendant any more, but a program it runs inherited the test's
+    environment. One that was forked without running a program of its own is not found.
+    """
+    me = psutil.Process()
+    mark = f"SHMEPOCH_NAMESPACE={namespace}\0".encode()
+    helpers = _helper_pids()
+    found = {child for child in me.children(recursive=True) if child.pid not in helpers}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):  # ended, or another user's
+            pid = int(environ.parent.name)
+            if mark in environ.read_bytes() and pid not in helpers | {me.pid}:
+                found.add(psutil.Process(pid))
+    return frozenset(found)
+
+
+def _helper_pids() -> set[int]:
+    """The processes that multiprocessing starts once and keeps; it tells their ids nowhere else."""
+    server = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 # not in the stubs
+    tracker = getattr(resource_tracker, "_resource_tracker")._pid  # noqa: B009
+    return {pid for pid in (server, tracker) if pid is not None}
+
+
+def _descriptors() -> frozenset[tuple[int, str]]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, or closed meanwhile
+            target = str(entry.readlink())
+            if target.startswith(f"{_SHM}/") and not target.startswith(_ARENA):
+                found.add((int(entry.name), target))
+    return frozenset(found)
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} ({process.status()}): {' '.join(process.cmdline())}"
+    except psutil.ZombieProcess:
+        return f"{process.pid} (zombie): {process.name()}"
+    except psutil.NoSuchProcess:
+        return f"{process.pid} (gone by now)"
