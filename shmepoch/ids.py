@@ -6,6 +6,7 @@ what compares, sorts and hashes fastest. The text and the `uuid.UUID` are made o
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Final, Self
 
@@ -13,8 +14,7 @@ from uuid_utils import uuid7
 
 __all__ = ["OperationId", "RunId", "RuntimeEpochId", "SessionId", "WaitRequestId"]
 
-_HYPHENS: Final = (8, 13, 18, 23)
-_HEX: Final = frozenset("0123456789abcdefABCDEF")
+_TEXT: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
 
 class _Id:
@@ -51,12 +51,7 @@ class _Id:
         `uuid.UUID` alone would also take braces, a URN or misplaced hyphens, and then one
         identifier would have many texts.
         """
-        well_formed = (
-            isinstance(text, str)
-            and len(text) == 36
-            and all((c == "-") if i in _HYPHENS else (c in _HEX) for i, c in enumerate(text))
-        )
-        if not well_formed:
+        if not isinstance(text, str) or not _TEXT.fullmatch(text):
             raise ValueError(
                 f"not a {cls.__name__}: {text!r}; "
                 "it is written as a hyphenated UUID, such as 0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"
