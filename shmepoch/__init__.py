@@ -46,6 +46,7 @@ from shmepoch.errors import (
     BindingsClosed,
     BindingsMismatch,
     BindingsNotTransferable,
+    ChannelClosed,
     ConfigInvalid,
     CursorsOnly,
     DuplicateWaitOperation,
@@ -67,8 +68,12 @@ from shmepoch.errors import (
     SessionNotRegistered,
     SharedMemoryExhausted,
     ShmepochError,
+    StoreBehind,
+    StoreConflict,
     StoreError,
     StoreLoadFailed,
+    StoreReadFailed,
+    StoreUnusable,
     StoreWriteFailed,
     TokenInvalid,
     WaitAlreadyActive,
@@ -82,7 +87,7 @@ from shmepoch.runtime.boundary import AgentBoundary, Drain, Notice
 from shmepoch.runtime.factory import AgentFactory
 from shmepoch.runtime.loop import Continuation, RuntimeLoop
 from shmepoch.runtime.persistence import ChannelStatus, PersistenceChannel
-from shmepoch.stores import InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore, StoreConflict
+from shmepoch.stores import InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore
 
 __all__ = [
     "DEFAULT_MAX_COMPLETED",
@@ -96,6 +101,7 @@ __all__ = [
     "BindingsMismatch",
     "BindingsNotTransferable",
     "Cancelled",
+    "ChannelClosed",
     "ChannelStatus",
     "Completed",
     "CompletionBatch",
@@ -162,9 +168,12 @@ __all__ = [
     "ShmepochError",
     "SqliteRuntimeStore",
     "StandaloneEphemeral",
+    "StoreBehind",
     "StoreConflict",
     "StoreError",
     "StoreLoadFailed",
+    "StoreReadFailed",
+    "StoreUnusable",
     "StoreWriteFailed",
     "Terminated",
     "TokenInvalid",

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+
+
+#: How much of a conflicting value an error's text shows; its attributes have all of it.
+_SHOWN = 400
 
 
 class ShmepochError(Exception):
@@ -463,4 +469,96 @@ class StoreWriteFailed(StoreError):
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"the store did not take a write: {reason}; it is tried again", reason=reason
+        )
+
+
+class StoreReadFailed(StoreError):
+    """The store could not read what it was asked for. That is not an empty answer."""
+
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the store could not be read: {reason}; mend the store and ask again", reason=reason
+        )
+
+
+class StoreUnusable(StoreError):
+    """What the path names cannot serve as a store."""
+
+    path: Path
+    reason: str
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be used as a store: {reason}", path=path, reason=reason)
+
+
+class StoreConflict(StoreError):
+    """What was to be saved contradicts what is stored; saving it again cannot succeed."""
+
+    epoch_id: RuntimeEpochId
+    field: str
+    stored: object
+    offered: object
+
+    def __init__(
+        self, epoch_id: RuntimeEpochId, field: str, stored: object, offered: object
+    ) -> None:
+        super().__init__(
+            f"epoch {epoch_id}: {field} is stored as {_short(stored)} and was offered as "
+            f"{_short(offered)}; nothing was saved. Two histories carry the name of one epoch: "
+            "save each to a store of its own",
+            epoch_id=epoch_id,
+            field=field,
+            stored=stored,
+            offered=offered,
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+class StoreBehind(StoreError, TimeoutError):
+    """The store is too far behind for a completion to be taken without dropping one that it lacks.
+
+    The operation is as it was; the call may be made again.
+    """
+
+    epoch_id: RuntimeEpochId
+    durable_seq: int
+    awaited_seq: int
+    lag: int
+    waited_ms: int
+
+    def __init__(
+        self,
+        epoch_id: RuntimeEpochId,
+        *,
+        durable_seq: int,
+        awaited_seq: int,
+        watermark: int,
+        waited_ms: int,
+    ) -> None:
+        super().__init__(
+            f"epoch {epoch_id}: the store has the completions up to {durable_seq} of {watermark}, "
+            f"and before there is room for more it has to have those up to {awaited_seq}; "
+            f"{waited_ms} ms have passed (store_wait_ms). See that a persistence channel follows "
+            "the epoch and what its status says, then make the call again",
+            epoch_id=epoch_id,
+            durable_seq=durable_seq,
+            awaited_seq=awaited_seq,
+            lag=watermark - durable_seq,
+            waited_ms=waited_ms,
+        )
+
+
+class ChannelClosed(ShmepochError):
+    """The persistence channel was closed, or belongs to the process that forked this one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this PersistenceChannel is closed, or was made before a fork and belongs to the "
+            "parent; make a new one"
         )

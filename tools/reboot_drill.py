@@ -9,7 +9,10 @@ store. Workers write down each operation before they register it, and each that 
 acknowledged. In the end the drill holds the three records against each other.
 
 In some rounds the store fails for a while: its file is locked by somebody else, or the disk is full
-(a limit on the file's size). The epoch has to go on, and what was promised has to hold.
+(a limit on the file's size). The epoch has to go on, and what was promised has to hold. In others
+the machine comes back with a store that is damaged, or in a folder that is read-only: the runtime
+has to refuse it, to say why, and to start nothing, until it is mended. As root, who may write
+anywhere, the drill becomes the user nobody.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import os
+import pwd
 import random
 import resource
 import signal
@@ -25,7 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
@@ -45,9 +49,9 @@ from shmepoch import (
     SessionRuntimeBindings,
     ShmepochError,
     SqliteRuntimeStore,
+    StoreError,
 )
 from shmepoch.epoch.operations import status_of
-from shmepoch.memory import layout as at
 from shmepoch.memory.files import SHM_DIR
 
 #: The longest that a round is left alone once its agent has begun.
@@ -56,6 +60,10 @@ LONGEST_S: Final = 0.1
 PATIENCE_S: Final = 60.0
 #: How often a round's store fails for a while.
 FAULTS: Final = ("none", "none", "none", "none", "locked", "full")
+#: And how often it is unusable when the machine comes back.
+STARTS: Final = ("sound", "sound", "sound", "sound", "damaged", "read-only")
+#: The exit status of a runtime that was refused by its store.
+REFUSED: Final = 3
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -86,6 +94,9 @@ class Records:
         self.intended: Final = folder / "intended"
         self.acknowledged: Final = folder / "acknowledged"
         self.told: Final = folder / "told"
+        self.gaps: Final = folder / "gaps"
+        self.refused: Final = folder / "refused"
+        self.faults: Final = folder / "faults"
 
     def write(self, path: Path, line: bytes) -> None:
         """Append a line, whole or not at all: what a killed process had written stays."""
@@ -103,9 +114,13 @@ class Records:
 
 def runtime(records: Records, session_id: SessionId) -> None:
     """Open the epoch, from the store if it is there, and keep it durable."""
-    store = SqliteRuntimeStore(records.store, busy_timeout=0.05, synchronous="normal")
-    adapter = RuntimeSessionAdapter.persistent(store)
-    bindings = adapter.prepare_bindings(session_id)
+    try:
+        store = SqliteRuntimeStore(records.store, busy_timeout=0.05, synchronous="normal")
+        adapter = RuntimeSessionAdapter.persistent(store)
+        bindings = adapter.prepare_bindings(session_id)
+    except StoreError as error:
+        records.write(records.refused, f"{type(error).__name__}: {error}".encode())
+        os._exit(REFUSED)
     bindings.ops_lifecycle.check()
     cursors = bindings.cursor_state.snapshot()
     begun = Begun(
@@ -124,7 +139,8 @@ def runtime(records: Records, session_id: SessionId) -> None:
 def worker(records: Records, seed: int) -> None:
     """End operations, and write down those that the store has acknowledged."""
     bindings = attach(records)
-    registry, memory = bindings.ops_lifecycle, bindings.shared_segment().memory
+    registry = bindings.ops_lifecycle
+    feed = registry.completion_feed()
     chance = random.Random(seed)
     waiting: collections.deque[tuple[int, OperationId]] = collections.deque()
     while True:
@@ -141,12 +157,12 @@ def worker(records: Records, seed: int) -> None:
         )
         registry.provisioning_succeeded(id)
         content = f"{id} {'x' * chance.randrange(400)}"
-        before = registry.completion_feed().watermark()
+        before = feed.watermark()
         registry.complete_operation(id, OperationResult(id=id, content=content))
-        for entry in registry.completion_feed().list_since(before).entries:
+        for entry in feed.list_since(before).entries:
             if entry.operation_id == id:
                 waiting.append((entry.seq, id))
-        durable = memory.load(at.DURABLE_AT)
+        durable = feed.durable_through()
         while waiting and waiting[0][0] <= durable:
             records.write(records.acknowledged, str(waiting.popleft()[1]).encode())
         time.sleep(chance.random() / 500)
@@ -162,10 +178,10 @@ def agent(records: Records) -> None:
     while True:
         with boundary.drain() as notices:
             for notice in notices:
-                # A gap stands for what an earlier recovery skipped: whether anything is missing,
-                # the records tell.
                 if isinstance(notice, CompletionEntry):
                     records.write(records.told, msgspec.json.encode(told(bindings, notice)))
+                else:
+                    records.write(records.gaps, str(notice).encode())
         feed.wait_for_advance(bindings.cursor_state.agent_applied_cursor.load())
 
 
@@ -196,6 +212,57 @@ def fill_disk(records: Records, pid: int) -> Callable[[], object]:
     """No file of the runtime may grow any more."""
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (records.store.stat().st_size, -1))
     return lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
+
+
+def damage_store(records: Records) -> Callable[[], object]:
+    """The disk gives back something else than what was written to it."""
+    written = {path: path.read_bytes() for path in records.store.parent.glob("store.db*")}
+    for path in written:
+        path.unlink()
+    records.store.write_bytes(random.Random(0).randbytes(len(written[records.store])))
+
+    def mend() -> None:
+        for path, content in written.items():
+            path.write_bytes(content)
+
+    return mend
+
+
+def protect_store(records: Records) -> Callable[[], object]:
+    """The folder and the file in it are read-only."""
+    folder = records.store.parent
+    records.store.chmod(0o400)
+    folder.chmod(0o500)
+
+    def mend() -> None:
+        folder.chmod(0o700)
+        records.store.chmod(0o600)
+
+    return mend
+
+
+def try_unusable(records: Records, session_id: SessionId, how: str) -> None:
+    """Start a runtime on a store that is of no use for now: it has to refuse."""
+    # What a runtime may not write beside the store, it is told by other means.
+    said, complaint = os.pipe()
+    mend = (damage_store if how == "damaged" else protect_store)(records)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            records.refused = Path(f"/proc/self/fd/{complaint}")
+            _become(runtime, records, session_id)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        mend()
+        os.close(complaint)
+    with open(said, "rb") as pipe:
+        text = pipe.read()
+    if os.waitstatus_to_exitcode(status) != REFUSED or not text:
+        raise ShmepochError(f"a {how} store was not refused: status {status}, {text!r}")
+    if list(segments()):
+        raise ShmepochError(f"a runtime that a {how} store refused has left a segment")
+    records.write(records.refused, text.strip())
+    records.write(records.faults, how.encode())
 
 
 # --- the drill ----------------------------------------------------------------------------------
@@ -242,15 +309,23 @@ def kill(pids: list[int]) -> None:
             raise ShmepochError(f"a process ended by itself, with status {status}")
 
 
-def reboot(namespace: str) -> None:
+def segments() -> Iterator[Path]:
+    """The segments of this drill."""
+    return SHM_DIR.glob(f"shmepoch.{os.environ['SHMEPOCH_NAMESPACE']}.*")
+
+
+def reboot() -> None:
     """What a restart of the machine does to shared memory."""
-    for path in SHM_DIR.glob(f"shmepoch.{namespace}.*"):
+    for path in segments():
         path.unlink()
 
 
 def one_round(records: Records, session_id: SessionId, chance: random.Random, workers: int) -> None:
     """Start everything, let it run for a moment, and kill it in a random order."""
     records.token.unlink(missing_ok=True)
+    start_on = chance.choice(STARTS)
+    if start_on != "sound" and records.store.exists():
+        try_unusable(records, session_id, start_on)
     begun = len(records.lines(records.begun))
     pids = [start(runtime, records, session_id)]
     eventually(lambda: len(records.lines(records.begun)) > begun, "the runtime did not begin")
@@ -260,6 +335,7 @@ def one_round(records: Records, session_id: SessionId, chance: random.Random, wo
     mend: Callable[[], object] = lambda: None  # noqa: E731
     time.sleep(chance.random() * LONGEST_S / 2)
     if fault != "none":
+        records.write(records.faults, fault.encode())
         mend = (lock_store if fault == "locked" else fill_disk)(records, pids[0])
     time.sleep(chance.random() * LONGEST_S / 2)
     if chance.random() < 0.5:
@@ -298,6 +374,8 @@ def complaints(records: Records) -> list[str]:
         found.append(f"{len(lost)} acknowledged completions were never delivered")
     if invented := delivered - intended:
         found.append(f"{len(invented)} operations were delivered that nobody had registered")
+    if gaps := records.lines(records.gaps):
+        found.append(f"{len(gaps)} gaps were shown where nothing was missing, first {gaps[0]!r}")
     meanings: dict[tuple[str, int], Told] = {}
     for notice in notices:
         first = meanings.setdefault((notice.epoch_id, notice.seq), notice)
@@ -321,6 +399,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    if os.getuid() == 0:
+        os.setresuid(*[pwd.getpwnam("nobody").pw_uid] * 3)
     chance, session_id = random.Random(options.seed), SessionId.new()
     namespace = f"drill-{os.getpid()}"
     os.environ["SHMEPOCH_NAMESPACE"] = namespace
@@ -331,10 +411,10 @@ def main() -> int:
         try:
             for _ in range(options.rounds):
                 one_round(records, session_id, chance, options.workers)
-                reboot(namespace)
+                reboot()
             settle(records, session_id)
         finally:
-            reboot(namespace)
+            reboot()
         found = complaints(records)
         counts = {
             name: len(records.lines(path))
@@ -345,8 +425,13 @@ def main() -> int:
             )
         }
         distinct = len(set(records.lines(records.told)))
+        faults = collections.Counter(line.decode() for line in records.lines(records.faults))
+        refusals = {line.decode().partition("; ")[0] for line in records.lines(records.refused)}
     for complaint in found[:20]:
         print(complaint, file=sys.stderr)
+    print("faults:", ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())))
+    for refusal in sorted({text.replace(folder, "...") for text in refusals}):
+        print("refused:", refusal)
     figures = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(
         f"{options.rounds} rounds, {figures}, {counts['notices delivered'] - distinct} duplicates, "

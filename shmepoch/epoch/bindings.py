@@ -18,6 +18,7 @@ import msgspec
 
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
+from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
 from shmepoch.ids import RuntimeEpochId, SessionId
@@ -36,6 +37,10 @@ class History(Protocol):
         self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
     ) -> Sequence[CompletionEntry]:
         """The kept entries above `after_seq`, up to and including `through_seq`, in order."""
+        ...
+
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> Sequence[SkippedRange]:
+        """The sequences that no completion of the epoch ever had."""
         ...
 
 
@@ -194,9 +199,8 @@ class SessionRuntimeBindings:
         return self._segment.sealed
 
     @property
-    def skipped(self) -> tuple[CompletionSeq, CompletionSeq]:
-        """The sequences that recovery skipped, above the first, through the second; no completion
-        will ever have them."""
+    def skipped(self) -> SkippedRange:
+        """The sequences that the last recovery left out."""
         return self._segment.skipped
 
     def announce(self, role: Role) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
 
 from shmepoch.epoch.codec import wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
-from shmepoch.errors import SegmentCorrupted
+from shmepoch.errors import EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
+from shmepoch.memory._native import Cell
 from shmepoch.memory.segment import Segment
 from shmepoch.memory.waiting import require_position
 
@@ -98,6 +100,22 @@ class SegmentFeed:
         entries = self._decode(data, seq)
         return entries[0] if entries else None
 
+    # --- how far a store has come -------------------------------------------------------------
+
+    def durable_through(self) -> CompletionSeq:
+        """Every completion up to this one is in a store, unless it was dropped before."""
+        return self._memory.load(at.DURABLE_AT)
+
+    def mark_durable(self, seq: CompletionSeq) -> None:
+        """A store has taken everything up to `seq`; writers that wait for it go on."""
+        with contextlib.suppress(EpochSealed):  # nobody waits for it any more
+            Cell(self._memory, at.DURABLE_AT, at.STATE_AT, self._segment.closed_error).advance(seq)
+            self._segment.waiters.wake_writers()
+
+    def wait_durable(self, seq: CompletionSeq, timeout: float) -> None:
+        """Block until `seq` is durable, or the epoch has ended; `TimeoutError` after `timeout`."""
+        self._segment.waiters.wait_durable(seq, timeout)
+
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
     @property
@@ -105,14 +123,14 @@ class SegmentFeed:
         """The largest encoded entry that fits."""
         return self._ring[3]
 
-    def make_room(self, lengths: Sequence[int]) -> int:
-        """Drop the oldest entries until new ones of these lengths fit; where they begin.
+    def find_room(self, lengths: Sequence[int]) -> tuple[int, CompletionSeq]:
+        """Where new entries of these lengths begin, once those through the second are dropped.
 
         FEED-3: the entries of one commit fit the ring together, so none overwrites another.
         """
         memory, ring = self._memory, self._ring
         watermark = memory.load(at.WATERMARK_AT)
-        dropped = before = memory.load(at.DROPPED_AT)
+        dropped = memory.load(at.DROPPED_AT)
         begin, length, _ = memory.ring_at(ring, watermark)
         if begin % at.WORD or begin > _LAST_POSITION:
             raise self._corrupted(watermark, "a position on a word", begin)
@@ -121,9 +139,12 @@ class SegmentFeed:
         dropped = max(dropped, watermark + len(lengths) - ring[1])
         while dropped < watermark and memory.ring_at(ring, dropped + 1)[0] + ring[3] < end:
             dropped += 1
-        if dropped > before:
-            memory.store(at.DROPPED_AT, dropped)
-        return begin
+        return begin, dropped
+
+    def drop_through(self, seq: CompletionSeq) -> None:
+        """Drop the entries up to this one, before anything is written in their place."""
+        if seq > self._memory.load(at.DROPPED_AT):
+            self._memory.store(at.DROPPED_AT, seq)
 
     def put(self, seq: CompletionSeq, position: int, data: bytes, slot: int) -> int:
         """Write the entry of a sequence past the watermark; where the next one begins."""

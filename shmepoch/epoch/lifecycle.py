@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from shmepoch.epoch.completions import CompletionFeed
+from shmepoch.epoch.completions import CompletionFeed, CompletionSeq
 from shmepoch.epoch.cursors import CursorState
 from shmepoch.epoch.operations import (
     OperationLifecycleSnapshot,
@@ -27,7 +27,8 @@ class OpsLifecycleRegistry(Protocol):
 
     Every verb raises `NotFound` for an id the registry does not hold, `InvalidTransition` where
     the lifecycle does not allow it, and `EpochSealed` once the epoch has ended; a refused call
-    changes nothing.
+    changes nothing. With `store_wait_ms`, those that end operations may wait, and raise
+    `StoreBehind`.
     """
 
     def register_operation(self, spec: OperationSpec) -> None:
@@ -118,7 +119,12 @@ class OpsLifecycleRegistry(Protocol):
         ...
 
     def capture_persistence_snapshot(
-        self, epoch_id: RuntimeEpochId, cursor_state: CursorState
+        self,
+        epoch_id: RuntimeEpochId,
+        cursor_state: CursorState,
+        *,
+        after_seq: CompletionSeq = 0,
     ) -> PersistedOpsSnapshot:
-        """Everything a store needs to continue the epoch."""
+        """Everything a store needs to continue the epoch, if it has the completions up to
+        `after_seq`: those above it, and the operations but for those that these ended."""
         ...

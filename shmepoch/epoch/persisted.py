@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec
 from shmepoch.ids import RuntimeEpochId
+
+SkippedRange: TypeAlias = tuple[CompletionSeq, CompletionSeq]
+"""Sequences that a recovery left out: those above the first, through the second. No completion has
+one of them, and none ever will."""
 
 
 class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
@@ -21,8 +27,8 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     specs: tuple[OperationSpec, ...] = ()
     entries: tuple[CompletionEntry, ...] = ()
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
-    reserved_through: CompletionSeq = 0
-    """Sequences that a recovery has skipped; the next one goes on above them (RECOVERY-2)."""
+    skipped: tuple[SkippedRange, ...] = ()
+    """What every recovery so far has left out; the next sequence is above them (RECOVERY-2)."""
 
     @property
     def last_seq(self) -> CompletionSeq:
@@ -36,5 +42,9 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
             self.cursors.agent_applied_cursor,
             self.cursors.runtime_observed_seq,
             self.cursors.runtime_last_injected_seq,
-            self.reserved_through,
+            max((through for _, through in self.skipped), default=0),
         )
+
+    def left_out(self, skip: int) -> SkippedRange:
+        """What a recovery leaves out that goes on `skip` sequences above the last one."""
+        return self.entries[-1].seq if self.entries else 0, self.last_seq + skip

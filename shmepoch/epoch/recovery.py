@@ -31,7 +31,7 @@ def restore_completions(
     The newest entries are kept, as many as the feed holds. Sequences that have no entry, because
     a cursor stands above the last one or `skip` says so, will never have one.
     """
-    last = snapshot.last_seq + skip
+    newest, last = snapshot.left_out(skip)
     if last > _LAST_SEQ_LIMIT:
         raise RecordInvalid("PersistedOpsSnapshot", f"its last sequence is {last}, above 2**63")
     for before, after in pairwise(snapshot.entries):
@@ -53,7 +53,6 @@ def restore_completions(
     specs = {spec.id: spec for spec in snapshot.specs}
     memory, position = segment.memory, 0
     retained: list[int] = []
-    newest = snapshot.entries[-1].seq if snapshot.entries else 0
     memory.store(at.SKIPPED_AT, newest)
     memory.store(at.SKIPPED_AT + at.WORD, last)
     assert segment.layout.config is not None

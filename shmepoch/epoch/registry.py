@@ -9,7 +9,7 @@ from typing import Final, Self
 import msgspec
 
 from shmepoch.epoch.codec import wire_decoder
-from shmepoch.epoch.completions import CompletionEntry
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
@@ -54,6 +54,7 @@ from shmepoch.errors import (
     PayloadTooLarge,
     PeerNotExpected,
     RecordInvalid,
+    StoreBehind,
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 from shmepoch.memory import layout as at
@@ -200,35 +201,73 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self.terminate_where(lambda _: True, reason)
+        self._end_all(lambda: self._live(lambda _: True), Terminated(reason))
 
     def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose
-        participant `ended` says so of; how many there were."""
-        with self._segment.writer:
-            self._begin()
-            live = [
-                slot
-                for slot in self._table.held()
-                if not slot.terminal_seq and ended(slot.participant)
-            ]
-            live.sort(key=lambda slot: slot.birth)
-            views = [self._table.view_locked(slot) for slot in live]
-            self._commit(views, Terminated(reason))
+        participant `ended` says so of; how many there were.
+
+        Where others would wait for the store, this raises `StoreBehind` at once.
+        """
+        return self._end_all(lambda: self._live(ended), Terminated(reason), store_wait_ms=0)
+
+    def _live(self, whose: Callable[[int], bool]) -> list[OperationView]:
+        live = [
+            slot for slot in self._table.held() if not slot.terminal_seq and whose(slot.participant)
+        ]
+        live.sort(key=lambda slot: slot.birth)
+        return [self._table.view_locked(slot) for slot in live]
+
+    def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
+        def allowed() -> list[OperationView]:
+            view = self._require(id)
+            self._guard(view, action)
+            return [view]
+
+        self._end_all(allowed, outcome)
+
+    def _end_all(
+        self,
+        find: Callable[[], Sequence[OperationView]],
+        outcome: OperationTerminalOutcome,
+        store_wait_ms: int | None = None,
+    ) -> int:
+        """End, in one commit, what `find` finds under the writer lock; how many there were.
+
+        DURABLE-1: nobody waits for a store with the writer lock held, so that others go on; what
+        was found is found anew afterwards.
+        """
+        wait_ms = self._config.store_wait_ms if store_wait_ms is None else store_wait_ms
+        deadline = time.monotonic() + wait_ms / 1000
+        while True:
+            with self._segment.writer:
+                self._begin()
+                views = find()
+                awaited = self._commit(views, outcome)
+            if not awaited:
+                break
+            self._await_store(awaited, deadline, wait_ms)
         if views:
             self._segment.waiters.notify()
         return len(views)
 
-    def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
-        with self._segment.writer:
-            self._begin()
-            view = self._require(id)
-            self._guard(view, action)
-            self._commit([view], outcome)
-        self._segment.waiters.notify()
+    def _await_store(self, seq: CompletionSeq, deadline: float, wait_ms: int) -> None:
+        try:
+            self._feed.wait_durable(seq, deadline - time.monotonic())
+        except TimeoutError:
+            raise StoreBehind(
+                self._segment.epoch_id,
+                durable_seq=self._feed.durable_through(),
+                awaited_seq=seq,
+                watermark=self._feed.watermark(),
+                waited_ms=wait_ms,
+            ) from None
 
-    def _commit(self, views: Sequence[OperationView], outcome: OperationTerminalOutcome) -> None:
-        """End all of `views` by one store of the watermark."""
+    def _commit(
+        self, views: Sequence[OperationView], outcome: OperationTerminalOutcome
+    ) -> CompletionSeq:
+        """End all of `views` by one store of the watermark: 0. Or else, with nothing done, the
+        sequence up to which a store has to come first."""
         memory, now_ms, now_ns = self._memory, _now_ms(), time.monotonic_ns()
         first = memory.load(at.WATERMARK_AT) + 1
         encoded = [
@@ -253,8 +292,13 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 size, self._feed.payload_limit, what="the outcome", setting="feed_bytes"
             )
         if not encoded:
-            return
-        position = self._feed.make_room([len(data) for data in encoded])
+            return 0
+        position, dropped = self._feed.find_room([len(data) for data in encoded])
+        if self._config.store_wait_ms:
+            awaited = self._awaited(dropped, first + len(encoded) - 1)
+            if awaited > self._feed.durable_through():
+                return awaited
+        self._feed.drop_through(dropped)
         memory.store(at.INTENT_AT, 1)
         for seq, (view, data) in enumerate(zip(views, encoded, strict=True), first):
             position = self._feed.put(seq, position, data, view.slot.number)
@@ -262,6 +306,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._table.end(view.slot, seq, elapsed_ns // 1_000_000)
         memory.store(at.WATERMARK_AT, first + len(encoded) - 1)
         memory.store(at.INTENT_AT, 0)
+        return 0
+
+    def _awaited(self, dropped: CompletionSeq, last: CompletionSeq) -> CompletionSeq:
+        """What a store has to have before a commit that ends at `last` and drops up to `dropped`.
+
+        DURABLE-2: nothing is dropped that no store has, and no more is committed beyond the store
+        than a recovery leaves out, so that no sequence comes again after a reboot.
+        """
+        memory = self._memory
+        ahead = min(last - at.RECOVERY_SKIP, memory.load(at.WATERMARK_AT))
+        return max(ahead, dropped if dropped > memory.load(at.DROPPED_AT) else 0)
 
     # --- guards, under the writer lock --------------------------------------------------------
 
@@ -412,12 +467,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- persistence --------------------------------------------------------------------------
 
     def capture_persistence_snapshot(
-        self, epoch_id: RuntimeEpochId, cursor_state: CursorState
+        self,
+        epoch_id: RuntimeEpochId,
+        cursor_state: CursorState,
+        *,
+        after_seq: CompletionSeq = 0,
     ) -> PersistedOpsSnapshot:
         # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
         # above an entry that was not, and that completion would never be delivered.
         cursors: EpochCursorSnapshot = cursor_state.snapshot()
-        views = [view for slot in self._table.held() if (view := self._table.view(slot))]
+        slots = (s for s in self._table.held() if not 0 < s.terminal_seq <= after_seq)
+        views = [view for slot in slots if (view := self._table.view(slot))]
         views.sort(key=lambda view: view.slot.birth)
         snapshots = [self._snapshot(view.slot) for view in views]
         held = [(s, v.spec) for s, v in zip(snapshots, views, strict=True) if s is not None]
@@ -425,7 +485,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             epoch_id=epoch_id,
             operations=tuple(snapshot for snapshot, _ in held),
             specs=tuple(spec for _, spec in held),
-            entries=self._feed.list_since(0).entries,
+            entries=self._feed.list_since(after_seq).entries,
             cursors=cursors,
         )
 

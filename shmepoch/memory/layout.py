@@ -34,11 +34,12 @@ processors fetch pairs of them.
         96  max_operations        creator                     room for operations not ended
        104  feed_bytes            creator                     size of the byte ring
        112  max_participants      creator
-       120  origin                creator                     watermark at no registration
-       128  created_at_ms         creator                     wall clock
-       136  skipped_after         creator                     recovery skipped those above it
-       144  skipped_through       creator                     and up to this one
-       152  checksum              creator                     CRC-32 of the capacities
+       120  store_wait_ms         creator                     0: writers drop, and do not wait
+       128  origin                creator                     watermark at no registration
+       136  created_at_ms         creator                     wall clock
+       144  skipped_after         creator                     recovery skipped those above it
+       152  skipped_through       creator                     and up to this one
+       160  checksum              creator                     CRC-32 of the capacities
        256  agent_applied         agent             acq_rel   cursor
        384  runtime_observed      runtime loop      acq_rel   cursor
        512  runtime_injected      runtime loop      acq_rel   cursor
@@ -117,11 +118,11 @@ EPOCH_ID_AT: Final = 32
 SESSION_ID_AT: Final = 48
 WITNESS_AT: Final = 64
 CAPACITIES_AT: Final = 80
-CAPACITIES: Final = 5
-ORIGIN_AT: Final = 120
-CREATED_AT: Final = 128
-SKIPPED_AT: Final = 136
-CHECKSUM_AT: Final = 152
+CAPACITIES: Final = 6
+ORIGIN_AT: Final = 128
+CREATED_AT: Final = 136
+SKIPPED_AT: Final = 144
+CHECKSUM_AT: Final = 160
 HEADER_SIZE: Final = 2 * LINE
 ID_SIZE: Final = 16
 
@@ -172,6 +173,8 @@ MAX_PARTICIPANTS: Final = (SLOT_SPEC - SLOT_WATCHERS) // 2
 # --- index ring ---
 INDEX_SIZE: Final = 24
 MIN_FEED_ENTRIES: Final = 1024
+#: An hour: whoever has waited longer for a store needs to be told.
+MAX_STORE_WAIT_MS: Final = 3_600_000
 #: RECOVERY-2: how many sequences recovery skips after a reboot. What was committed and not yet
 #: stored is gone, but its sequences may have been seen, and must not come again as something else.
 RECOVERY_SKIP: Final = 1024
@@ -199,12 +202,18 @@ class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Room for encoded completions; one that is larger is refused."""
     max_participants: int = 64
     """Processes attached at the same time."""
+    store_wait_ms: int = 0
+    """How long a call that ends operations waits for a store that is behind: that lacks what would
+    have to be dropped from a full feed, or more than 1,024 completions. Then it raises
+    `StoreBehind`, and the operation is as it was. 0: it does not wait, and what is dropped before
+    it was stored is a gap."""
 
     def __post_init__(self) -> None:
         for setting, lowest, highest in (
             ("max_completed", 1, 2**20),
             ("max_operations", 1, 2**20),
             ("max_participants", 1, MAX_PARTICIPANTS),
+            ("store_wait_ms", 0, MAX_STORE_WAIT_MS),
             # Every operation of a full table must be able to end in one commit (FEED-3).
             ("feed_bytes", self._least_feed_bytes(), 2**31),
         ):
@@ -252,19 +261,20 @@ class Layout:
         """The words at `CAPACITIES_AT`, from which `from_capacities` rebuilds this layout."""
         config = self.config
         if config is None:
-            return (0,) * (CAPACITIES - 1) + (self.max_participants,)
+            return 0, 0, 0, 0, self.max_participants, 0
         return (
             config.max_completed,
             config.max_concurrent or 0,
             config.max_operations,
             config.feed_bytes,
             config.max_participants,
+            config.store_wait_ms,
         )
 
     @classmethod
     def from_capacities(cls, words: tuple[int, ...]) -> Layout:
         """The layout of a segment whose header holds `words`; `ConfigInvalid` if none has them."""
-        completed, concurrent, operations, feed_bytes, participants = words
+        completed, concurrent, operations, feed_bytes, participants, store_wait_ms = words
         if not (completed or operations or feed_bytes):
             return cls(None)
         return cls(
@@ -274,6 +284,7 @@ class Layout:
                 max_operations=operations,
                 feed_bytes=feed_bytes,
                 max_participants=participants,
+                store_wait_ms=store_wait_ms,
             )
         )
 

@@ -80,6 +80,10 @@ class RuntimeSessionAdapter:
         unless `terminate_unfinished` is false, which drops them. A session that the store cannot
         load is refused with `StoreLoadFailed`, unless `rotate_if_unloadable` says to start a new
         epoch for it.
+
+        A completion is durable within 50 ms, as far as the store's speed allows. One that retention
+        drops before that is a gap and is counted; `config` with a `store_wait_ms` makes writers
+        wait for the store instead.
         """
         return cls(
             namespace=namespace,
@@ -141,7 +145,7 @@ class RuntimeSessionAdapter:
         removed.
 
         Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
-        `StoreWriteFailed`, and the sealed segment stays; call it again.
+        `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
         with self._lock:
             bindings = self._registered(session_id)
@@ -220,7 +224,9 @@ class RuntimeSessionAdapter:
 
     def _recover(self, session_id: SessionId) -> SessionRuntimeBindings:
         """The stored epoch of a session that has no live segment, or else a new one."""
-        stored = None if self._durability is None else self._durability.load(session_id)
+        stored = None
+        if self._durability is not None:
+            stored = self._durability.load(session_id, self._config)
         if stored is None:
             bindings = self._create(session_id, RuntimeEpochId.new(), replace=False)
             why = "no store" if self._durability is None else "the store has none"

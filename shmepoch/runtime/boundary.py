@@ -10,6 +10,7 @@ from shmepoch.epoch.bindings import History, SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.cursors import CursorCell
 from shmepoch.epoch.operations import OperationKind
+from shmepoch.epoch.persisted import SkippedRange
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
 """What an agent is told: completions, and before them what cannot be had any more."""
@@ -70,25 +71,25 @@ class AgentBoundary:
         batch = self._feed.list_since(applied)
         gap = batch.gap_after(applied)
         entries: list[CompletionEntry] = []
+        skipped = [self.bindings.skipped]
         notices: list[Notice] = []
         if gap is not None:
             if self._history is not None:
-                entries += self._history.list_entries(
-                    self.bindings.epoch_id, gap.after_seq, gap.dropped_through
-                )
-            notices += _missing(gap, entries, self.bindings.skipped)
+                epoch_id = self.bindings.epoch_id
+                entries += self._history.list_entries(epoch_id, gap.after_seq, gap.dropped_through)
+                skipped += self._history.list_skipped(epoch_id)
+            notices += _missing(gap, entries, skipped)
         entries += batch.entries
         notices += (entry for entry in entries if entry.kind is OperationKind.BACKGROUND_TOOL_OP)
         return Drain(self._cursor, notices, batch.watermark)
 
 
 def _missing(
-    gap: CompletionFeedGap, found: Sequence[CompletionEntry], skipped: tuple[int, int]
+    gap: CompletionFeedGap, found: Sequence[CompletionEntry], skipped: Sequence[SkippedRange]
 ) -> Iterator[Notice]:
-    """The parts of `gap` that no found entry fills, and that were not skipped by recovery."""
-    after = gap.after_seq
-    for seq in (*(entry.seq for entry in found), gap.dropped_through + 1):
-        for begin, end in ((after, min(seq - 1, skipped[0])), (max(after, skipped[1]), seq - 1)):
-            if begin < end:
-                yield CompletionFeedGap(begin, end)
-        after = seq
+    """The parts of `gap` that no found entry fills, and that no recovery left out."""
+    after, through = gap.after_seq, gap.dropped_through
+    for begin, end in sorted([*((e.seq - 1, e.seq) for e in found), *skipped, (through, through)]):
+        if after < min(begin, through):
+            yield CompletionFeedGap(after, min(begin, through))
+        after = max(after, end)

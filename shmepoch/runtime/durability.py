@@ -11,7 +11,7 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import StoreLoadFailed
 from shmepoch.ids import SessionId
-from shmepoch.memory.layout import RECOVERY_SKIP
+from shmepoch.memory.layout import RECOVERY_SKIP, Layout, OpsLifecycleConfig
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import EpochCapture, RuntimeStore
@@ -33,11 +33,14 @@ class Durability:
         self._terminate_unfinished = terminate_unfinished
         self._rotate_if_unloadable = rotate_if_unloadable
 
-    def load(self, session_id: SessionId) -> PersistedOpsSnapshot | None:
-        """The session's stored epoch, or None. A store that fails to load is not an empty one:
-        `StoreLoadFailed`, unless the adapter was told to rotate."""
+    def load(
+        self, session_id: SessionId, config: OpsLifecycleConfig
+    ) -> PersistedOpsSnapshot | None:
+        """The session's stored epoch, or None; of its completions, those that can fit an epoch of
+        this size. A store that fails to load is not an empty one: `StoreLoadFailed`, unless the
+        adapter was told to rotate."""
         try:
-            return self.store.load(session_id)
+            return self.store.load(session_id, max_entries=Layout(config).ring[1])
         except StoreLoadFailed:
             if not self._rotate_if_unloadable:
                 raise
@@ -52,12 +55,15 @@ class Durability:
         # Before anybody can see a sequence above them: a machine that goes down again at once, with
         # nothing stored, must not hand out the same ones another time.
         reserved = PersistedOpsSnapshot(
-            epoch_id=stored.epoch_id, reserved_through=stored.last_seq + RECOVERY_SKIP
+            epoch_id=stored.epoch_id, skipped=(stored.left_out(RECOVERY_SKIP),)
         )
         self.store.save([EpochCapture(session_id=segment.session_id, snapshot=reserved)])
         registry = RuntimeOpsLifecycleRegistry(segment)
         registry.restore(stored, skip=RECOVERY_SKIP, unfinished=self._terminate_unfinished)
         EpochCursorState(segment).advance_all(stored.cursors)
+        # It came from the store; with `store_wait_ms`, room is made at its expense.
+        feed = registry.completion_feed()
+        feed.mark_durable(feed.watermark())
         if self._terminate_unfinished:
             registry.terminate_owner("the runtime restarted, and the operation with it")
 
@@ -69,9 +75,10 @@ class Durability:
     def end(self, bindings: SessionRuntimeBindings) -> None:
         """Store the end of a sealed epoch, and follow it no longer.
 
-        Raises `StoreWriteFailed` if the store does not take it, and goes on following.
+        Raises `StoreWriteFailed` if the store does not take it, or what makes this epoch impossible
+        to store, and goes on following.
         """
-        self.channel.flush(_END_TIMEOUT_S)
+        self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
         self.channel.unfollow(bindings)
 
     def close(self) -> None:

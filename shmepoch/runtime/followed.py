@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Final, NamedTuple
 
@@ -13,10 +12,7 @@ from shmepoch.epoch.completions import CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationLifecycleSnapshot
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import BindingsNotTransferable, EpochSealed
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Cell
 from shmepoch.stores.protocol import EpochCapture, RuntimeStore
 
 _log = logging.getLogger(__name__)
@@ -75,7 +71,6 @@ class Followed:
         self.waiting: asyncio.Task[None] | None = None
         self._missed = 0
         self._last_gap: CompletionFeedGap | None = None
-        self._durable_word = _durable_word(bindings)
         self._stored: _Standing | None = None
         self._position: CompletionSeq | None = None
         self._live: dict[OperationId, OperationLifecycleSnapshot] = {}
@@ -110,7 +105,7 @@ class Followed:
             self._position = self._find_position(store)
         standing = self._standing()
         snapshot = bindings.ops_lifecycle.capture_persistence_snapshot(
-            bindings.epoch_id, bindings.cursor_state
+            bindings.epoch_id, bindings.cursor_state, after_seq=self._position
         )
         batch = self.feed.list_since(self._position)
         ended = {entry.operation_id for entry in batch.entries}
@@ -145,14 +140,12 @@ class Followed:
             self._last_gap = reading.gap
             _log.error(
                 "epoch %s: completions %d to %d were dropped before they were stored; create it "
-                "with a larger feed_bytes or max_completed",
+                "with a larger feed_bytes or max_completed, or with a store_wait_ms",
                 self.id,
                 reading.gap.after_seq + 1,
                 reading.gap.dropped_through,
             )
-        if self._durable_word is not None:
-            with contextlib.suppress(EpochSealed):  # nobody waits for it any more
-                self._durable_word.advance(reading.watermark)
+        self.feed.mark_durable(reading.watermark)
 
     def ask_again(self) -> None:
         """What the store holds is not certain any more; the next reading begins where it says."""
@@ -186,12 +179,3 @@ class Followed:
         after, through = self.bindings.skipped
         # No completion has a sequence that recovery skipped, so none of those is missing.
         return through if after <= last < through else last
-
-
-def _durable_word(bindings: SessionRuntimeBindings) -> Cell | None:
-    """Where an epoch's other processes see how far the store has come; None in private memory."""
-    try:
-        segment = bindings.shared_segment()
-    except BindingsNotTransferable:
-        return None
-    return Cell(segment.memory, at.DURABLE_AT, at.STATE_AT, segment.closed_error)

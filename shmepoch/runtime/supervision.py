@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.errors import BindingsClosed, EpochSealed
+from shmepoch.errors import BindingsClosed, EpochSealed, StoreBehind
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +38,14 @@ class EpochSupervisor:
         if not dead and known == self._known:
             return 0
         registry = self._bindings.ops_lifecycle
-        ended = registry.terminate_where(
-            lambda key: key != segment.participant and not participants.is_alive(key),
-            _reason([f"{participant.role} process {participant.pid}" for participant in dead]),
-        )
+        try:
+            ended = registry.terminate_where(
+                lambda key: key != segment.participant and not participants.is_alive(key),
+                _reason([f"{participant.role} process {participant.pid}" for participant in dead]),
+            )
+        except StoreBehind as error:  # the next look tries again; other epochs do not wait for it
+            _log.debug("session %s: %s", self._bindings.session_id, error)
+            return 0
         for participant in dead:
             registry.forget_watchers(participant.key)
             participants.clear(participant)

@@ -5,9 +5,6 @@ from shmepoch.stores.protocol import (
     EpochCapture,
     HistoryEntry,
     RuntimeStore,
-    StoreConflict,
-    StoreReadFailed,
-    StoreUnusable,
 )
 from shmepoch.stores.sqlite import SqliteRuntimeStore, Synchronous
 
@@ -17,8 +14,5 @@ __all__ = [
     "InMemoryRuntimeStore",
     "RuntimeStore",
     "SqliteRuntimeStore",
-    "StoreConflict",
-    "StoreReadFailed",
-    "StoreUnusable",
     "Synchronous",
 ]

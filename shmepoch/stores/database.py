@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from shmepoch.stores.protocol import StoreUnusable
+from shmepoch.errors import StoreUnusable
 from shmepoch.stores.schema import SchemaUnsupported, is_current, migrate
 
 _RETRY_S: Final = 0.01

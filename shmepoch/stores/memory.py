@@ -10,16 +10,14 @@ from typing import Final, Self
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationStatus, status_of
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import StoreLoadFailed, StoreWriteFailed
+from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
+from shmepoch.errors import StoreConflict, StoreLoadFailed, StoreReadFailed, StoreWriteFailed
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
 from shmepoch.stores.protocol import (
     LAST_SEQ,
     EpochCapture,
     HistoryEntry,
-    StoreConflict,
-    StoreReadFailed,
 )
 
 _CLOSED: Final = "it was closed"
@@ -32,7 +30,7 @@ class _Epoch:
         self.session_id: Final = session_id
         self.sealed = False
         self.cursors = EpochCursorSnapshot()
-        self.reserved_through: CompletionSeq = 0
+        self.skipped: dict[CompletionSeq, CompletionSeq] = {}
         self.entries: dict[CompletionSeq, CompletionEntry] = {}
         self.ended: dict[OperationId, StoredOperation | None] = {}
         self.live: dict[OperationId, StoredOperation] = {}
@@ -40,7 +38,7 @@ class _Epoch:
     def copy(self) -> _Epoch:
         other = _Epoch(self.session_id)
         other.sealed, other.cursors = self.sealed, self.cursors
-        other.reserved_through = self.reserved_through
+        other.skipped = self.skipped.copy()
         other.entries, other.ended = self.entries.copy(), self.ended.copy()
         other.live = self.live.copy()
         return other
@@ -54,7 +52,8 @@ class _Epoch:
                 for name in EpochCursorSnapshot.__struct_fields__
             }
         )
-        self.reserved_through = max(self.reserved_through, snapshot.reserved_through)
+        for after, through in snapshot.skipped:
+            self.skipped[after] = max(through, self.skipped.get(after, 0))
         operations = stored_operations(snapshot)
         for entry in snapshot.entries:
             stored = self.entries.get(entry.seq)
@@ -102,7 +101,7 @@ class InMemoryRuntimeStore:
                     epoch.cursors,
                     ((entry, epoch.ended[entry.operation_id]) for entry in entries),
                     epoch.live.values(),
-                    epoch.reserved_through,
+                    sorted(epoch.skipped.items()),
                 )
         return None
 
@@ -119,6 +118,10 @@ class InMemoryRuntimeStore:
     ) -> list[CompletionEntry]:
         epoch = self._readable().get(epoch_id)
         return epoch.between(after_seq, through_seq)[:limit] if epoch else []
+
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> list[SkippedRange]:
+        epoch = self._readable().get(epoch_id)
+        return sorted(epoch.skipped.items()) if epoch else []
 
     def history(
         self,

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from shmepoch.epoch.codec import Record
-from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec, status_of
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
 from shmepoch.ids import OperationId, RuntimeEpochId
 
 
@@ -42,7 +42,7 @@ def assemble(
     cursors: EpochCursorSnapshot,
     entries: Iterable[tuple[CompletionEntry, StoredOperation | None]],
     live: Iterable[StoredOperation],
-    reserved_through: CompletionSeq,
+    skipped: Iterable[SkippedRange],
 ) -> PersistedOpsSnapshot:
     """A stored epoch as it is recovered."""
     pairs = list(entries)
@@ -54,7 +54,7 @@ def assemble(
         specs=tuple(stored.spec for stored in operations if stored.spec is not None),
         entries=tuple(entry for entry, _ in pairs),
         cursors=cursors,
-        reserved_through=reserved_through,
+        skipped=tuple(skipped),
     )
 
 

@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
 from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import StoreError
+from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
 from shmepoch.ids import RuntimeEpochId, SessionId
 
 #: The highest position there is.
 LAST_SEQ: Final[CompletionSeq] = 2**64 - 1
-
-#: How much of a conflicting value an error's text shows; its attributes have all of it.
-_SHOWN: Final = 400
-
-
-class StoreUnusable(StoreError):
-    """What the path names cannot serve as a store."""
-
-    path: Path
-    reason: str
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} cannot be used as a store: {reason}", path=path, reason=reason)
-
-
-class StoreReadFailed(StoreError):
-    """The store could not read what it was asked for. That is not an empty answer."""
-
-    reason: str
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the store could not be read: {reason}", reason=reason)
-
-
-class StoreConflict(StoreError):
-    """What was to be saved contradicts what is stored; saving it again cannot succeed."""
-
-    epoch_id: RuntimeEpochId
-    field: str
-    stored: object
-    offered: object
-
-    def __init__(
-        self, epoch_id: RuntimeEpochId, field: str, stored: object, offered: object
-    ) -> None:
-        super().__init__(
-            f"epoch {epoch_id}: {field} is stored as {_short(stored)} and was offered as "
-            f"{_short(offered)}; nothing was saved. Two histories carry the name of one epoch: "
-            "save each to a store of its own",
-            epoch_id=epoch_id,
-            field=field,
-            stored=stored,
-            offered=offered,
-        )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class EpochCapture(Record, kw_only=True, frozen=True):
@@ -83,7 +33,8 @@ class EpochCapture(Record, kw_only=True, frozen=True):
         cursors = self.snapshot.cursors
         for name in cursors.__struct_fields__:
             _check_position(name, getattr(cursors, name), 0)
-        _check_position("reserved_through", self.snapshot.reserved_through, 0)
+        for position in itertools.chain.from_iterable(self.snapshot.skipped):
+            _check_position("skipped", position, 0)
         for entry in self.snapshot.entries:
             if not 1 <= entry.seq <= LAST_SEQ:
                 _check_position("seq", entry.seq, 1)
@@ -107,7 +58,8 @@ class RuntimeStore(Protocol):
 
     STORE-1: what a store knows of an epoch only grows, in whatever order captures arrive. Cursors
     become the larger of both, completions are appended and never rewritten, an operation has ended
-    once its completion is stored, and a sealed epoch stays sealed.
+    once its completion is stored, what a recovery left out stays left out, and a sealed epoch stays
+    sealed.
 
     STORE-2: a session has at most one current epoch: the one recorded last, until it is sealed.
     Recording a new epoch that is not sealed seals those before it; their history stays.
@@ -146,6 +98,10 @@ class RuntimeStore(Protocol):
     ) -> list[CompletionEntry]:
         """The stored completions of an epoch above `after_seq`, up to and including `through_seq`,
         in order; the first `limit` of them. Raises `StoreReadFailed`."""
+        ...
+
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> list[SkippedRange]:
+        """What recoveries of an epoch have left out, in order. Raises `StoreReadFailed`."""
         ...
 
     def history(

@@ -40,8 +40,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             sealed INTEGER NOT NULL,
             agent_applied_cursor INTEGER NOT NULL,
             runtime_observed_seq INTEGER NOT NULL,
-            runtime_last_injected_seq INTEGER NOT NULL,
-            reserved_through INTEGER NOT NULL
+            runtime_last_injected_seq INTEGER NOT NULL
         )
         """,
         "CREATE INDEX epochs_of_session ON epochs (session_id)",
@@ -61,6 +60,15 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
         "CREATE INDEX entry_of_operation ON entries (epoch, operation_id)",
+        # What recoveries left out: one that goes on from where another did leaves out more.
+        """
+        CREATE TABLE skipped (
+            epoch INTEGER NOT NULL REFERENCES epochs ON DELETE CASCADE,
+            after_seq INTEGER NOT NULL,
+            through_seq INTEGER NOT NULL,
+            PRIMARY KEY (epoch, after_seq)
+        ) WITHOUT ROWID
+        """,
         # Those that have not ended. `number` grows in the order of their registration.
         """
         CREATE TABLE operations (

@@ -15,8 +15,15 @@ from shmepoch.epoch.codec import decode_json
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationStatus, status_of
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import ConfigInvalid, StoreLoadFailed, StoreWriteFailed
+from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
+from shmepoch.errors import (
+    ConfigInvalid,
+    StoreConflict,
+    StoreLoadFailed,
+    StoreReadFailed,
+    StoreUnusable,
+    StoreWriteFailed,
+)
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.stores.database import Database
 from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
@@ -24,42 +31,31 @@ from shmepoch.stores.protocol import (
     LAST_SEQ,
     EpochCapture,
     HistoryEntry,
-    StoreConflict,
-    StoreReadFailed,
-    StoreUnusable,
 )
 from shmepoch.stores.schema import from_sql, to_sql
 
 Synchronous: TypeAlias = Literal["full", "normal"]
-"""When a save has reached the disk. Both survive the death of every process, and neither can leave
-a damaged or half-written file behind, whatever stops the machine.
-
-- `full` (the default): before `save` returns. A power loss takes nothing that was saved.
-- `normal`: when the operating system gets to it. A power loss or a crash of the kernel may take the
-  last saves, newest first; an orderly reboot takes none. Saves do not wait for the disk.
-"""
+"""When a save has reached the disk; what each promises, `SqliteRuntimeStore` says."""
 
 #: What decoding a damaged row raises.
 _DAMAGE: Final = (ValueError, TypeError)
 
 _PAGE: Final = 1000
 _CURSORS: Final = EpochCursorSnapshot.__struct_fields__
-#: What only grows in an epoch's row.
-_POSITIONS: Final = (*_CURSORS, "reserved_through")
 
 _FIND_EPOCH: Final = (
-    f"SELECT key, session_id, sealed, {', '.join(_POSITIONS)} FROM epochs WHERE epoch_id = ?"
+    f"SELECT key, session_id, sealed, {', '.join(_CURSORS)} FROM epochs WHERE epoch_id = ?"
 )
 _ADD_EPOCH: Final = (
-    f"INSERT INTO epochs (epoch_id, session_id, sealed, {', '.join(_POSITIONS)}) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+    f"INSERT INTO epochs (epoch_id, session_id, sealed, {', '.join(_CURSORS)}) "
+    "VALUES (?, ?, ?, ?, ?, ?)"
 )
 _CHANGE_EPOCH: Final = (
-    f"UPDATE epochs SET sealed = ?, {', '.join(f'{name} = ?' for name in _POSITIONS)} WHERE key = ?"
+    f"UPDATE epochs SET sealed = ?, {', '.join(f'{name} = ?' for name in _CURSORS)} WHERE key = ?"
 )
 _SEAL_CURRENT: Final = "UPDATE epochs SET sealed = 1 WHERE session_id = ? AND sealed = 0"
 _FIND_CURRENT: Final = (
-    f"SELECT key, epoch_id, {', '.join(_POSITIONS)} FROM epochs WHERE session_id = ? AND sealed = 0"
+    f"SELECT key, epoch_id, {', '.join(_CURSORS)} FROM epochs WHERE session_id = ? AND sealed = 0"
 )
 # An operation that this capture does not describe may have been stored while it ran.
 _ADD_ENTRY: Final = """
@@ -72,6 +68,11 @@ _FIND_ENTRY: Final = "SELECT entry FROM entries WHERE epoch = ? AND seq = ?"
 _PUT_OPERATION: Final = """
     INSERT INTO operations (epoch, operation_id, operation) VALUES (?, ?, ?)
     ON CONFLICT (epoch, operation_id) DO UPDATE SET operation = excluded.operation
+"""
+_PUT_SKIPPED: Final = """
+    INSERT INTO skipped (epoch, after_seq, through_seq) VALUES (?, ?, ?)
+    ON CONFLICT (epoch, after_seq)
+        DO UPDATE SET through_seq = max(through_seq, excluded.through_seq)
 """
 _DROP_ENDED: Final = """
     DELETE FROM operations WHERE epoch = ? AND EXISTS (
@@ -88,6 +89,8 @@ _ENTRIES_BETWEEN: Final = (
     f"SELECT entry FROM entries WHERE epoch = {_KEY_OF} AND seq > ? AND seq <= ? "
     "ORDER BY seq LIMIT ?"
 )
+_SKIPPED: Final = "SELECT after_seq, through_seq FROM skipped WHERE epoch = ? ORDER BY after_seq"
+_SKIPPED_OF: Final = _SKIPPED.replace("?", _KEY_OF)
 _EPOCHS_OF: Final = "SELECT key, epoch_id FROM epochs WHERE session_id = ? ORDER BY key"
 _SESSIONS: Final = "SELECT DISTINCT session_id FROM epochs WHERE session_id > ? ORDER BY 1 LIMIT ?"
 _REMOVE: Final = "DELETE FROM epochs WHERE session_id = ?"
@@ -97,7 +100,8 @@ class _Rows(NamedTuple):
     """A capture as rows that lack only the epoch's key: made before the file is locked."""
 
     capture: EpochCapture
-    positions: tuple[int, ...]
+    cursors: tuple[int, ...]
+    skipped: list[tuple[int, int]]
     entries: list[tuple[int, bytes, str, int, str, str | None]]
     operations: list[tuple[bytes, str]]
 
@@ -107,8 +111,17 @@ class SqliteRuntimeStore:
 
     The file is made, for this user alone, if it is not there. It has a write-ahead log: it lies on
     a local file system, and the `-wal` and `-shm` beside it belong to it while it is in use.
-    `busy_timeout` is how many seconds a call waits for another process's transaction, and
-    `synchronous` says what a power loss may take (see `Synchronous`).
+    `busy_timeout` is how many seconds a call waits for another process's transaction.
+
+    `synchronous` says when a save has reached the disk. With either value the death of any process,
+    at any moment, takes nothing that was saved, and nothing that stops the machine leaves a damaged
+    or half-written file behind.
+
+    - "full": before `save` returns. A power loss takes nothing that was saved, as long as the disk
+      has what it says it has.
+    - "normal": when the operating system gets to it. A power loss or a crash of the kernel may take
+      the last saves, newest first, and the sequences of completions that are lost so may come again
+      as others; an orderly restart takes none. Saves do not wait for the disk.
 
     Raises `StoreUnusable` where the path cannot be a store, and `ConfigInvalid`.
     """
@@ -180,6 +193,10 @@ class SqliteRuntimeStore:
             rows = connection.execute(_ENTRIES_BETWEEN, (str(epoch_id), *bounds))
             return list(_decode_entries(entry for (entry,) in rows))
 
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> list[SkippedRange]:
+        with self._reading() as connection:
+            return _decode_skipped(connection.execute(_SKIPPED_OF, (str(epoch_id),)))
+
     def history(
         self,
         session_id: SessionId,
@@ -250,10 +267,8 @@ def _rows(capture: EpochCapture) -> _Rows:
     encoded = {id: stored.to_json().decode() for id, stored in operations.items()}
     return _Rows(
         capture,
-        (
-            *(to_sql(getattr(snapshot.cursors, name)) for name in _CURSORS),
-            to_sql(snapshot.reserved_through),
-        ),
+        tuple(to_sql(getattr(snapshot.cursors, name)) for name in _CURSORS),
+        [(to_sql(after), to_sql(through)) for after, through in snapshot.skipped],
         [
             (
                 to_sql(entry.seq),
@@ -277,6 +292,7 @@ def _merge(connection: sqlite3.Connection, rows: _Rows) -> None:
         _require_same(connection, key, rows.capture.snapshot)
     connection.executemany(_PUT_OPERATION, ((key, *row) for row in rows.operations))
     connection.execute(_DROP_ENDED, (key,))
+    connection.executemany(_PUT_SKIPPED, ((key, *row) for row in rows.skipped))
 
 
 def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
@@ -287,7 +303,7 @@ def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
     if found is None:
         if not capture.sealed:
             connection.execute(_SEAL_CURRENT, (session,))
-        row = (str(epoch_id), session, capture.sealed, *rows.positions)
+        row = (str(epoch_id), session, capture.sealed, *rows.cursors)
         key = connection.execute(_ADD_EPOCH, row).lastrowid
         assert key is not None
         return key
@@ -296,7 +312,7 @@ def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
         raise StoreConflict(
             epoch_id, "the session", SessionId.parse(stored_session), capture.session_id
         )
-    merged = [max(pair) for pair in zip(stored, (capture.sealed, *rows.positions), strict=True)]
+    merged = [max(pair) for pair in zip(stored, (capture.sealed, *rows.cursors), strict=True)]
     if merged != stored:
         connection.execute(_CHANGE_EPOCH, (*merged, key))
     return int(key)
@@ -317,7 +333,7 @@ def _load(
     found = connection.execute(_FIND_CURRENT, (str(session_id),)).fetchone()
     if found is None:
         return None
-    key, epoch_id, *cursors, reserved = found
+    key, epoch_id, *cursors = found
     rows = connection.execute(_NEWEST_ENTRIES, (key, limit)).fetchall()[::-1]
     live = connection.execute(_LIVE_OPERATIONS, (key,)).fetchall()
     entries = _decode_entries(entry for entry, _ in rows)
@@ -330,7 +346,7 @@ def _load(
             for entry, (_, kept) in zip(entries, rows, strict=True)
         ),
         _decode_operations(kept for (kept,) in live),
-        from_sql(reserved),
+        _decode_skipped(connection.execute(_SKIPPED, (key,))),
     )
 
 
@@ -356,6 +372,10 @@ def _decode_entries(texts: Iterable[str]) -> tuple[CompletionEntry, ...]:
 
 def _decode_operations(texts: Iterable[str]) -> tuple[StoredOperation, ...]:
     return decode_json(tuple[StoredOperation, ...], f"[{','.join(texts)}]")
+
+
+def _decode_skipped(rows: Iterable[tuple[int, int]]) -> list[SkippedRange]:
+    return [(from_sql(after), from_sql(through)) for after, through in rows]
 
 
 def _limit(count: int | None) -> int:

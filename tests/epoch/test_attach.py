@@ -229,6 +229,7 @@ def word(value: int) -> bytes:
             at.CAPACITIES_AT + 32,
             {"max_participants", "size of its capacities", "checksum of its capacities"},
         ),
+        (at.CAPACITIES_AT + 40, {"store_wait_ms", "checksum of its capacities"}),
     ],
 )
 def test_a_header_word(

@@ -102,6 +102,25 @@ def test_everything_is_captured(epoch: Epoch) -> None:
     assert PersistedOpsSnapshot.from_json(captured.to_json().decode()) == captured
 
 
+def test_what_a_store_has_already_is_left_out(epoch: Epoch) -> None:
+    """But for what has not ended: how far that has come, no sequence tells."""
+    registry = epoch.registry
+    live = reach(registry, OperationStatus.RUNNING)
+    for _ in range(4):
+        end(registry)
+    everything = capture(epoch)
+    for after in range(6):
+        captured = registry.capture_persistence_snapshot(
+            epoch.segment.epoch_id, epoch.cursors, after_seq=after
+        )
+        assert captured.entries == everything.entries[after:]
+        ended = {entry.operation_id for entry in captured.entries}
+        assert [found.id for found in captured.operations] == [
+            found.id for found in everything.operations if found.id in {live, *ended}
+        ]
+        assert [made.id for made in captured.specs] == [found.id for found in captured.operations]
+
+
 def test_the_ended_go_on_and_the_others_are_dropped(epoch: Epoch) -> None:
     registry = epoch.registry
     ids = [reach(registry, status) for status in PATHS if status.is_terminal]

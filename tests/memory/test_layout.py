@@ -30,6 +30,7 @@ HEADER: Final = {
     "max_operations": at.CAPACITIES_AT + 2 * at.WORD,
     "feed_bytes": at.CAPACITIES_AT + 3 * at.WORD,
     "max_participants": at.CAPACITIES_AT + 4 * at.WORD,
+    "store_wait_ms": at.CAPACITIES_AT + 5 * at.WORD,
     "origin": at.ORIGIN_AT,
     "created_at_ms": at.CREATED_AT,
     "skipped_after": at.SKIPPED_AT,
@@ -71,16 +72,18 @@ SLOT: Final = {
 }
 
 CONFIGS: Final = st.builds(
-    lambda completed, operations, extra, participants: OpsLifecycleConfig(
+    lambda completed, operations, extra, participants, store_wait_ms: OpsLifecycleConfig(
         max_completed=completed,
         max_operations=operations,
         feed_bytes=at.PAGE + operations * 2 * at.SPEC_LIMIT + 8 * extra,
         max_participants=participants,
+        store_wait_ms=store_wait_ms,
     ),
     st.integers(1, 3000),
     st.integers(1, 3000),
     st.integers(0, 100_000),
     st.integers(1, at.MAX_PARTICIPANTS),
+    st.integers(0, at.MAX_STORE_WAIT_MS),
 )
 
 

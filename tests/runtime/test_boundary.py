@@ -25,6 +25,7 @@ from shmepoch import (
     SessionOwned,
     SessionRuntimeBindings,
 )
+from shmepoch.epoch.persisted import SkippedRange
 from tests.runtime.completions import CHILD, TOOL, drop_through, end
 
 SMALL = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
@@ -33,8 +34,11 @@ SMALL = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 102
 class Kept:
     """A history that has some of the entries."""
 
-    def __init__(self, entries: Sequence[CompletionEntry] = ()) -> None:
+    def __init__(
+        self, entries: Sequence[CompletionEntry] = (), skipped: Sequence[SkippedRange] = ()
+    ) -> None:
         self.entries = list(entries)
+        self.skipped = skipped
         self.asked: list[tuple[RuntimeEpochId, int, int]] = []
 
     def list_entries(
@@ -42,6 +46,9 @@ class Kept:
     ) -> Sequence[CompletionEntry]:
         self.asked.append((epoch_id, after_seq, through_seq))
         return [entry for entry in self.entries if after_seq < entry.seq <= through_seq]
+
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> Sequence[SkippedRange]:
+        return self.skipped
 
 
 def told(drain: Drain) -> list[int | tuple[int, int]]:
@@ -210,18 +217,23 @@ def test_every_sequence_is_told_or_in_a_gap_and_never_both(seed: int) -> None:
     applied = random_.randrange(dropped + 1)
     small.cursor_state.agent_applied_cursor.advance(applied)
     found = [entry for entry in entries if random_.random() < 0.7]
-    notices = told(AgentBoundary(small, Kept(found)).drain())
+    bounds = sorted(random_.sample(range(70), 4))
+    skipped = list(zip(bounds[::2], bounds[1::2], strict=True)) if seed % 2 else []
+    left_out = {seq for after, through in skipped for seq in range(after + 1, through + 1)}
+    found = [entry for entry in found if entry.seq not in left_out]
+    notices = told(AgentBoundary(small, Kept(found, skipped)).drain())
 
     gaps = [notice for notice in notices if isinstance(notice, tuple)]
     missing = [seq for after, through in gaps for seq in range(after + 1, through + 1)]
     kept = {entry.seq for entry in found}
-    assert missing == [seq for seq in range(applied + 1, dropped + 1) if seq not in kept]
+    lost = set(range(applied + 1, dropped + 1)) - kept - left_out
+    assert missing == sorted(lost)
     assert all(after < through for after, through in gaps)
     assert all(first[1] < second[0] for first, second in itertools.pairwise(gaps))
     due = [
         seq
         for seq, kind in enumerate(kinds, 1)
-        if seq > applied and kind is TOOL and seq not in missing
+        if seq > applied and kind is TOOL and (seq in kept or seq > dropped)
     ]
     assert notices == gaps + due, "the gaps are in front"
 

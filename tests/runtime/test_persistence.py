@@ -22,20 +22,25 @@ from shmepoch.epoch.completions import CompletionBatch, CompletionFeedGap
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import ConfigInvalid, SegmentCorrupted, StoreWriteFailed
+from shmepoch.errors import (
+    ChannelClosed,
+    ConfigInvalid,
+    SegmentCorrupted,
+    StoreConflict,
+    StoreWriteFailed,
+)
 from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.runtime import persistence
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.followed import Followed
-from shmepoch.runtime.persistence import ChannelClosed, PersistenceChannel
+from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import (
     EpochCapture,
     InMemoryRuntimeStore,
     RuntimeStore,
     SqliteRuntimeStore,
-    StoreConflict,
 )
 from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion
@@ -715,6 +720,9 @@ def test_an_epoch_that_contradicts_the_store_does_not_hold_up_the_others(
         with pytest.raises(StoreConflict):
             channel.flush()
         assert stored_seqs(store, good) == [1, 2, 3]
+        channel.flush(bindings=good)
+        with pytest.raises(StoreConflict):
+            channel.flush(bindings=bad)
         channel.unfollow(bad)
         channel.flush()
 

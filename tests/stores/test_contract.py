@@ -18,14 +18,9 @@ from shmepoch.epoch.operations import (
     Terminated,
 )
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import StoreLoadFailed, StoreWriteFailed
+from shmepoch.errors import StoreConflict, StoreLoadFailed, StoreReadFailed, StoreWriteFailed
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.stores import (
-    EpochCapture,
-    RuntimeStore,
-    StoreConflict,
-    StoreReadFailed,
-)
+from shmepoch.stores import EpochCapture, RuntimeStore
 from tests.stores.samples import T0, Epoch, completion, completions, ended, failed, running
 from tests.support import spec
 
@@ -174,15 +169,27 @@ def test_positions_are_unsigned_64_bit(store: RuntimeStore, value: int) -> None:
     assert loaded(store, epoch).cursors == cursors(value, value, value)
 
 
-def test_what_is_reserved_only_grows(store: RuntimeStore) -> None:
+def test_what_recoveries_left_out_only_grows(store: RuntimeStore) -> None:
     epoch = Epoch()
-    for reserved, expected in ((0, 0), (1027, 1027), (5, 1027), (HIGHEST, HIGHEST), (0, HIGHEST)):
-        snapshot = PersistedOpsSnapshot(epoch_id=epoch.id, reserved_through=reserved)
+    assert store.list_skipped(epoch.id) == []
+    for offered, expected in (
+        ([(3, 1027)], [(3, 1027)]),
+        ([(3, 5)], [(3, 1027)]),
+        ([(3, 2051)], [(3, 2051)]),
+        ([], [(3, 2051)]),
+        ([(2**63, HIGHEST), (2060, 3084)], [(3, 2051), (2060, 3084), (2**63, HIGHEST)]),
+    ):
+        snapshot = PersistedOpsSnapshot(epoch_id=epoch.id, skipped=tuple(offered))
         store.save([EpochCapture(session_id=epoch.session_id, snapshot=snapshot)])
-        assert loaded(store, epoch).reserved_through == loaded(store, epoch).last_seq == expected
-    beyond = PersistedOpsSnapshot(epoch_id=epoch.id, reserved_through=2**64)
-    with pytest.raises(OverflowError, match="reserved_through"):
+        assert store.list_skipped(epoch.id) == expected
+        assert loaded(store, epoch).skipped == tuple(expected)
+        assert loaded(store, epoch).last_seq == expected[-1][1]
+    beyond = PersistedOpsSnapshot(epoch_id=epoch.id, skipped=((0, 2**64),))
+    with pytest.raises(OverflowError, match="skipped"):
         EpochCapture(session_id=epoch.session_id, snapshot=beyond)
+    other = Epoch()
+    store.save([other.capture()])
+    assert store.list_skipped(other.id) == []
 
 
 def test_sequences_sort_as_unsigned_numbers(store: RuntimeStore) -> None:

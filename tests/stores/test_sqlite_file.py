@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.errors import ConfigInvalid, StoreLoadFailed, StoreWriteFailed
-from shmepoch.stores import SqliteRuntimeStore, StoreReadFailed, StoreUnusable
+from shmepoch.errors import (
+    ConfigInvalid,
+    StoreLoadFailed,
+    StoreReadFailed,
+    StoreUnusable,
+    StoreWriteFailed,
+)
+from shmepoch.stores import SqliteRuntimeStore
 from shmepoch.stores import schema as store_schema
 from tests.stores.samples import Epoch, completion, completions, running
 from tests.support import spec

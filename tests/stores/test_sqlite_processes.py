@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from shmepoch.errors import StoreWriteFailed
+from shmepoch.errors import StoreConflict, StoreUnusable, StoreWriteFailed
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.stores import SqliteRuntimeStore, StoreConflict, StoreUnusable
+from shmepoch.stores import SqliteRuntimeStore
 from tests.stores.samples import Epoch, completion, completions
 
 SPAWN = multiprocessing.get_context("spawn")
