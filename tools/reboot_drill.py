@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
@@ -53,6 +53,7 @@ from shmepoch import (
 )
 from shmepoch.epoch.operations import status_of
 from shmepoch.memory.files import SHM_DIR
+from shmepoch.memory.segment import list_sessions
 
 #: The longest that a round is left alone once its agent has begun.
 LONGEST_S: Final = 0.1
@@ -259,7 +260,7 @@ def try_unusable(records: Records, session_id: SessionId, how: str) -> None:
         text = pipe.read()
     if os.waitstatus_to_exitcode(status) != REFUSED or not text:
         raise ShmepochError(f"a {how} store was not refused: status {status}, {text!r}")
-    if list(segments()):
+    if list(list_sessions(os.environ["SHMEPOCH_NAMESPACE"])):
         raise ShmepochError(f"a runtime that a {how} store refused has left a segment")
     records.write(records.refused, text.strip())
     records.write(records.faults, how.encode())
@@ -309,14 +310,9 @@ def kill(pids: list[int]) -> None:
             raise ShmepochError(f"a process ended by itself, with status {status}")
 
 
-def segments() -> Iterator[Path]:
-    """The segments of this drill."""
-    return SHM_DIR.glob(f"shmepoch.{os.environ['SHMEPOCH_NAMESPACE']}.*")
-
-
 def reboot() -> None:
     """What a restart of the machine does to shared memory."""
-    for path in segments():
+    for path in SHM_DIR.glob(f"shmepoch.{os.environ['SHMEPOCH_NAMESPACE']}.*"):
         path.unlink()
 
 

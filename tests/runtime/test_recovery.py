@@ -43,7 +43,7 @@ from shmepoch import (
 )
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout
-from shmepoch.memory.segment import SharedSegment
+from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime import durability
 from shmepoch.stores import EpochCapture
 from tests.runtime.completions import CHILD, TOOL, end
@@ -95,8 +95,9 @@ class Machine:
             connection.execute(statement)
             connection.commit()
 
-    def segments(self) -> list[Path]:
-        return list(SHM_DIR.glob(f"shmepoch.{self.namespace}.*"))
+    def segments(self) -> list[SessionId]:
+        """The sessions that have one."""
+        return list(list_sessions(self.namespace))
 
 
 @pytest.fixture
@@ -381,7 +382,7 @@ def test_a_store_that_cannot_reserve_what_is_skipped_starts_nothing(namespace: s
         store.failure = lambda: StoreWriteFailed("the disk is full")
         with pytest.raises(StoreWriteFailed, match="disk is full"):
             adapter.register_session(session_id)
-        assert list(SHM_DIR.glob(f"shmepoch.{namespace}.*")) == []
+        assert list(list_sessions(namespace)) == []
         store.failure = None
         assert adapter.prepare_bindings(session_id).epoch_id == stored.epoch_id
         adapter.unregister_session(session_id)
