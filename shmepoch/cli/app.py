@@ -14,8 +14,9 @@ import typer
 
 from shmepoch.cli.run import jobs
 from shmepoch.cli.run.command import Options, execute
+from shmepoch.cli.run.plan import RunRefused
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.errors import ShmepochError
+from shmepoch.errors import ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
 
 RUN_ERROR: Final = 1
@@ -48,6 +49,21 @@ def run(
     retries: Annotated[
         int, typer.Option(min=0, help="How often a command whose worker died is run again.")
     ] = 0,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="SQLite file to keep the run in, so that it can be resumed; "
+            "shmepoch history reads it."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Carry on with the unfinished run in --store, given the same commands and "
+            "sessions: what completed or failed is not run again.",
+        ),
+    ] = False,
     kill_every: Annotated[
         float | None,
         typer.Option(min=0.01, help="Kill a random agent or worker every so many seconds."),
@@ -61,8 +77,16 @@ def run(
 ) -> None:
     """Run shell commands as background operations of real processes, and tell an agent of each.
 
-    Exit status: 0 if every command completed, 1 if one did not, 2 for a bad file, 130 on Ctrl-C.
+    With --store, a run that was interrupted or killed, by a reboot too, can be carried on with:
+    run it again with --resume. Without --resume a store with an unfinished run is refused.
+
+    Exit status: 0 if every command completed, 1 if one did not, 2 for a bad file or a store that
+    does not go with what is asked for, 130 on Ctrl-C.
     """
+    if resume and store is None:
+        raise typer.BadParameter(
+            "needs --store, the file that the run is in", param_hint="--resume"
+        )
     try:
         commands = jobs.read(file)
         if transcript is not None:
@@ -74,15 +98,18 @@ def run(
         workers=workers,
         transcript=transcript,
         retries=retries,
+        store=store,
+        resume=resume,
         kill_every=kill_every,
         seed=seed,
         json=json,
     )
     try:
         status = execute(commands, options)
-    except BrokenPipeError:  # whoever read what this prints has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except BrokenPipeError:
+        _reader_left()
+    except (RunRefused, StoreUnusable) as error:
+        _fail(USAGE_ERROR, error)
     except (ShmepochError, OSError) as error:
         _fail(RUN_ERROR, error)
     sys.exit(status)
@@ -98,19 +125,25 @@ def persist(
         float, typer.Option(min=0, help="Seconds within which a completion is durable.")
     ] = 0.05,
 ) -> None:
-    """Keep every epoch of a namespace in a store, until Ctrl-C or SIGTERM."""
+    """Keep every epoch of a namespace in a store, until Ctrl-C or SIGTERM.
+
+    It then waits until everything is stored. Exit status: 0 if it is, 1 if the store did not take
+    it within 10 seconds; what it lacks is still in shared memory.
+    """
     from shmepoch.cli import persist as command
 
     try:
         command.persist(store, namespace, max_delay)
-    except ShmepochError as error:
+    except (ShmepochError, TimeoutError) as error:
         _fail(RUN_ERROR, error)
 
 
 @app.command()
 def history(
-    session: Annotated[str, typer.Argument(help="The session's id.")],
-    store: Annotated[Path, typer.Option(help="SQLite file that its epochs are kept in.")],
+    store: Annotated[Path, typer.Option(help="SQLite file that the epochs are kept in.")],
+    session: Annotated[
+        str | None, typer.Argument(help="The session's id; without one, every session is listed.")
+    ] = None,
     status: Annotated[
         list[OperationStatus] | None, typer.Option(help="Only these; may be given several times.")
     ] = None,
@@ -118,12 +151,27 @@ def history(
     until: Annotated[datetime | None, typer.Option(help="Ended before then.")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
-    """Show what a store has of a session: how its operations ended, epoch by epoch."""
+    """Show what a store has of a session: how its operations ended, epoch by epoch.
+
+    Times are local. Exit status: 0, or 2 for a session or a file that cannot be read.
+    """
     from shmepoch.cli import history as command
 
     try:
-        session_id = SessionId.parse(session)
-        command.show(store, session_id, statuses=status or (), since=since, until=until, json=json)
+        if session is None:
+            command.list_sessions(store)
+        else:
+            command.show(
+                store,
+                SessionId.parse(session),
+                statuses=status or (),
+                since=since,
+                until=until,
+                json=json,
+            )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_left()
     except (ShmepochError, ValueError) as error:
         _fail(USAGE_ERROR, error)
 
@@ -131,3 +179,9 @@ def history(
 def _fail(status: int, error: Exception) -> NoReturn:
     typer.echo(f"shmepoch: {error}", err=True)
     sys.exit(status)
+
+
+def _reader_left() -> NoReturn:
+    """Whoever read what this prints has left: end as a program without a handler would."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)

@@ -89,6 +89,20 @@ def agent_in_the_middle_of_a_line() -> None:
     Transcript.append = dying  # type: ignore[method-assign]
 
 
+def agent_that_forgets() -> None:
+    """What it is first told of does not reach its transcript, and it commits all the same."""
+    append = Transcript.append
+
+    def forgetting(self: Transcript, epoch_id: RuntimeEpochId, notices: Iterable[Notice]) -> None:
+        kept = list(notices)
+        if kept and not Path(os.environ["FAULT_MARKER"]).exists():
+            Path(os.environ["FAULT_MARKER"]).touch()
+            kept = []
+        append(self, epoch_id, kept)
+
+    Transcript.append = forgetting  # type: ignore[method-assign]
+
+
 def commit() -> None:
     """The cursor has moved, and the runtime has not heard of it."""
     after(Drain, "commit")
@@ -107,7 +121,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     "worker-completed": lambda: after(_registry, "complete_operation"),
 }
 
+#: Those that nothing makes up for.
+LOSSES: dict[str, Callable[[], None]] = {"agent-forgets": agent_that_forgets}
+
 if __name__ == "__mp_main__" and not Path(os.environ["FAULT_MARKER"]).exists():
-    FAULTS[os.environ["FAULT"]]()
+    (FAULTS | LOSSES)[os.environ["FAULT"]]()
 elif __name__ == "__main__":
     main()

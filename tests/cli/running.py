@@ -130,6 +130,26 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
         return False
 
 
+def kill_all(namespace: str) -> None:
+    """Kill every process of the namespace, commands too, as the end of the machine would."""
+
+    def kill() -> bool:
+        found = processes_in(namespace)
+        for signal in ("suspend", "kill"):  # so that none sees another one die
+            for process in found:
+                with contextlib.suppress(psutil.Error):
+                    getattr(process, signal)()
+        return not found
+
+    eventually(kill, within=30)
+
+
+def empty_shared_memory(namespace: str) -> None:
+    """Remove what the namespace has in shared memory, as the end of the machine would."""
+    for path in segments_in(namespace):
+        path.unlink()
+
+
 def segments_in(namespace: str) -> list[Path]:
     """What the namespace has in shared memory."""
     return list(SHM_DIR.glob(f"shmepoch.{namespace}.*"))

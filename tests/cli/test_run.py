@@ -71,6 +71,7 @@ def test_all_complete(namespace: str, tmp_path: Path) -> None:
 def test_the_summary_has_the_agreed_keys() -> None:
     figures = summary(run("-", "--json", stdin="true\n").stdout)
     counts = {"commands", "operations", "completed", "failed", "terminated", "cancelled", "retried"}
+    counts |= {"finished_before"}
     assert set(figures) == counts | {"notices", "kills", "restarts", "duration_s", "sessions"}
     assert set(figures["notices"]) == {"delivered", "duplicates", "lost"}
     assert {"session_id", "epoch_id", "watermark", "cursors"} <= set(figures["sessions"][0])

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from shmepoch.cli.run.messages import Idle
 from shmepoch.cli.run.transcript import Transcript
 from shmepoch.epoch.bindings import SessionOwned, SessionRuntimeBindings
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.persisted import SkippedRange
+from shmepoch.ids import RuntimeEpochId
 from shmepoch.runtime.factory import AgentFactory
+from shmepoch.stores import SqliteRuntimeStore
 
 
-def main(pipe: Connection, token: str, transcript: Path) -> None:
+def main(pipe: Connection, token: str, transcript: Path, store: Path | None) -> None:
     """Take a turn at once, then one for each message, until the runtime closes the pipe.
 
     The first turn is taken unasked: the agent before this one may have been killed between being
     told to take it and taking it.
     """
     bindings = SessionRuntimeBindings.from_token(token)
-    boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
+    factory = AgentFactory(None if store is None else _Stored(store))
+    boundary = factory.build(bindings.session_id, SessionOwned(bindings))
     # The runtime may close its end at any moment, also while this process is still starting.
     runtime_left = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)
     with Transcript(transcript) as written, runtime_left:
@@ -30,3 +36,20 @@ def main(pipe: Connection, token: str, transcript: Path) -> None:
             pipe.send(Idle())
             pipe.recv()
     bindings.close()
+
+
+class _Stored:
+    """What the feed has dropped, from a store that is open only while it is asked: that is rare."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def list_entries(
+        self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
+    ) -> Sequence[CompletionEntry]:
+        with SqliteRuntimeStore(self._path) as store:
+            return store.list_entries(epoch_id, after_seq, through_seq)
+
+    def list_skipped(self, epoch_id: RuntimeEpochId) -> Sequence[SkippedRange]:
+        with SqliteRuntimeStore(self._path) as store:
+            return store.list_skipped(epoch_id)

@@ -15,21 +15,35 @@ from typing import Any, Final
 
 import msgspec
 
+from shmepoch.cli.run import past
 from shmepoch.cli.run.children import Children
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
 from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.views import view_for
 from shmepoch.cli.run.worker import TAIL_BYTES
+from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.ids import SessionId
+from shmepoch.errors import ShmepochError
 from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.participants import Participant
+from shmepoch.memory.segment import resolve_namespace
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
+from shmepoch.runtime.supervision import EpochSupervisor
+from shmepoch.stores import SqliteRuntimeStore
 
 #: What the completion of a command takes in the feed at most: the tail of its output, and the rest.
 _ENTRY_BYTES: Final = TAIL_BYTES + 1024
 #: How long an interrupted run waits for its agents to be told of what was cancelled.
 _LAST_TURN_S: Final = 5.0
+#: How many may be attached to an epoch besides its workers.
+_OTHERS: Final = 16
+#: How long the children of a killed runtime have to notice it and end, and how often one looks.
+_LEAVE_S: Final = 15.0
+_LOOK_S: Final = 0.05
+#: What the exit status is above when a signal ended the run.
+_SIGNALLED: Final = 128
 #: What ends a run early, and as if it had ended by it.
 _INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,9 +55,25 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 2
     transcript: Path | None = None
     retries: int = 0
+    store: Path | None = None
+    resume: bool = False
     kill_every: float | None = None
     seed: int | None = None
     json: bool = False
+
+
+class ChildrenLeft(ShmepochError):
+    """Children of the run that is resumed go on, so nothing can take their place."""
+
+    pids: tuple[int, ...]
+
+    def __init__(self, left: Sequence[Participant]) -> None:
+        who = ", ".join(f"{one.role} process {one.pid}" for one in left)
+        super().__init__(
+            f"the run to be resumed still has {who}, {_LEAVE_S:.0f} s after its runtime ended; "
+            "end it and try again",
+            pids=tuple(one.pid for one in left),
+        )
 
 
 def execute(jobs: list[Job], options: Options) -> int:
@@ -55,19 +85,40 @@ def execute(jobs: list[Job], options: Options) -> int:
         folder = options.transcript
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmepoch-")))
-        status, summary = asyncio.run(_Run(jobs, options, folder).run())
+        store, kept = None, None
+        plan = Plan.new(jobs, options.sessions, resolve_namespace(None))
+        if options.store is not None:
+            store = stack.enter_context(SqliteRuntimeStore(options.store))
+            if options.resume:
+                kept = KeptPlan.resume(store, jobs, options.sessions)
+                plan = kept.plan
+            else:
+                kept = KeptPlan.begin(store, plan)
+        status, summary = asyncio.run(_Run(plan, options, folder, store, kept).run())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(summary)).decode())
     else:
         print(summary.line())
+    if options.store is not None and status >= _SIGNALLED:
+        print("shmepoch: --resume carries on with this run", file=sys.stderr)
     return status
 
 
 class _Run:
-    def __init__(self, jobs: list[Job], options: Options, transcripts: Path) -> None:
-        self._jobs = jobs
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        transcripts: Path,
+        store: SqliteRuntimeStore | None,
+        kept: KeptPlan | None,
+    ) -> None:
+        self._plan = plan
         self._options = options
         self._transcripts = transcripts
+        self._store = store
+        self._kept = kept
+        self._resumable = options.resume
         self._view = view_for(sys.stderr if options.json else sys.stdout)
         self._children = Children()
         self._sessions: list[SessionRun] = []
@@ -82,16 +133,20 @@ class _Run:
         began = time.monotonic()
         self._listen()
         with contextlib.ExitStack() as stack:
-            self._open(stack)
+            adapter = stack.enter_context(self._adapter())
+            stack.callback(self._leave, adapter)
+            await self._open(adapter)
+            self._resumable = self._kept is not None
             stack.callback(self._view.close)
-            self._view.began(self._sessions, len(self._jobs))
+            self._view.began(self._sessions, len(self._plan.jobs))
             try:
                 await self._until_finished()
             finally:
                 await asyncio.gather(*(session.end() for session in self._sessions))
+            self._resumable = self._resumable and self._signal is not None
             summary = self._summary(time.monotonic() - began)
         if self._signal is not None:
-            return 128 + self._signal, summary
+            return _SIGNALLED + self._signal, summary
         return int(any(s.undecided or s.not_completed for s in self._sessions)), summary
 
     def _listen(self) -> None:
@@ -113,32 +168,62 @@ class _Run:
                 loop.add_signal_handler(number, interrupt, number)
         loop.set_exception_handler(fail)
 
-    def _open(self, stack: contextlib.ExitStack) -> None:
-        options = self._options
-        adapter = stack.enter_context(RuntimeSessionAdapter.ephemeral(config=self._config()))
-        count = min(options.sessions, len(self._jobs))
-        for number in range(1, count + 1):
-            bindings = adapter.prepare_bindings(SessionId.new())
-            stack.callback(adapter.unregister_session, bindings.session_id)
+    def _adapter(self) -> RuntimeSessionAdapter:
+        namespace, config = self._plan.namespace, self._config()
+        if self._store is None:
+            return RuntimeSessionAdapter.ephemeral(namespace=namespace, config=config)
+        return RuntimeSessionAdapter.persistent(self._store, namespace=namespace, config=config)
+
+    async def _open(self, adapter: RuntimeSessionAdapter) -> None:
+        options, opened = (
+            self._options,
+            [adapter.prepare_bindings(id) for id in self._plan.sessions],
+        )
+        if options.resume:
+            await self._until_alone(opened)
+        for number, bindings in enumerate(opened, 1):
+            room = bindings.shared_segment().layout.max_participants - _OTHERS
             self._sessions.append(
                 SessionRun(
                     number,
                     bindings,
-                    self._jobs[number - 1 :: count],
+                    self._plan.of_session(number),
+                    past.read(bindings, self._store),
                     children=self._children,
-                    workers=options.workers,
+                    workers=min(options.workers, room),
                     retries=options.retries,
                     transcripts=self._transcripts,
+                    store=options.store,
                     view=self._view,
                 )
             )
+
+    async def _until_alone(self, opened: Sequence[SessionRuntimeBindings]) -> None:
+        """Wait for the children of a runtime that was killed, and end what they left running."""
+        deadline = time.monotonic() + _LEAVE_S
+        while left := [one for bindings in opened for one in past.left_behind(bindings)]:
+            if time.monotonic() > deadline:
+                raise ChildrenLeft(left)
+            await asyncio.sleep(_LOOK_S)
+        for bindings in opened:
+            EpochSupervisor(bindings).look()
+
+    def _leave(self, adapter: RuntimeSessionAdapter) -> None:
+        """End the sessions, unless somebody may carry on with them."""
+        if self._resumable:
+            return
+        for id in self._plan.sessions:
+            if adapter.contains_session(id):
+                adapter.unregister_session(id)
+        if self._kept is not None:
+            self._kept.finish()
 
     def _config(self) -> OpsLifecycleConfig:
         workers = self._options.workers
         return OpsLifecycleConfig(
             max_operations=2 * workers + 64,  # those of workers that have just died among them
             feed_bytes=(MOST_UNTOLD + workers) * _ENTRY_BYTES,
-            max_participants=workers + 16,
+            max_participants=workers + _OTHERS,
         )
 
     async def _until_finished(self) -> None:
@@ -188,7 +273,8 @@ class _Run:
             return sum(session.counts.get(status, 0) for session in self._sessions)
 
         return Summary(
-            commands=len(self._jobs),
+            commands=len(self._plan.jobs),
+            finished_before=sum(session.finished_before for session in self._sessions),
             operations=sum(session.operations for session in self._sessions),
             completed=count(OperationStatus.COMPLETED),
             failed=count(OperationStatus.FAILED),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmepoch.cli.run import agent, transcript, worker
 from shmepoch.cli.run.children import Child, ChildFailed, Children
 from shmepoch.cli.run.events import View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.messages import Assignment, Idle, Turn
+from shmepoch.cli.run.past import FINISHED, Past, operation_id
 from shmepoch.cli.run.summary import Notices, SessionSummary
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry
@@ -27,6 +29,14 @@ from shmepoch.runtime.loop import Continuation, RuntimeLoop
 MOST_UNTOLD: Final = 256
 
 
+class _Attempt(NamedTuple):
+    """One attempt at a command: the how manieth of all, and how often this run has tried again."""
+
+    job: Job
+    number: int
+    retry: int
+
+
 class SessionRun:
     """Runs the commands of one session; everything in it happens on one event loop."""
 
@@ -34,18 +44,20 @@ class SessionRun:
         self,
         number: int,
         bindings: SessionRuntimeBindings,
-        jobs: list[Job],
+        jobs: Sequence[Job],
+        past: Past,
         *,
         children: Children,
         workers: int,
         retries: int,
         transcripts: Path,
+        store: Path | None,
         view: View,
     ) -> None:
         self.number: Final = number
         self.bindings: Final = bindings
         self.counts: Counter[str] = Counter()
-        self.watermark = 0
+        self.watermark = past.watermark
         self.operations = 0
         self.retried = 0
         self.restarts = 0
@@ -53,14 +65,18 @@ class SessionRun:
         self.not_completed = 0
         self.finished = asyncio.Event()
         self._token = bindings.to_token()
-        self._pending = deque((job, 0) for job in jobs)
-        self._attempts: dict[OperationId, tuple[Job, int]] = {}
+        self._pending: deque[_Attempt] = deque()
+        self._attempts: dict[OperationId, _Attempt] = {}
         self._by_worker: dict[Child, OperationId] = {}
-        self._sequence: dict[int, OperationId] = {}
+        self._sequence = dict(past.owed)
+        for job in jobs:
+            self._carry_on(job, past)
+        self.finished_before: Final = self.decided
         self._children = children
-        self._workers_wanted = min(workers, len(jobs))
+        self._workers_wanted = min(workers, len(self._pending))
         self._retries = retries
         self._transcript = transcript.path_in(transcripts, bindings.session_id)
+        self._store = store
         self._view = view
         self._agent: Child | None = None
         self._agent_idle = False
@@ -69,6 +85,18 @@ class SessionRun:
         self._ending = False
         self._loop = RuntimeLoop(bindings, inject=self._inject, quiescent=lambda: self._agent_idle)
         self.tasks: list[asyncio.Task[None]] = []
+
+    def _carry_on(self, job: Job, past: Past) -> None:
+        """Count what the runs before have done of a command; it waits unless that finished it."""
+        attempts = list(past.attempts(self.bindings.session_id, job))
+        self.operations += len(attempts)
+        self.counts.update(attempts)
+        finished = bool(attempts) and attempts[-1] in FINISHED
+        self.retried += len(attempts) - finished
+        if finished:
+            self._decided(attempts[-1])
+        else:
+            self._pending.append(_Attempt(job, len(attempts), retry=0))
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -147,15 +175,16 @@ class SessionRun:
 
     def summary(self) -> SessionSummary:
         """The session as it ended, its transcript held against its feed."""
+        epoch_id = str(self.bindings.epoch_id)
         told = [
-            (line.seq, line.operation_id)
+            (line.epoch_id, line.seq, line.operation_id)
             for line in transcript.read(self._transcript)
             if line.after_seq is None
         ]
-        owed = {(seq, str(id)) for seq, id in self._sequence.items()}
+        owed = {(epoch_id, seq, str(id)) for seq, id in self._sequence.items()}
         return SessionSummary(
             session_id=str(self.bindings.session_id),
-            epoch_id=str(self.bindings.epoch_id),
+            epoch_id=epoch_id,
             watermark=self.watermark,
             cursors=self.cursors(),
             notices=Notices(
@@ -172,7 +201,7 @@ class SessionRun:
         self._agent = self._children.start(
             "agent",
             agent.main,
-            (self._token, self._transcript),
+            (self._token, self._transcript, self._store),
             on_message=self._agent_said,
             on_death=self._agent_died,
         )
@@ -217,9 +246,10 @@ class SessionRun:
     def _assign(self) -> None:
         while self._pending and self._idle and self._untold() < MOST_UNTOLD:
             child = self._idle.popleft()
-            job, retry = self._pending.popleft()
-            id = OperationId.new()
-            self._attempts[id] = job, retry
+            attempt = self._pending.popleft()
+            job = attempt.job
+            id = operation_id(self.bindings.session_id, job, attempt.number)
+            self._attempts[id] = attempt
             self._by_worker[child] = id
             # Should the worker be gone already, its death is next, and puts the command back.
             child.send(Assignment(id, job.line, job.command))
@@ -270,16 +300,19 @@ class SessionRun:
 
     def _decide(self, entry: CompletionEntry) -> None:
         self._sequence[entry.seq] = entry.operation_id
-        job, retry = self._attempts.pop(entry.operation_id)
+        job, number, retry = self._attempts.pop(entry.operation_id)
         status = status_of(entry.terminal_outcome)
         self.operations += 1
         self.counts[status] += 1
         self._view.ended(self, job, entry)
         if status is OperationStatus.TERMINATED and retry < self._retries and not self._ending:
             self.retried += 1
-            self._pending.append((job, retry + 1))
+            self._pending.append(_Attempt(job, number + 1, retry + 1))
             self._assign()
             return
+        self._decided(status)
+
+    def _decided(self, status: OperationStatus) -> None:
         self.undecided -= 1
         self.not_completed += status is not OperationStatus.COMPLETED
 

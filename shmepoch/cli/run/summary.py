@@ -28,9 +28,14 @@ class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole run. `commands` are lines of the file, the rest of the counts operations."""
+    """The whole run. `commands` are lines of the file, the rest of the counts operations.
+
+    Of a run that was resumed they count from its beginning, and `finished_before` are the commands
+    that needed nothing any more; kills, restarts and the duration are those since it was resumed.
+    """
 
     commands: int
+    finished_before: int
     operations: int
     completed: int
     failed: int

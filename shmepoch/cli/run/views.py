@@ -43,7 +43,9 @@ class LineView:
         self._say = say
 
     def began(self, sessions: Sequence[Standing], commands: int) -> None:
-        self._say(f"{commands} commands in {len(sessions)} sessions")
+        before = sum(session.decided for session in sessions)
+        finished = f", {before} of them finished before" if before else ""
+        self._say(f"{commands} commands in {len(sessions)} sessions{finished}")
 
     def assigned(self, session: Standing, job: Job) -> None:
         self._say(f"session {session.number}: started    line {job.line}: {job.command}")
