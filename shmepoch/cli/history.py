@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shmepoch.cli.run.plan import RUNS
 from shmepoch.epoch.operations import (
     Aborted,
     Cancelled,
@@ -46,7 +47,8 @@ def list_sessions(store: Path) -> None:
     """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable."""
     with _open(store) as opened:
         for session_id in opened.sessions():
-            print(session_id)
+            if session_id != RUNS:
+                print(session_id)
 
 
 def show(

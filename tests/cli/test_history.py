@@ -1,0 +1,165 @@
+"""What a store is shown to have of a session."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmepoch import (
+    Completed,
+    Failed,
+    OperationResult,
+    RuntimeEpochId,
+    SessionId,
+    SqliteRuntimeStore,
+    Terminated,
+)
+from shmepoch.epoch.completions import CompletionEntry
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.ids import OperationId
+from shmepoch.stores import EpochCapture
+from tests.cli.running import COMMAND, run
+from tests.stores.samples import completion
+
+#: Local time, as the command takes and shows it.
+NOON = datetime(2026, 3, 1, 12)
+
+
+def at(minutes: int) -> int:
+    return round((NOON + timedelta(minutes=minutes)).timestamp() * 1000)
+
+
+def save(
+    store: SqliteRuntimeStore,
+    session_id: SessionId,
+    entries: Sequence[CompletionEntry],
+    *,
+    sealed: bool = False,
+) -> RuntimeEpochId:
+    epoch_id = RuntimeEpochId.new()
+    snapshot = PersistedOpsSnapshot(epoch_id=epoch_id, entries=tuple(entries))
+    store.save([EpochCapture(session_id=session_id, snapshot=snapshot, sealed=sealed)])
+    return epoch_id
+
+
+def history(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "history", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def lines(*arguments: object) -> list[dict[str, Any]]:
+    shown = history(*arguments, "--json")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    return [json.loads(line) for line in shown.stdout.splitlines()]
+
+
+@pytest.fixture
+def session_id() -> SessionId:
+    return SessionId.new()
+
+
+@pytest.fixture
+def path(tmp_path: Path, session_id: SessionId) -> Path:
+    """A store that knows two epochs of `session_id`, and another session."""
+    id = OperationId.new()
+    done = Completed(OperationResult(id=id, content="out\n", duration_ms=12))
+    path = tmp_path / "store"
+    with SqliteRuntimeStore(path) as store:
+        first = (
+            completion(1, id=id, outcome=done, at_ms=at(0)),
+            completion(2, outcome=Failed("exit status 3\nand its output"), at_ms=at(10)),
+        )
+        save(store, session_id, first, sealed=True)
+        save(store, session_id, [completion(1, outcome=Terminated("[gone]"), at_ms=at(20))])
+        save(store, SessionId.new(), [completion(1, at_ms=at(5))])
+    return path
+
+
+def test_a_table_for_each_epoch(path: Path, session_id: SessionId) -> None:
+    shown = history(session_id, "--store", path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.count("epoch ") == 2
+    first, failed, last = (
+        " ".join(line.split()) for line in shown.stdout.splitlines() if "2026-03-01" in line
+    )
+    assert first == "1 2026-03-01 12:00:00 completed work 1 in 12 ms"
+    assert failed == "2 2026-03-01 12:10:00 failed work 2 exit status 3"
+    assert last == "1 2026-03-01 12:20:00 terminated work 1 [gone]"
+
+
+def test_lines_of_json(path: Path, session_id: SessionId) -> None:
+    first, failed, last = lines(session_id, "--store", path)
+    assert [line["entry"]["seq"] for line in (first, failed, last)] == [1, 2, 1]
+    assert first["epoch_id"] == failed["epoch_id"] != last["epoch_id"]
+    assert first["entry"]["terminal_outcome"]["result"]["content"] == "out\n"
+
+
+@pytest.mark.parametrize(
+    ("filters", "minutes"),
+    [
+        (("--status", "failed"), [10]),
+        (("--status", "completed", "--status", "terminated"), [0, 20]),
+        (("--since", "2026-03-01T12:10:00"), [10, 20]),
+        (("--until", "2026-03-01T12:10:00"), [0]),
+        (("--since", "2026-03-01T12:00:01", "--until", "2026-03-01 12:20:00"), [10]),
+        (("--since", "2026-03-02"), []),
+    ],
+)
+def test_filters(
+    path: Path, session_id: SessionId, filters: tuple[str, ...], minutes: list[int]
+) -> None:
+    shown = lines(session_id, "--store", path, *filters)
+    assert [line["entry"]["completed_at_ms"] for line in shown] == [at(m) for m in minutes]
+
+
+def test_without_a_session_they_are_listed(path: Path, session_id: SessionId) -> None:
+    run("-", "--store", path, stdin="true\n")
+    listed = history("--store", path).stdout.split()
+    assert listed[0] == str(session_id)
+    assert len(listed) == 3, "what a run keeps for itself is no session to be shown"
+    assert [line["entry"]["display_name"] for line in lines(listed[2], "--store", path)] == ["true"]
+
+
+def test_what_cannot_be_shown_is_refused(path: Path, tmp_path: Path) -> None:
+    unknown, text = SessionId.new(), tmp_path / "text"
+    text.write_text("this is no database, " * 100)
+    for arguments, why in (
+        ((unknown, "--store", path), f"knows no session {unknown}"),
+        (("session-1", "--store", path), "'session-1'"),
+        ((unknown, "--store", tmp_path / "missing"), "there is no such file"),
+        ((unknown, "--store", text), f"{text} cannot be used as a store"),
+        ((unknown, "--store", tmp_path), f"{tmp_path} cannot be used as a store"),
+        ((unknown, "--store", path, "--status", "done"), "'done' is not one of"),
+    ):
+        refused = history(*arguments)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert why in " ".join(refused.stderr.replace("│", "").split())
+        assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "missing").exists()
+
+
+def test_whoever_reads_it_may_leave(tmp_path: Path, session_id: SessionId) -> None:
+    path = tmp_path / "store"
+    with SqliteRuntimeStore(path) as store:
+        save(store, session_id, [completion(seq, content="x" * 500) for seq in range(1, 1001)])
+    command = [*COMMAND, "history", str(session_id), "--store", str(path), "--json"]
+    shown = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | head -1', "-", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert shown.stdout.count("\n") == 1
+    assert (shown.returncode, shown.stderr) == (141, "")
