@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import secrets
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from tests.leaks import Held, left_behind
 PATIENCE_S = 10.0
 
 _failed = pytest.StashKey[bool]()
+
+
+def pytest_configure() -> None:
+    """Take back what the tests send and their children inherit.
+
+    A shell starts background jobs with SIGINT ignored, and nohup starts them with SIGHUP ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_report_header() -> list[str]:
