@@ -96,7 +96,7 @@ class Records:
         self.acknowledged: Final = folder / "acknowledged"
         self.told: Final = folder / "told"
         self.gaps: Final = folder / "gaps"
-        self.refused: Final = folder / "refused"
+        self.refused = folder / "refused"
         self.faults: Final = folder / "faults"
 
     def write(self, path: Path, line: bytes) -> None:

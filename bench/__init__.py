@@ -1,0 +1,1 @@
+"""shmepoch beside its alternatives, measured in one run."""

@@ -1,0 +1,48 @@
+"""(a) One position in one process: load, advance, compare-and-swap, snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+from bench import cells
+from bench.harness import Contestant, Measure, Sample
+from bench.loops import calls, rising
+
+
+def _each(
+    stack: ExitStack, sample: Callable[[cells.Cell, int], Sample], count: int
+) -> list[Contestant]:
+    return [
+        Contestant(name, sample(make(stack), max(1, count // fewer)), caveat)
+        for name, make, caveat, fewer in cells.ALL
+    ]
+
+
+def _swapping(cell: cells.Cell) -> Callable[[int], object]:
+    cell.advance(10**6 - 1)
+    swap = cell.swap
+    return lambda value: swap(value - 1, value)
+
+
+def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
+    """The group, for so many calls a sample."""
+    yield Measure("load", _each(stack, lambda cell, n: calls(cell.load, n), count))
+    yield Measure("advance", _each(stack, lambda cell, n: rising(cell.advance, n), count))
+    yield Measure(
+        "compare and swap, successful",
+        _each(stack, lambda cell, n: rising(_swapping(cell), n), count),
+    )
+    yield Measure(
+        "compare and swap, refused",
+        _each(stack, lambda cell, n: rising(lambda value: cell.swap(value, value), n), count),
+    )
+    yield Measure("snapshot of three cursors", list(_snapshots(stack, count)))
+
+
+def _snapshots(stack: ExitStack, count: int) -> Iterator[Contestant]:
+    yield Contestant("shmepoch", calls(cells.epoch(stack).cursor_state.snapshot, count))
+    one, two, three = (cells.of_atomicshm(stack, at).load for at in (0, 64, 128))
+    yield Contestant(
+        "atomicshm", calls(lambda: (one(), two(), three()), count), "not of one instant"
+    )
