@@ -1,4 +1,4 @@
-"""A namespace of its own for each test, and nothing left behind in it."""
+"""A namespace of its own for each test, a runtime in it, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
 from shmepoch.memory import _native
 from tests.leaks import Held, left_behind
 
@@ -75,3 +76,20 @@ def no_leaks(request: pytest.FixtureRequest, namespace: str) -> Iterator[None]:
     left.clean_up()
     if left and not failed:
         pytest.fail(f"left behind:\n{description}", pytrace=False)
+
+
+@pytest.fixture
+def adapter(namespace: str) -> Iterator[RuntimeSessionAdapter]:
+    """A live runtime."""
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
+        yield adapter
+
+
+@pytest.fixture
+def bindings(adapter: RuntimeSessionAdapter) -> Iterator[SessionRuntimeBindings]:
+    """Bindings of a session that `adapter` runs. However the test ends, the epoch is consistent."""
+    bindings = adapter.prepare_bindings(SessionId.new())
+    yield bindings
+    bindings.ops_lifecycle.check()
+    if adapter.contains_session(bindings.session_id):
+        adapter.unregister_session(bindings.session_id)

@@ -49,12 +49,6 @@ def stored(path: Path, session_id: SessionId) -> int:
 
 
 @pytest.fixture
-def adapter(namespace: str) -> Iterator[RuntimeSessionAdapter]:
-    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
-        yield adapter
-
-
-@pytest.fixture
 def sessions(adapter: RuntimeSessionAdapter) -> Iterator[list[SessionRuntimeBindings]]:
     """Two epochs of a live runtime that has no store."""
     bindings = [adapter.prepare_bindings(SessionId.new()) for _ in range(2)]

@@ -13,37 +13,16 @@ from shmepoch.epoch.operations import (
     OperationLifecycleSnapshot,
     OperationPeerHandle,
     OperationProgressUpdate,
-    OperationResult,
-    OperationSpec,
     OperationStatus,
     TrustedPeerSpec,
 )
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.ids import OperationId, SessionId
+from shmepoch.ids import OperationId
+from tests.support import result as result
+from tests.support import spec as spec
 
 Registry: TypeAlias = RuntimeOpsLifecycleRegistry
 Verb: TypeAlias = Callable[[OpsLifecycleRegistry, OperationId], None]
-
-
-def spec(
-    name: str = "work",
-    *,
-    kind: OperationKind = OperationKind.BACKGROUND_TOOL_OP,
-    id: OperationId | None = None,
-) -> OperationSpec:
-    """The spec of a fresh operation."""
-    return OperationSpec(
-        id=id or OperationId.new(),
-        kind=kind,
-        owner_session_id=SessionId.new(),
-        display_name=name,
-        source_label="test",
-    )
-
-
-def result(id: OperationId, content: str = "done") -> OperationResult:
-    """A result of an operation."""
-    return OperationResult(id=id, content=content, duration_ms=1)
 
 
 CHILD: Final = OperationKind.MOB_MEMBER_CHILD
