@@ -339,7 +339,8 @@ def one_round(records: Records, session_id: SessionId, chance: random.Random, wo
         time.sleep(chance.random() * LONGEST_S / 2)
     chance.shuffle(pids)
     kill(pids)
-    mend() if fault == "locked" else None
+    if fault == "locked":
+        mend()
 
 
 def settle(records: Records, session_id: SessionId) -> None:
