@@ -307,8 +307,6 @@ def test_killed_between_the_ends_of_its_sessions(
     stdin = "\n".join(jobs)
     arguments = ("-", "--json", "--store", store, "--sessions", 2, "--transcript", transcripts)
     dying = (sys.executable, "-c", _ENDS.format(after=after))
-    script = tmp_path / "dying.py"
-    script.write_text(_ENDS.format(after=after))
     assert run(*arguments, stdin=stdin, command=dying).returncode == -signal.SIGKILL
     eventually(lambda: not processes_in(namespace), within=30)
     finished = with_status(store, *_FINISHED)

@@ -175,10 +175,8 @@ class _Run:
         return RuntimeSessionAdapter.persistent(self._store, namespace=namespace, config=config)
 
     async def _open(self, adapter: RuntimeSessionAdapter) -> None:
-        options, opened = (
-            self._options,
-            [adapter.prepare_bindings(id) for id in self._plan.sessions],
-        )
+        options = self._options
+        opened = [adapter.prepare_bindings(id) for id in self._plan.sessions]
         if options.resume:
             await self._until_alone(opened)
         for number, bindings in enumerate(opened, 1):

@@ -1,0 +1,152 @@
+"""Runs that are kept in a store: what they leave in it, and what they do when it fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+from shmepoch import OpsLifecycleConfig, RuntimeSessionAdapter, SessionId, SqliteRuntimeStore
+from shmepoch.cli.run import agent, transcript
+from shmepoch.cli.run.plan import RUNS
+from shmepoch.epoch.operations import OperationStatus
+from tests.cli.running import (
+    ended,
+    nothing_left,
+    processes_in,
+    run,
+    segments_in,
+    started,
+    summary,
+    waiting,
+    waits,
+)
+from tests.cli.stored import commands, ran, with_status
+from tests.runtime.completions import TOOL, end
+from tests.support import eventually
+
+
+def test_a_finished_run_leaves_its_history_and_room_for_the_next(
+    namespace: str, tmp_path: Path
+) -> None:
+    store, stdin = tmp_path / "store", "true\nfalse\n"
+    ids = []
+    for _ in range(2):
+        done = run("-", "--json", "--store", store, "--sessions", 2, stdin=stdin)
+        assert done.returncode == 1, done.stderr
+        ids += [session["session_id"] for session in summary(done.stdout)["sessions"]]
+        nothing_left(namespace)
+    with SqliteRuntimeStore(store) as opened:
+        assert {str(id) for id in opened.sessions()} == {*ids, str(RUNS)}
+        assert [opened.load(id) for id in opened.sessions()] == [None] * 5
+    assert sorted(with_status(store, *OperationStatus)) == ["false"] * 2 + ["true"] * 2
+
+
+_CANNOT_OPEN = """
+from shmepoch.cli import main
+from shmepoch.errors import SharedMemoryExhausted
+from shmepoch.runtime.adapter import RuntimeSessionAdapter as adapter
+
+prepare, opened = adapter.prepare_bindings, []
+
+
+def exhausted(self, session_id):
+    if opened:
+        raise SharedMemoryExhausted(1, 0, "/dev/shm")
+    opened.append(session_id)
+    return prepare(self, session_id)
+
+
+adapter.prepare_bindings = exhausted
+main()
+"""
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_to_resume(namespace: str, tmp_path: Path) -> None:
+    store, stdin = tmp_path / "store", "true\ntrue\n"
+    arguments = ("-", "--store", store, "--sessions", 2)
+    failed = run(*arguments, stdin=stdin, command=(sys.executable, "-c", _CANNOT_OPEN))
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    nothing_left(namespace)
+    assert run(*arguments, stdin=stdin).returncode == 0
+
+
+def test_a_store_that_cannot_be_used_is_refused_before_anything_runs(
+    namespace: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("no database, and longer than the header of one would be" * 10)
+    for path in (text, tmp_path, tmp_path / "missing" / "store"):
+        refused = run("-", "--store", path, stdin=f"touch {tmp_path}/ran\n")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"shmepoch: {path} cannot be used as a store: ")
+    assert not (tmp_path / "ran").exists()
+    nothing_left(namespace)
+
+
+def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
+    namespace: str, tmp_path: Path
+) -> None:
+    """What it did not take is in shared memory, and resuming brings it there."""
+    store = tmp_path / "store"
+    jobs = [f"{waits(tmp_path)}; true", *commands(tmp_path, 4, "true")]
+    stdin = "\n".join(jobs)
+    arguments = ("-", "--json", "--store", store, "--workers", 1)
+    with started(*arguments, stdin=stdin) as process:
+        (command,) = waiting(tmp_path)
+        holder = sqlite3.connect(store, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        command.kill()
+        status, out, err = ended(process)
+        holder.close()
+    assert (status, out) == (1, "")
+    assert "the store did not take a write" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    eventually(lambda: not processes_in(namespace), within=30)
+    assert len(segments_in(namespace)) == 1
+    assert ran(tmp_path, jobs[1:]).total() == 4
+    done = run(*arguments, "--resume", stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    figures = summary(done.stdout)
+    assert (figures["finished_before"], figures["completed"]) == (5, 5)
+    assert ran(tmp_path, jobs[1:]).total() == 4
+    assert sorted(with_status(store, OperationStatus.COMPLETED)) == sorted(jobs)
+    nothing_left(namespace)
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_the_agent_finds_in_the_store_what_the_feed_has_dropped(
+    namespace: str, tmp_path: Path, with_store: bool
+) -> None:
+    path, told, session_id = tmp_path / "store", tmp_path / "told", SessionId.new()
+    config = OpsLifecycleConfig(max_completed=8)
+    context = multiprocessing.get_context("spawn")
+    with (
+        SqliteRuntimeStore(path) as store,
+        RuntimeSessionAdapter.persistent(store, namespace=namespace, config=config) as adapter,
+    ):
+        bindings = adapter.prepare_bindings(session_id)
+        feed = bindings.ops_lifecycle.completion_feed()
+        while not (dropped := feed.list_since(0).dropped_through):
+            end(bindings, *[TOOL] * 100, reason="x" * 400)
+            eventually(lambda: store.last_seq(bindings.epoch_id) == feed.watermark())
+        ours, theirs = context.Pipe()
+        arguments = theirs, bindings.to_token(), told, path if with_store else None
+        process = context.Process(target=agent.main, args=arguments)
+        process.start()
+        theirs.close()
+        assert ours.poll(60)
+        ours.close()
+        process.join(60)
+        lines = transcript.read(told)
+        gaps = [(line.after_seq, line.seq) for line in lines if line.after_seq is not None]
+        assert gaps == ([] if with_store else [(0, dropped)])
+        first = 1 if with_store else dropped + 1
+        seqs = [line.seq for line in lines if line.after_seq is None]
+        assert seqs == list(range(first, feed.watermark() + 1))
+        adapter.unregister_session(session_id)
+    assert process.exitcode == 0
