@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from shmepoch import (
@@ -81,7 +82,8 @@ def path(tmp_path: Path, session_id: SessionId) -> Path:
             completion(2, outcome=Failed("exit status 3\nand its output"), at_ms=at(10)),
         )
         save(store, session_id, first, sealed=True)
-        save(store, session_id, [completion(1, outcome=Terminated("[gone]"), at_ms=at(20))])
+        gone = completion(1, outcome=Terminated("[gone]"), at_ms=at(20))
+        save(store, session_id, [msgspec.structs.replace(gone, display_name="[work]")])
         save(store, SessionId.new(), [completion(1, at_ms=at(5))])
     return path
 
@@ -95,7 +97,7 @@ def test_a_table_for_each_epoch(path: Path, session_id: SessionId) -> None:
     )
     assert first == "1 2026-03-01 12:00:00 completed work 1 in 12 ms"
     assert failed == "2 2026-03-01 12:10:00 failed work 2 exit status 3"
-    assert last == "1 2026-03-01 12:20:00 terminated work 1 [gone]"
+    assert last == "1 2026-03-01 12:20:00 terminated [work] [gone]"
 
 
 def test_lines_of_json(path: Path, session_id: SessionId) -> None:
