@@ -11,7 +11,7 @@ from bench.harness import Result
 
 @dataclass(frozen=True)
 class Goal:
-    """`faster_than` each of `peers` by `factor`, or within `factor` of each where it is below 1."""
+    """To be `factor` times as fast as each of `peers`; below 1, it may be so much slower."""
 
     name: str
     measure: str

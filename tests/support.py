@@ -1,13 +1,15 @@
-"""What several tests need: waiting for a condition, and short ways to make operations."""
+"""What several tests need: waiting, looking into shared memory, making operations."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from shmepoch.epoch.operations import OperationKind, OperationResult, OperationSpec
 from shmepoch.ids import OperationId, SessionId
+from shmepoch.memory.files import SHM_DIR
 
 T = TypeVar("T")
 
@@ -19,6 +21,22 @@ def eventually(look: Callable[[], T], *, within: float = 20.0) -> T:
         assert time.monotonic() < deadline, f"not within {within} s: {look}"
         time.sleep(0.002)
     return answer
+
+
+def segments_in(namespace: str) -> list[Path]:
+    """What the namespace has in shared memory."""
+    return sorted(SHM_DIR.glob(f"shmepoch.{namespace}.*"))
+
+
+def names_in(namespace: str) -> list[str]:
+    """The names of what the namespace has in shared memory."""
+    return [path.name for path in segments_in(namespace)]
+
+
+def empty_shared_memory(namespace: str) -> None:
+    """Remove what the namespace has in shared memory, as the end of the machine would."""
+    for path in segments_in(namespace):
+        path.unlink()
 
 
 def spec(

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 import psutil
 
-from shmepoch.memory.files import SHM_DIR
-from tests.support import eventually
+from tests.support import eventually, segments_in
 
 COMMAND: Final = (sys.executable, "-m", "shmepoch")
 #: A watchdog; nothing here takes a tenth of it on an idle machine.
@@ -142,17 +141,6 @@ def kill_all(namespace: str) -> None:
         return not found
 
     eventually(kill, within=30)
-
-
-def empty_shared_memory(namespace: str) -> None:
-    """Remove what the namespace has in shared memory, as the end of the machine would."""
-    for path in segments_in(namespace):
-        path.unlink()
-
-
-def segments_in(namespace: str) -> list[Path]:
-    """What the namespace has in shared memory."""
-    return list(SHM_DIR.glob(f"shmepoch.{namespace}.*"))
 
 
 def nothing_left(namespace: str) -> None:

@@ -16,14 +16,13 @@ from tests.cli.running import (
     ended,
     nothing_left,
     processes_in,
-    segments_in,
     started,
     summary,
     told,
     waiting,
     waits,
 )
-from tests.support import eventually
+from tests.support import eventually, segments_in
 
 
 def test_ctrl_c(namespace: str, tmp_path: Path) -> None:

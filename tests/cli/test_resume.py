@@ -16,13 +16,11 @@ from shmepoch.epoch.operations import OperationStatus, status_of
 from shmepoch.ids import SessionId
 from tests.cli.running import (
     agent_of,
-    empty_shared_memory,
     ended,
     kill_all,
     nothing_left,
     processes_in,
     run,
-    segments_in,
     started,
     summary,
     told,
@@ -30,7 +28,7 @@ from tests.cli.running import (
     waits,
 )
 from tests.cli.stored import applied, commands, history, ran, until_ran, with_status
-from tests.support import eventually
+from tests.support import empty_shared_memory, eventually, segments_in
 
 _ROOT = Path(__file__).parents[2]
 _FINISHED = (OperationStatus.COMPLETED, OperationStatus.FAILED)

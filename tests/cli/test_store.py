@@ -18,7 +18,6 @@ from tests.cli.running import (
     nothing_left,
     processes_in,
     run,
-    segments_in,
     started,
     summary,
     waiting,
@@ -26,7 +25,7 @@ from tests.cli.running import (
 )
 from tests.cli.stored import commands, ran, with_status
 from tests.runtime.completions import TOOL, end
-from tests.support import eventually
+from tests.support import eventually, segments_in
 
 
 def test_a_finished_run_leaves_its_history_and_room_for_the_next(

@@ -30,6 +30,7 @@ from shmepoch.memory.segment import (
     resolve_namespace,
     segment_path,
 )
+from tests.support import names_in
 
 Allocate = Callable[..., SharedSegment]
 
@@ -79,21 +80,17 @@ def attach(namespace: str, segment: SharedSegment) -> Iterator[Callable[[], Shar
         one.close()
 
 
-def names(namespace: str) -> list[str]:
-    return sorted(path.name for path in SHM_DIR.glob(f"shmepoch.{namespace}.*"))
-
-
 # --- made and named ---------------------------------------------------------------------------
 
 
 def test_a_segment_has_no_name_before_it_is_published(namespace: str, allocate: Allocate) -> None:
     segment = allocate()
-    assert names(namespace) == []
+    assert names_in(namespace) == []
     with pytest.raises(FileNotFoundError):
         SharedSegment.attach(namespace, segment.session_id)
     assert not remove_unused(namespace, segment.session_id)
     segment.publish()
-    assert names(namespace) == [segment.name]
+    assert names_in(namespace) == [segment.name]
     assert segment.path == segment_path(namespace, segment.session_id)
 
 
@@ -101,7 +98,7 @@ def test_a_segment_that_was_never_published_leaves_nothing(
     namespace: str, allocate: Allocate
 ) -> None:
     allocate().close()
-    assert names(namespace) == []
+    assert names_in(namespace) == []
 
 
 def test_a_second_segment_of_a_session_is_refused_the_name(
@@ -124,15 +121,15 @@ def test_replacing_is_one_step(
     segment.seal()
     second = allocate(segment.session_id)
     second.publish(replace=True)
-    assert names(namespace) == [segment.name]
+    assert names_in(namespace) == [segment.name]
     assert attach().epoch_id == second.epoch_id
     # Who was attached keeps what it had, and removes nothing that is not its own.
     assert old.epoch_id == segment.epoch_id
     old.unlink()
     segment.unlink()
-    assert names(namespace) == [segment.name]
+    assert names_in(namespace) == [segment.name]
     second.unlink()
-    assert names(namespace) == []
+    assert names_in(namespace) == []
 
 
 def test_the_name_is_never_missing_while_it_is_replaced(
@@ -165,7 +162,7 @@ def test_a_replacement_that_was_left_half_way_is_no_obstacle(
     left.touch(mode=0o600)
     assert list(list_sessions(namespace)) == [segment.session_id]
     allocate(segment.session_id).publish(replace=True)
-    assert names(namespace) == [segment.name]
+    assert names_in(namespace) == [segment.name]
 
 
 def test_private_memory_is_a_segment_too() -> None:
@@ -357,7 +354,7 @@ def test_what_anybody_has_attached_is_not_removed(
     other.close()
     assert remove_unused(namespace, segment.session_id)
     assert not remove_unused(namespace, segment.session_id)
-    assert names(namespace) == []
+    assert names_in(namespace) == []
 
 
 def test_removing_what_is_not_there_does_nothing(segment: SharedSegment) -> None:
@@ -408,11 +405,3 @@ def test_the_longest_namespace_has_segments(
     assert list(list_sessions(namespace)) == []
     segment.unlink()
     segment.close()
-
-
-def test_the_namespace_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHMEPOCH_NAMESPACE", "theirs")
-    assert resolve_namespace(None) == "theirs"
-    assert resolve_namespace("mine") == "mine"
-    monkeypatch.delenv("SHMEPOCH_NAMESPACE")
-    assert resolve_namespace(None) == "default"

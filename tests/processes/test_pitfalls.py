@@ -51,7 +51,7 @@ from shmepoch.memory.segment import SharedSegment, list_sessions, remove_unused,
 from tests.processes.children import METHODS, Channel, Child, start
 from tests.processes.private_shm import NoPrivateMounts, mount_private_shm
 from tests.processes.workloads import obeys_the_feed
-from tests.support import eventually, result, spec
+from tests.support import eventually, names_in, result, spec
 
 
 def end(registry: RuntimeOpsLifecycleRegistry, reason: str = "ended") -> OperationId:
@@ -420,7 +420,7 @@ def test_nothing_remains_of_consumers_that_died(namespace: str, method: str) -> 
         eventually(lambda: [one.pid for one in bindings.participants()] == [os.getpid()])
         eventually(lambda: watchers() == 0)
         adapter.unregister_session(bindings.session_id)
-    assert list(SHM_DIR.glob(f"shmepoch.{namespace}.*")) == []
+    assert names_in(namespace) == []
 
 
 # --- cleaning up while others work ------------------------------------------------------------
@@ -492,7 +492,7 @@ def test_cleaning_up_never_removes_what_is_held_and_fails_no_attach(namespace: s
         adapter.unregister_session(held.session_id)
     for session_id in list(list_sessions(namespace)):
         assert remove_unused(namespace, session_id)
-    assert list(SHM_DIR.glob(f"shmepoch.{namespace}.*")) == []
+    assert names_in(namespace) == []
 
 
 # --- who owns what ----------------------------------------------------------------------------

@@ -26,11 +26,10 @@ from shmepoch import (
     SessionRuntimeBindings,
     Terminated,
 )
-from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start
 from tests.processes.workloads import obeys_the_feed, one_entry_each, work_for_ever
-from tests.support import eventually, spec
+from tests.support import eventually, names_in, spec
 
 
 def run_session(
@@ -192,10 +191,6 @@ def killed_in(
     act(adapter)
 
 
-def in_namespace(namespace: str) -> list[str]:
-    return sorted(path.name for path in SHM_DIR.glob(f"shmepoch.{namespace}.*"))
-
-
 @pytest.mark.parametrize("at", ["publish", "rename"])
 def test_killed_in_a_reset(namespace: str, at: str) -> None:
     session_id = SessionId.new()
@@ -208,9 +203,9 @@ def test_killed_in_a_reset(namespace: str, at: str) -> None:
         assert not bindings.sealed
         with pytest.raises(EpochSealed):
             SessionRuntimeBindings.from_token(old)
-        assert len(in_namespace(namespace)) == 1
+        assert len(names_in(namespace)) == 1
         adapter.unregister_session(session_id)
-    assert in_namespace(namespace) == []
+    assert names_in(namespace) == []
 
 
 def test_killed_in_a_reset_and_ended_after_that(namespace: str) -> None:
@@ -220,12 +215,12 @@ def test_killed_in_a_reset_and_ended_after_that(namespace: str) -> None:
     with start(killed_in, None, namespace, session_id, "rename", act) as first:
         first.hear()
         first.join()
-    assert len(in_namespace(namespace)) == 2
+    assert len(names_in(namespace)) == 2
     with contextlib.ExitStack() as stack:
         segment = SharedSegment.attach(namespace, session_id)
         stack.callback(segment.close)
         segment.unlink()
-    assert in_namespace(namespace) == []
+    assert names_in(namespace) == []
 
 
 def test_killed_in_an_unregister(namespace: str) -> None:
@@ -255,4 +250,4 @@ def test_killed_while_making_an_epoch(namespace: str) -> None:
     session_id = SessionId.new()
     with start(killed_while_making, None, namespace, session_id) as child:
         assert child.join() == -signal.SIGKILL
-    assert in_namespace(namespace) == []
+    assert names_in(namespace) == []

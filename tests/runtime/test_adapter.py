@@ -30,16 +30,10 @@ from shmepoch import (
     SessionRuntimeBindings,
     Terminated,
 )
-from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.segment import SharedSegment, list_sessions, segment_path
 from tests.processes.children import Channel, start
 from tests.runtime.completions import TOOL, end
-from tests.support import eventually, spec
-
-
-def segments(namespace: str) -> list[str]:
-    return sorted(path.name for path in SHM_DIR.glob(f"shmepoch.{namespace}.*"))
-
+from tests.support import eventually, names_in, spec
 
 # --- preparing --------------------------------------------------------------------------------
 
@@ -225,7 +219,7 @@ def test_after_a_reset_everything_is_fresh(adapter: RuntimeSessionAdapter, names
     ):
         with pytest.raises(EpochSealed):
             change()
-    assert segments(namespace) == [new.shared_segment().name]
+    assert names_in(namespace) == [new.shared_segment().name]
     adapter.unregister_session(session_id)
 
 
@@ -246,7 +240,7 @@ def test_unregistering_ends_what_runs_and_removes_the_segment(
     assert [entry.operation_id for entry in batch.entries] == ids
     assert all(isinstance(entry.terminal_outcome, Terminated) for entry in batch.entries)
     assert bindings.sealed
-    assert segments(namespace) == []
+    assert names_in(namespace) == []
     assert not adapter.contains_session(session_id)
     with pytest.raises((EpochGone, EpochSealed)):
         SessionRuntimeBindings.from_token(bindings.to_token())
@@ -281,7 +275,7 @@ def test_a_session_that_was_reset_while_somebody_held_the_old_epoch(
     held = SharedSegment.attach(namespace, session_id)
     new = adapter.reset_session(session_id)
     held.unlink()
-    assert segments(namespace) == [new.shared_segment().name]
+    assert names_in(namespace) == [new.shared_segment().name]
     held.close()
     adapter.unregister_session(session_id)
 
@@ -296,7 +290,7 @@ def test_closing_leaves_the_segments_for_the_next_adapter(namespace: str) -> Non
         token = bindings.to_token()
         end(bindings, TOOL)
         bindings.cursor_state.agent_applied_cursor.advance(1)
-    assert segments(namespace) == [segment_path(namespace, session_id).name]
+    assert names_in(namespace) == [segment_path(namespace, session_id).name]
     with pytest.raises(BindingsClosed):
         bindings.ops_lifecycle.register_operation(spec())
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as second:
@@ -327,7 +321,7 @@ def test_an_adapter_without_sessions_starts_nothing(namespace: str) -> None:
     threads = threading.active_count()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace):
         assert threading.active_count() == threads
-        assert segments(namespace) == []
+        assert names_in(namespace) == []
 
 
 def test_closing_waits_for_what_is_in_progress(namespace: str) -> None:
@@ -380,7 +374,7 @@ def test_a_sealed_segment_that_was_left_is_replaced(namespace: str) -> None:
         assert new.epoch_id != old.epoch_id
         assert not new.sealed
         assert end(new, TOOL) == [1]
-        assert segments(namespace) == [new.shared_segment().name]
+        assert names_in(namespace) == [new.shared_segment().name]
         second.unregister_session(session_id)
 
 

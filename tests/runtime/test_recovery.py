@@ -41,7 +41,6 @@ from shmepoch import (
     StoreWriteFailed,
     Terminated,
 )
-from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout
 from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime import durability
@@ -49,7 +48,7 @@ from shmepoch.stores import EpochCapture
 from tests.runtime.completions import CHILD, TOOL, end
 from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion, completions
-from tests.support import eventually, result, spec
+from tests.support import empty_shared_memory, eventually, result, spec
 
 #: An epoch whose feed drops completions soon, and one that has stored each before it does.
 CARELESS = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
@@ -86,8 +85,7 @@ class Machine:
             bindings.ops_lifecycle.check()
 
     def restart(self) -> None:
-        for path in SHM_DIR.glob(f"shmepoch.{self.namespace}.*"):
-            path.unlink()
+        empty_shared_memory(self.namespace)
 
     def change(self, statement: str) -> None:
         """What somebody with the sqlite3 tool, or a bad disk, does to the file."""
