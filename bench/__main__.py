@@ -4,43 +4,79 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench import report
-from bench.harness import Result, run
-from bench.measures import cursors, imports, operations, segments
-
-#: Each group, and how many calls a sample of it has in a full run.
-_GROUPS: Final = (
-    (cursors, 100_000),
-    (operations, 300),
-    (segments, 300),
-    (imports, 1),
+from bench.harness import Measure, Result, run
+from bench.measures import (
+    contention,
+    cursors,
+    growth,
+    idle,
+    imports,
+    operations,
+    segments,
+    streams,
+    wakes,
 )
-_ROUNDS: Final = 25
-_QUICK_ROUNDS: Final = 7
-_QUICK_FEWER: Final = 5
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many rounds, and how many of what it counts a sample has."""
+
+    rounds: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Measures that belong together, and the effort of a full and of a quick run."""
+
+    measures: Callable[[ExitStack, int], Iterator[Measure]]
+    full: Effort
+    quick: Effort
+
+
+GROUPS: Final = {
+    "cursors": Group(cursors.measures, Effort(25, 100_000), Effort(7, 20_000)),
+    "contention": Group(contention.measures, Effort(15, 400_000), Effort(3, 100_000)),
+    "wakes": Group(wakes.measures, Effort(15, 5_000), Effort(3, 1_000)),
+    "operations": Group(operations.measures, Effort(25, 300), Effort(7, 60)),
+    "streams": Group(streams.measures, Effort(11, 4_000), Effort(3, 2_000)),
+    "segments": Group(segments.measures, Effort(25, 300), Effort(7, 100)),
+    "growth": Group(growth.measures, Effort(5, 10_000), Effort(3, 10_000)),
+    "ages": Group(growth.ages, Effort(11, 1_000_000), Effort(3, 10_000)),
+    "imports": Group(imports.measures, Effort(15, 1), Effort(5, 1)),
+    "idle": Group(idle.measures, Effort(5, 20), Effort(3, 5)),
+}
 
 
 def main() -> None:
     """Measure everything, write the results and print them."""
-    parser = argparse.ArgumentParser(description=sys.modules[__name__].__doc__)
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds of fewer calls")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="a folder")
+    parser.add_argument(
+        "--only", choices=list(GROUPS), nargs="+", default=list(GROUPS), help="these groups"
+    )
     options = parser.parse_args()
     results: list[Result] = []
-    for group, count in _GROUPS:
-        if options.quick:
-            count = max(1, count // _QUICK_FEWER)
+    for name in options.only:
+        group = GROUPS[name]
+        effort = group.quick if options.quick else group.full
         with ExitStack() as stack:
-            rounds = _QUICK_ROUNDS if options.quick else _ROUNDS
-            results += run(
-                group.measures(stack, count), rounds, lambda name: print(name, file=sys.stderr)
-            )
+            results += run(group.measures(stack, effort.count), effort.rounds, _say)
     report.write(results, options.results)
     print(report.markdown(results))
+
+
+def _say(measure: str) -> None:
+    print(measure, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -15,7 +16,12 @@ import atomicshm
 import numpy as np
 import posix_ipc
 
-from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
+from shmepoch import (
+    OpsLifecycleConfig,
+    RuntimeSessionAdapter,
+    SessionId,
+    SessionRuntimeBindings,
+)
 
 
 class Cell(NamedTuple):
@@ -26,9 +32,11 @@ class Cell(NamedTuple):
     swap: Callable[[int, int], object]
 
 
-def epoch(stack: ExitStack) -> SessionRuntimeBindings:
+def epoch(stack: ExitStack, config: OpsLifecycleConfig | None = None) -> SessionRuntimeBindings:
     """A live epoch, ended with `stack`."""
-    adapter = stack.enter_context(RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}"))
+    adapter = stack.enter_context(
+        RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}", config=config)
+    )
     bindings = adapter.prepare_bindings(SessionId.new())
     stack.callback(adapter.unregister_session, bindings.session_id)
     return bindings
@@ -114,7 +122,7 @@ def of_semaphore(stack: ExitStack) -> Cell:
     semaphore = posix_ipc.Semaphore(None, posix_ipc.O_CREX, initial_value=1)
     semaphore.unlink()
     stack.callback(semaphore.close)
-    array: Any = np.zeros(1, dtype=np.uint64)  # the semaphore is what costs, wherever it lies
+    array: Any = np.ndarray(1, dtype=np.uint64, buffer=mmap.mmap(-1, mmap.PAGESIZE))
 
     def load() -> int:
         with semaphore:

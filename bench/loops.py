@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import repeat
 from time import perf_counter
+from typing import Final
 
-from bench.harness import Sample
+#: A sample of one figure.
+Timed = Callable[[], float]
+
+#: Beyond the small integers that CPython keeps: what real positions cost.
+FIRST: Final = 10**6
 
 
-def calls(call: Callable[[], object], count: int) -> Sample:
+def calls(call: Callable[[], object], count: int) -> Timed:
     """Seconds for one call without arguments, net of the loop."""
 
     def sample() -> float:
@@ -25,9 +30,9 @@ def calls(call: Callable[[], object], count: int) -> Sample:
     return sample
 
 
-def rising(call: Callable[[int], object], count: int) -> Sample:
+def rising(call: Callable[[int], object], count: int, first: int = FIRST) -> Timed:
     """Seconds for one call with a value above all before it, net of the loop."""
-    reached = 10**6  # beyond the small integers that CPython keeps
+    reached = first
 
     def sample() -> float:
         nonlocal reached
@@ -40,6 +45,26 @@ def rising(call: Callable[[int], object], count: int) -> Sample:
         began = perf_counter()
         for value in values:
             call(value)
+        return (perf_counter() - began - bare) / count
+
+    return sample
+
+
+def swaps(call: Callable[[int, int], object], count: int, *, behind: int) -> Timed:
+    """Seconds for one exchange of `value - behind` by `value`, net of the loop; values rise."""
+    reached = FIRST
+
+    def sample() -> float:
+        nonlocal reached
+        values = range(reached, reached + count)
+        reached += count
+        began = perf_counter()
+        for value in values:
+            value - behind
+        bare = perf_counter() - began
+        began = perf_counter()
+        for value in values:
+            call(value - behind, value)
         return (perf_counter() - began - bare) / count
 
     return sample

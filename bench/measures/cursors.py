@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from bench import cells
 from bench.harness import Contestant, Measure, Sample
-from bench.loops import calls, rising
+from bench.loops import FIRST, calls, rising, swaps
 
 
 def _each(
@@ -19,10 +19,9 @@ def _each(
     ]
 
 
-def _swapping(cell: cells.Cell) -> Callable[[int], object]:
-    cell.advance(10**6 - 1)
-    swap = cell.swap
-    return lambda value: swap(value - 1, value)
+def _swapping(cell: cells.Cell, count: int) -> Sample:
+    cell.advance(FIRST - 1)
+    return swaps(cell.swap, count, behind=1)
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
@@ -31,11 +30,11 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     yield Measure("advance", _each(stack, lambda cell, n: rising(cell.advance, n), count))
     yield Measure(
         "compare and swap, successful",
-        _each(stack, lambda cell, n: rising(_swapping(cell), n), count),
+        _each(stack, _swapping, count),
     )
     yield Measure(
         "compare and swap, refused",
-        _each(stack, lambda cell, n: rising(lambda value: cell.swap(value, value), n), count),
+        _each(stack, lambda cell, n: swaps(cell.swap, n, behind=0), count),
     )
     yield Measure("snapshot of three cursors", list(_snapshots(stack, count)))
 

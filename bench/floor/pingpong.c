@@ -1,0 +1,107 @@
+/* The floor of a wake round trip: two processes, one word each.
+ *
+ *     pingpong spin|futex CPU CPU COUNT PAUSE
+ *
+ * Both spin for PAUSE nanoseconds before they signal, so that the other one is asleep by then.
+ * Prints the nanoseconds of each round trip, net of the answer's pause, one a line. */
+#define _GNU_SOURCE
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef struct {
+    _Alignas(128) _Atomic unsigned value;
+} Word;
+
+static int sleeping;
+
+static void
+pin(int cpu)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    if (sched_setaffinity(0, sizeof set, &set)) {
+        perror("sched_setaffinity");
+        exit(1);
+    }
+}
+
+static void
+say(Word *word, unsigned value)
+{
+    atomic_store(&word->value, value);
+    if (sleeping)
+        syscall(SYS_futex, &word->value, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static void
+hear(Word *word, unsigned value)
+{
+    unsigned found;
+    while ((found = atomic_load(&word->value)) != value)
+        if (sleeping)
+            syscall(SYS_futex, &word->value, FUTEX_WAIT, found, NULL, NULL, 0);
+}
+
+static long
+now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000L + time.tv_nsec;
+}
+
+static void
+spin(long pause)
+{
+    for (long until = pause ? now() + pause : 0; until && now() < until;)
+        ;
+}
+
+int
+main(int argc, char **argv)
+{
+    if (argc != 6)
+        return 2;
+    sleeping = !strcmp(argv[1], "futex");
+    unsigned count = atoi(argv[4]);
+    long pause = atol(argv[5]);
+    Word *words = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    long *taken = calloc(count, sizeof *taken);
+    if (words == MAP_FAILED || !taken)
+        return 1;
+    pid_t child = fork();
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        pin(atoi(argv[3]));
+        for (unsigned turn = 1; turn <= count; turn++) {
+            hear(&words[0], turn);
+            spin(pause);
+            say(&words[1], turn);
+        }
+        _exit(0);
+    }
+    pin(atoi(argv[2]));
+    for (unsigned turn = 1; turn <= count; turn++) {
+        spin(pause);
+        long began = now();
+        say(&words[0], turn);
+        hear(&words[1], turn);
+        taken[turn - 1] = now() - began - pause;
+    }
+    waitpid(child, NULL, 0);
+    for (unsigned turn = 0; turn < count; turn++)
+        printf("%ld\n", taken[turn]);
+    return 0;
+}

@@ -1,0 +1,142 @@
+"""(f) The same with many live epochs on the machine, and with a long history."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import count as counting
+from time import perf_counter
+from typing import Final
+
+from bench import cells
+from bench.harness import Contestant, Measure, Sample
+from bench.loops import calls, rising
+from bench.measures import wakes
+from bench.measures.operations import operate
+from bench.processes import APART
+from shmepoch import OpsLifecycleConfig, RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
+from shmepoch.memory.segment import SharedSegment, list_sessions
+
+_SIZES: Final = (1, 100, 1_000, 10_000)
+#: Of each figure, while the population is as large as it is.
+_SAMPLES: Final = 5
+_AGES: Final = (1_000, 10_000, 100_000, 1_000_000)
+#: Room for ten thousand of them on a machine.
+_LITTLE: Final = OpsLifecycleConfig(
+    max_completed=1, max_operations=1, feed_bytes=8192, max_participants=4
+)
+
+#: Measure and unit, by what is looked at in each population.
+_FIGURES: Final = {
+    "attach": ("attach and leave a segment, among others", "s"),
+    "list": ("list the sessions, for each", "s"),
+    "advance": ("advance, among others", "s"),
+    "operation": ("operation, among others", "s"),
+    "wake": ("wake round trip, separate cores, among others", "s"),
+    "memory": ("shared memory of an epoch of the smallest size", "B"),
+}
+
+
+def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
+    """The group, with at most so many live epochs."""
+    sizes = [size for size in _SIZES if size <= count]
+    passes = _Passes(sizes)
+    for figure, (name, unit) in _FIGURES.items():
+        yield Measure(
+            name,
+            [Contestant(living(size), passes.sample(figure, size)) for size in sizes],
+            unit,
+        )
+
+
+def ages(stack: ExitStack, count: int) -> Iterator[Measure]:
+    """Operations of epochs with a history of at most so many completions."""
+    yield Measure(
+        "operation, by the epoch's age",
+        [
+            Contestant(f"after {age:,} completions", _aged(stack, age))
+            for age in _AGES
+            if age <= count
+        ],
+    )
+
+
+def living(size: int) -> str:
+    """The contestant with so many live epochs."""
+    return f"{size:,} live epochs" if size > 1 else "1 live epoch"
+
+
+class _Passes:
+    """Looks at everything while the population grows, since growing it takes longest.
+
+    The n-th sample of each contestant is from the n-th pass.
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        self._passes: list[dict[tuple[str, int], float]] = []
+
+    def sample(self, figure: str, size: int) -> Sample:
+        """The sample of one figure in one size of population."""
+        turns = counting()
+
+        def sample() -> float:
+            turn = next(turns)
+            while turn >= len(self._passes):
+                self._passes.append(_grow(self._sizes))
+            return self._passes[turn][figure, size]
+
+        return sample
+
+
+def _grow(sizes: list[int]) -> dict[tuple[str, int], float]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    found: dict[tuple[str, int], float] = {}
+    namespace = f"bench-{os.getpid()}-many"
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=_LITTLE) as adapter:
+        epochs: list[SessionRuntimeBindings] = []
+        try:
+            for size in sizes:
+                while len(epochs) < size:
+                    epochs.append(adapter.prepare_bindings(SessionId.new()))
+                for figure, seconds in _look(namespace, epochs):
+                    found[figure, size] = seconds
+        finally:
+            for one in epochs:
+                adapter.unregister_session(one.session_id)
+    return found
+
+
+def _look(namespace: str, epochs: list[SessionRuntimeBindings]) -> Iterator[tuple[str, float]]:
+    first = epochs[0]
+    advance = first.cursor_state.agent_applied_cursor.advance
+    begun = first.cursor_state.agent_applied_cursor.load()
+    yield "advance", _median(rising(advance, 50_000, first=begun + 10**6))
+    yield (
+        "attach",
+        _median(calls(lambda: SharedSegment.attach(namespace, first.session_id).close(), 100)),
+    )
+    registry, owner = first.ops_lifecycle, first.session_id
+    yield "operation", _median(calls(lambda: operate(registry, owner, "x" * 100), 100))
+    yield "wake", statistics.median(wakes.round_trips(wakes.shmepoch, APART, 2_000))
+    began = perf_counter()
+    found = sum(1 for _ in list_sessions(namespace))
+    yield "list", (perf_counter() - began) / found
+    yield "memory", os.fstat(first.shared_segment().fd).st_blocks * 512.0
+
+
+def _median(sample: Callable[[], float]) -> float:
+    return statistics.median(sample() for _ in range(_SAMPLES))
+
+
+def _aged(stack: ExitStack, age: int) -> Sample:
+    bindings = cells.epoch(stack)
+    work = partial(operate, bindings.ops_lifecycle, bindings.session_id, "x" * 100)
+    for _ in range(age):
+        work()
+    return calls(work, 300)
