@@ -64,9 +64,9 @@ def restore_completions(
             operation = operations.get(entry.operation_id)
             if seq > floor and operation is not None:
                 spec = specs.get(entry.operation_id) or _spec_of(operation, segment)
-                slot = _restore_operation(table, operation, spec, seq)
-                memory.store(at.REGISTRATIONS_AT, len(retained) + 1)
                 retained.append(seq)
+                slot = _restore_operation(table, operation, spec, len(retained), seq)
+                memory.store(at.REGISTRATIONS_AT, len(retained))
         else:
             data = b""
         position = feed.put(seq, position, data, slot)
@@ -74,14 +74,18 @@ def restore_completions(
     memory.store(at.COLLECTED_AT, min(retained, default=last + 1) - 1)
     memory.store(at.ORIGIN_AT, last - len(retained))
     memory.store(at.WATERMARK_AT, last)
-    memory.store(at.RECLAIMED_AT, max(0, table.floor()))
+    memory.store(at.RECLAIMED_AT, max(0, table.floor(table.words())))
 
 
 def _restore_operation(
-    table: OperationTable, operation: OperationLifecycleSnapshot, spec: OperationSpec, seq: int
+    table: OperationTable,
+    operation: OperationLifecycleSnapshot,
+    spec: OperationSpec,
+    birth: int,
+    seq: int,
 ) -> int:
-    index = table.free_slot()
-    table.fill(index, spec, encode_spec(spec), operation.created_at_ms, 0)
+    index = table.free_slot(table.words())
+    table.fill(index, birth, encode_spec(spec), operation.created_at_ms, 0)
     slot = table.slot(index)
     table.change(slot, OperationStatus.RUNNING, Detail.of(operation))
     table.end(slot, seq, operation.elapsed_ms or 0)

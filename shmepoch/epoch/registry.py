@@ -8,7 +8,7 @@ from typing import Final, Self
 
 import msgspec
 
-from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot
 from shmepoch.epoch.feed import SegmentFeed
@@ -37,6 +37,7 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.recovery import restore_completions
 from shmepoch.epoch.table import (
     Detail,
+    EncodedSpec,
     OperationTable,
     OperationView,
     Slot,
@@ -44,6 +45,7 @@ from shmepoch.epoch.table import (
     encode_spec,
 )
 from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll
+from shmepoch.epoch.words import Words
 from shmepoch.errors import (
     AlreadyPeerReady,
     AlreadyRegistered,
@@ -61,7 +63,9 @@ from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 
-_entry_decoder: Final = wire_decoder(CompletionEntry)
+_outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wire_decoder(
+    OperationTerminalOutcome  # type: ignore[arg-type] # a union is no class
+)
 _progress_decoder: Final = wire_decoder(OperationProgressUpdate)
 _peer_decoder: Final = wire_decoder(OperationPeerHandle)
 
@@ -107,29 +111,29 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- registration -------------------------------------------------------------------------
 
     def register_operation(self, spec: OperationSpec) -> None:
-        data = encode_spec(spec)
+        encoded = encode_spec(spec)
         with self._segment.writer:
-            self._begin()
-            if self._table.find(spec.id) is not None:
+            words = self._begin()
+            if self._table.find(spec.id, words) is not None:
                 raise AlreadyRegistered(spec.id)
-            self._admit()
-            self._enter(spec, data, _now_ms(), time.monotonic_ns())
+            self._admit(words.active)
+            self._enter(encoded, words, _now_ms())
 
-    def _admit(self) -> None:
-        active, config = self._table.active(), self._config
+    def _admit(self, active: int) -> None:
+        config = self._config
         if config.max_concurrent is not None and active >= config.max_concurrent:
             raise MaxConcurrentExceeded(config.max_concurrent, active)
         if active >= config.max_operations:
             raise MaxConcurrentExceeded(config.max_operations, active, setting="max_operations")
 
-    def _enter(self, spec: OperationSpec, data: bytes, created_ms: int, mono_ns: int) -> Slot:
-        memory = self._memory
-        index = self._table.free_slot()
+    def _enter(self, spec: EncodedSpec, words: Words, created_ms: int) -> int:
+        memory, birth = self._memory, words.registrations + 1
+        index = self._table.free_slot(words)
         memory.store(at.INTENT_AT, 1)
-        birth = self._table.fill(index, spec, data, created_ms, mono_ns)
+        self._table.fill(index, birth, spec, created_ms, time.monotonic_ns())
         memory.store(at.REGISTRATIONS_AT, birth)
         memory.store(at.INTENT_AT, 0)
-        return self._table.slot(index)
+        return index
 
     # --- transitions that do not end an operation ---------------------------------------------
 
@@ -167,8 +171,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self, id: OperationId, action: Action, detail: Callable[[OperationView], Detail]
     ) -> None:
         with self._segment.writer:
-            self._begin()
-            view = self._require(id)
+            view = self._require(id, self._begin())
             if action is Action.PEER_READY and view.spec.kind is not OperationKind.MOB_MEMBER_CHILD:
                 raise PeerNotExpected(id)
             status = self._guard(view, action)
@@ -201,7 +204,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self._end_all(lambda: self._live(lambda _: True), Terminated(reason))
+        self._end_all(lambda words: self._live(words, lambda _: True), Terminated(reason))
 
     def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose
@@ -209,18 +212,22 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
         Where others would wait for the store, this raises `StoreBehind` at once.
         """
-        return self._end_all(lambda: self._live(ended), Terminated(reason), store_wait_ms=0)
+        return self._end_all(
+            lambda words: self._live(words, ended), Terminated(reason), store_wait_ms=0
+        )
 
-    def _live(self, whose: Callable[[int], bool]) -> list[OperationView]:
+    def _live(self, words: Words, whose: Callable[[int], bool]) -> list[OperationView]:
         live = [
-            slot for slot in self._table.held() if not slot.terminal_seq and whose(slot.participant)
+            slot
+            for slot in self._table.held(words)
+            if not slot.terminal_seq and whose(slot.participant)
         ]
         live.sort(key=lambda slot: slot.birth)
         return [self._table.view_locked(slot) for slot in live]
 
     def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
-        def allowed() -> list[OperationView]:
-            view = self._require(id)
+        def allowed(words: Words) -> list[OperationView]:
+            view = self._require(id, words)
             self._guard(view, action)
             return [view]
 
@@ -228,7 +235,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def _end_all(
         self,
-        find: Callable[[], Sequence[OperationView]],
+        find: Callable[[Words], Sequence[OperationView]],
         outcome: OperationTerminalOutcome,
         store_wait_ms: int | None = None,
     ) -> int:
@@ -239,11 +246,12 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         wait_ms = self._config.store_wait_ms if store_wait_ms is None else store_wait_ms
         deadline = time.monotonic() + wait_ms / 1000
+        encoded, outcome = encode_checked(outcome, _outcome_decoder)
         while True:
             with self._segment.writer:
-                self._begin()
-                views = find()
-                awaited = self._commit(views, outcome)
+                words = self._begin()
+                views = find(words)
+                awaited = self._commit(views, msgspec.Raw(encoded), words)
             if not awaited:
                 break
             self._await_store(awaited, deadline, wait_ms)
@@ -264,38 +272,25 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             ) from None
 
     def _commit(
-        self, views: Sequence[OperationView], outcome: OperationTerminalOutcome
+        self, views: Sequence[OperationView], outcome: msgspec.Raw, words: Words
     ) -> CompletionSeq:
         """End all of `views` by one store of the watermark: 0. Or else, with nothing done, the
         sequence up to which a store has to come first."""
+        if not views:
+            return 0
         memory, now_ms, now_ns = self._memory, _now_ms(), time.monotonic_ns()
-        first = memory.load(at.WATERMARK_AT) + 1
+        first, last = words.watermark + 1, words.watermark + len(views)
         encoded = [
-            encode_checked(
-                CompletionEntry(
-                    seq=seq,
-                    operation_id=view.spec.id,
-                    kind=view.spec.kind,
-                    display_name=view.spec.display_name,
-                    terminal_outcome=outcome,
-                    completed_at_ms=max(
-                        now_ms, view.detail.started_at_ms or view.slot.created_at_ms
-                    ),
-                ),
-                _entry_decoder,
-            )
-            for seq, view in enumerate(views, first)
+            _encode_entry(seq, view, outcome, now_ms) for seq, view in enumerate(views, first)
         ]
-        size = sum(len(data) + at.WORD for data in encoded)
+        size = sum(map(len, encoded)) + len(encoded) * at.WORD
         if size > self._feed.payload_limit:
             raise PayloadTooLarge(
                 size, self._feed.payload_limit, what="the outcome", setting="feed_bytes"
             )
-        if not encoded:
-            return 0
         position, dropped = self._feed.find_room([len(data) for data in encoded])
         if self._config.store_wait_ms:
-            awaited = self._awaited(dropped, first + len(encoded) - 1)
+            awaited = self._awaited(dropped, last, words)
             if awaited > self._feed.durable_through():
                 return awaited
         self._feed.drop_through(dropped)
@@ -304,36 +299,38 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             position = self._feed.put(seq, position, data, view.slot.number)
             elapsed_ns = max(0, now_ns - view.slot.created_mono_ns)
             self._table.end(view.slot, seq, elapsed_ns // 1_000_000)
-        memory.store(at.WATERMARK_AT, first + len(encoded) - 1)
+        memory.store(at.WATERMARK_AT, last)
         memory.store(at.INTENT_AT, 0)
         return 0
 
-    def _awaited(self, dropped: CompletionSeq, last: CompletionSeq) -> CompletionSeq:
+    @staticmethod
+    def _awaited(dropped: CompletionSeq, last: CompletionSeq, words: Words) -> CompletionSeq:
         """What a store has to have before a commit that ends at `last` and drops up to `dropped`.
 
         DURABLE-2: nothing is dropped that no store has, and no more is committed beyond the store
         than a recovery leaves out, so that no sequence comes again after a reboot.
         """
-        memory = self._memory
-        ahead = min(last - at.RECOVERY_SKIP, memory.load(at.WATERMARK_AT))
-        return max(ahead, dropped if dropped > memory.load(at.DROPPED_AT) else 0)
+        ahead = min(last - at.RECOVERY_SKIP, words.watermark)
+        return max(ahead, dropped if dropped > words.dropped else 0)
 
     # --- guards, under the writer lock --------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self) -> Words:
         """What every transition does first: nothing on a sealed epoch, and repair before all."""
         if self._segment.sealed:
             raise self._segment.closed_error()
-        self._repair()
+        return self._repair()
 
-    def _repair(self) -> None:
-        self._table.check_words()
-        if self._memory.load(at.INTENT_AT):
-            self._table.repair()
+    def _repair(self) -> Words:
+        words = self._table.words()
+        words.check(self._segment.layout, self._segment.name)
+        if words.intent:
+            self._table.repair(words)
             self._memory.store(at.INTENT_AT, 0)
+        return words
 
-    def _require(self, id: OperationId) -> OperationView:
-        return self._table.view_locked(self.locate(id))
+    def _require(self, id: OperationId, words: Words) -> OperationView:
+        return self._table.view_locked(self.locate(id, words))
 
     def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
         """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
@@ -351,7 +348,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
         slot = self._table.find(id)
-        return slot and self._snapshot(slot)
+        return self._snapshot(slot) if slot else None
 
     def list_operations(self) -> list[OperationLifecycleSnapshot]:
         found = (self._snapshot(slot) for slot in self._table.held())
@@ -389,16 +386,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def active_count(self) -> int:
         """How many operations have not ended."""
-        return self._table.active()
+        return self._table.words().active
 
     def completion_feed(self) -> SegmentFeed:
         return self._feed
 
     def collect_completed(self) -> list[tuple[OperationId, OperationTerminalOutcome]]:
         with self._segment.writer:
-            self._begin()
-            floor = self._table.floor()
-            retained = {slot.terminal_seq for slot in self._table.held()}
+            words = self._begin()
+            floor = self._table.floor(words)
+            retained = {slot.terminal_seq for slot in self._table.held(words)}
             batch = self._feed.list_since(floor)
             self._memory.store(at.COLLECTED_AT, batch.watermark)
         return [
@@ -411,9 +408,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
         with self._segment.writer:
-            self._begin()
-            view = self._require(id)
-            since = self._memory.load(at.WATERMARK_AT)
+            words = self._begin()
+            view = self._require(id, words)
+            since = words.watermark
             outcome = self.outcome_at(view.slot, since)
             if outcome is None:
                 self._table.count_watcher(view.slot, self._segment.participant, 1)
@@ -438,9 +435,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     async def all_ended(self, run_id: RunId, ids: Sequence[OperationId]) -> WaitAllResult:
         return await self._wait_all.wait_async(run_id, ids)
 
-    def locate(self, id: OperationId) -> Slot:
+    def locate(self, id: OperationId, words: Words | None = None) -> Slot:
         """Where an operation lies; `NotFound` if the registry does not hold it."""
-        slot = self._table.find(id)
+        slot = self._table.find(id, words)
         if slot is None:
             raise NotFound(id)
         return slot
@@ -504,10 +501,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         for operation in snapshot.operations:
             if not operation.status.is_terminal and operation.id in specs:
                 spec = specs[operation.id]
-                slot = self._enter(
-                    spec, encode_spec(spec), operation.created_at_ms, time.monotonic_ns()
+                index = self._enter(encode_spec(spec), self._table.words(), operation.created_at_ms)
+                self._table.change(
+                    self._table.slot(index), OperationStatus.RUNNING, Detail.of(operation)
                 )
-                self._table.change(slot, OperationStatus.RUNNING, Detail.of(operation))
 
     # --- audit --------------------------------------------------------------------------------
 
@@ -521,6 +518,22 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._repair()
             self._feed.check()
             self._table.check()
+
+
+def _encode_entry(
+    seq: CompletionSeq, view: OperationView, outcome: msgspec.Raw, now_ms: int
+) -> bytes:
+    started_ms = view.detail.started_at_ms or view.slot.created_at_ms
+    return to_wire(
+        CompletionEntry(
+            seq=seq,
+            operation_id=view.spec.id,
+            kind=view.spec.kind,
+            display_name=view.spec.display_name,
+            terminal_outcome=outcome,  # type: ignore[arg-type] # encoded once, before the lock
+            completed_at_ms=max(now_ms, started_ms),
+        )
+    )
 
 
 def _now_ms() -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
@@ -17,11 +18,14 @@ from shmepoch.epoch.operations import (
     OperationSpec,
     OperationStatus,
 )
+from shmepoch.epoch.words import Words
 from shmepoch.errors import PayloadTooLarge, RecordInvalid, SegmentCorrupted
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
 from shmepoch.memory.participants import slot_of
 from shmepoch.memory.segment import Segment
+
+T = TypeVar("T")
 
 _HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
 _STATUSES: Final = (
@@ -33,8 +37,6 @@ _STATUSES: Final = (
 
 
 _LAST_VERSION: Final = 2**48 - 1
-#: Far above any feed, and far below where a sequence and what is added to it overflow.
-LAST_WATERMARK: Final = 2**63 + 2**62
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
@@ -61,7 +63,7 @@ _spec_decoder = wire_decoder(OperationSpec)
 _detail_decoder = wire_decoder(Detail)
 
 
-class Slot(NamedTuple):
+class Slot(msgspec.Struct, frozen=True, gc=False):
     """The fixed part of one slot, as it was read."""
 
     number: int
@@ -77,12 +79,12 @@ class Slot(NamedTuple):
     detail_length_0: int
     detail_length_1: int
 
-    def as_of(self, registrations: int, watermark: int) -> Slot:
+    def as_of(self, words: Words) -> Slot:
         """The slot without a birth or an end that was not committed by then."""
-        if self.birth > registrations:
-            return self._replace(birth=0)
-        if self.terminal_seq > watermark:
-            return self._replace(terminal_seq=0)
+        if self.birth > words.registrations:
+            return replace(self, birth=0)
+        if self.terminal_seq > words.watermark:
+            return replace(self, terminal_seq=0)
         return self
 
     @property
@@ -101,7 +103,7 @@ class Slot(NamedTuple):
         return self.detail_length_1 if self.buffer else self.detail_length_0
 
 
-class OperationView(NamedTuple):
+class OperationView(msgspec.Struct, frozen=True):
     """One operation as a reader found it, whole."""
 
     slot: Slot
@@ -109,20 +111,28 @@ class OperationView(NamedTuple):
     detail: Detail
 
 
-def encode_spec(spec: OperationSpec) -> bytes:
-    """A spec as its slot holds it; `RecordInvalid` or `PayloadTooLarge` if it cannot be held."""
-    data = encode_checked(spec, _spec_decoder)
+class EncodedSpec(NamedTuple):
+    """A spec as its slot holds it, and as it will be read from there."""
+
+    data: bytes
+    spec: OperationSpec
+
+
+def encode_spec(spec: OperationSpec) -> EncodedSpec:
+    """A spec for its slot; `RecordInvalid` or `PayloadTooLarge` if it cannot be held."""
+    data, found = encode_checked(spec, _spec_decoder)
     if len(data) > at.SPEC_LIMIT:
         raise PayloadTooLarge(
             len(data),
             at.SPEC_LIMIT,
             what=f"the spec of operation {spec.id} (display_name and source_label above all)",
         )
-    return data
+    return EncodedSpec(data, found)
 
 
-def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[Any]) -> bytes:
-    """A record for shared memory, refused unless a reader will find in it what went in."""
+def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) -> tuple[bytes, T]:
+    """A record for shared memory, refused unless a reader will find in it what went in; and what
+    that reader will find."""
     try:
         data = to_wire(record)
         found = decoder.decode(data)
@@ -130,7 +140,7 @@ def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[Any]
         raise RecordInvalid(type(record).__name__, str(error)) from error
     if found != record:  # such as the text of an identifier in the place of one
         raise RecordInvalid(type(record).__name__, f"{record!r} would be read as {found!r}")
-    return data
+    return data, found
 
 
 class OperationTable:
@@ -152,48 +162,35 @@ class OperationTable:
         # Specs never change, and decoding one is the dearest part of a look at an operation.
         self._specs: dict[int, OperationSpec] = {}
 
-    # --- reading, without a lock --------------------------------------------------------------
+    def words(self) -> Words:
+        """What is committed now."""
+        return Words.load(self._memory)
 
-    def floor(self) -> int:
+    # --- reading, without a lock or as of words that were read under it ---------------------------
+
+    def floor(self, words: Words) -> int:
         """The sequence up to which terminal operations are not retained any more."""
-        memory = self._memory
-        newest = memory.load(at.WATERMARK_AT) - self._config.max_completed
-        after, through = self._segment.skipped
-        if newest < through:
-            newest -= through - after  # skipped sequences are no operations to be retained
-        return max(memory.load(at.COLLECTED_AT), memory.load(at.DROPPED_AT), newest)
+        return words.floor(self._config.max_completed)
 
-    def active(self) -> int:
-        """How many operations have not ended: what was registered less what has ended."""
-        memory = self._memory
-        ended = memory.load(at.WATERMARK_AT) - memory.load(at.ORIGIN_AT)
-        return memory.load(at.REGISTRATIONS_AT) - ended
-
-    def find(self, id: OperationId) -> Slot | None:
+    def find(self, id: OperationId, words: Words | None = None) -> Slot | None:
         """The slot of an operation that the registry holds."""
-        memory, layout = self._memory, self._layout
-        fingerprint = _fingerprint(id.bytes)
+        words = words or self.words()
+        memory, layout, key = self._memory, self._layout, id.bytes
+        fingerprint = _fingerprint(key)
         index = -1
         while True:
             index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
             if index < 0:
                 return None
-            slot = self.slot(index)
-            if slot.id == id.bytes and self._is_held(slot):
+            slot = self.slot(index, words)
+            if slot.id == key and self._is_held(slot, words):
                 return slot
 
-    def slot(self, index: int) -> Slot:
+    def slot(self, index: int, words: Words | None = None) -> Slot:
         """The fixed part of a slot, without what was not committed. Whole only under the writer
         lock; its birth tells which operation it is about."""
-        commits = self._commits()
-        return self._raw(index).as_of(*commits)
-
-    def _commits(self) -> tuple[int, int]:
-        """OPS-5: loaded before the slot they are held against. What a killed writer had prepared
-        is undone before its birth or sequence is committed for another operation; so who sees that
-        commit first cannot see the leftover any more."""
-        memory = self._memory
-        return memory.load(at.REGISTRATIONS_AT), memory.load(at.WATERMARK_AT)
+        words = words or self.words()
+        return self._raw(index).as_of(words)
 
     def _raw(self, index: int) -> Slot:
         raw = self._memory.read(self._layout.slot(index), _HEADER.size)
@@ -215,7 +212,7 @@ class OperationTable:
                 break
         if now.terminal_seq:
             # Stored before terminal_seq, but it may have been copied before, too.
-            now = now._replace(elapsed_ms=memory.load(offset + at.SLOT_ELAPSED_MS))
+            now = replace(now, elapsed_ms=memory.load(offset + at.SLOT_ELAPSED_MS))
         return self._decode(now, *copy)
 
     def view_locked(self, slot: Slot) -> OperationView:
@@ -229,18 +226,20 @@ class OperationTable:
         )
         return sum(memoryview(lanes).cast("H"))
 
-    def held(self) -> Iterator[Slot]:
+    def held(self, words: Words | None = None) -> Iterator[Slot]:
         """Every slot whose operation the registry holds, in no order."""
-        layout = self._layout
+        layout, words = self._layout, words or self.words()
         column = self._memory.load_column(layout.fingerprints, layout.slots, at.WORD)
         for index, fingerprint in enumerate(column):
             if fingerprint:
-                slot = self.slot(index)
-                if self._is_held(slot):
+                slot = self.slot(index, words)
+                if self._is_held(slot, words):
                     yield slot
 
-    def _is_held(self, slot: Slot) -> bool:
-        return slot.birth > 0 and (not slot.terminal_seq or slot.terminal_seq > self.floor())
+    def _is_held(self, slot: Slot, words: Words) -> bool:
+        if slot.terminal_seq:
+            return slot.birth > 0 and slot.terminal_seq > self.floor(words)
+        return slot.birth > 0
 
     def _copy(self, slot: Slot) -> tuple[OperationSpec | bytes, bytes]:
         """The spec if it is known already, else encoded, and the encoded detail."""
@@ -270,61 +269,39 @@ class OperationTable:
         self._specs[birth] = spec
         return spec
 
-    def check_words(self) -> None:
-        """Hold the words that commit against each other, under the writer lock.
-
-        Every walk over sequences or slots is bounded by them, so nothing starts before this.
-        """
-        memory, capacity = self._memory, self._layout.ring[1]
-        watermark = memory.load(at.WATERMARK_AT)
-        dropped, _, registrations, collected, reclaimed = memory.load_column(
-            at.DROPPED_AT, 5, at.WORD
-        )
-        active = registrations - (watermark - memory.load(at.ORIGIN_AT))
-        lowest = max(0, watermark - capacity)
-        for field, value, least, most in (
-            ("watermark", watermark, 0, LAST_WATERMARK),
-            ("dropped_through", dropped, lowest, watermark),
-            ("collected_through", collected, 0, watermark),
-            ("reclaimed_through", reclaimed, lowest, watermark),
-            ("registrations less completions", active, 0, self._config.max_operations),
-        ):
-            if not least <= value <= most:
-                raise SegmentCorrupted(self._segment.name, field, f"{least} to {most}", value)
-
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
-    def free_slot(self) -> int:
+    def free_slot(self, words: Words) -> int:
         """The index of a slot that holds nothing any more; -1 if there is none."""
-        self._reclaim()
+        self._reclaim(words)
         return self._memory.find(self._layout.fingerprints, self._layout.slots, 0, 0)
 
     def fill(
-        self, index: int, spec: OperationSpec, data: bytes, created_at_ms: int, created_mono_ns: int
-    ) -> int:
-        """Prepare a free slot for a new operation; its birth, which is not committed yet."""
+        self, index: int, birth: int, spec: EncodedSpec, created_at_ms: int, created_mono_ns: int
+    ) -> None:
+        """Prepare a free slot for a new operation, which registration `birth` will commit."""
         memory, offset = self._memory, self._layout.slot(index)
-        birth = memory.load(at.REGISTRATIONS_AT) + 1
+        key = spec.spec.id.bytes
         word = self._next_word(memory.load(offset), OperationStatus.ABSENT, 0)
         memory.store(offset, word)  # readers of what was here before see that it is going
         header = _HEADER.pack(
             word,
             birth,
             0,
-            spec.id.bytes,
+            key,
             self._segment.participant,
             created_at_ms,
             created_mono_ns,
             0,
-            len(data),
+            len(spec.data),
             0,
             0,
         )
         lanes = bytes(at.SLOT_SPEC - _HEADER.size)
-        memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + data)
-        memory.store(self._layout.fingerprint(index), _fingerprint(spec.id.bytes))
+        memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + spec.data)
+        memory.store(self._layout.fingerprint(index), _fingerprint(key))
         memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
-        return birth
+        self._remember(birth, spec.spec)
 
     def change(self, slot: Slot, status: OperationStatus, detail: Detail | None) -> None:
         """Give a live operation another status and, unless it is None, another detail: one store
@@ -365,10 +342,10 @@ class OperationTable:
         for slot in self.held():
             self.count_watcher(slot, participant, -0xFFFF)
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, words: Words) -> None:
         """Give back the slots of operations that are not retained any more."""
         memory = self._memory
-        done, floor = memory.load(at.RECLAIMED_AT), self.floor()
+        done, floor = words.reclaimed, self.floor(words)
         for seq in range(done + 1, floor + 1):
             index = self._feed.slot_of(seq)
             if index == NO_SLOT:
@@ -377,22 +354,20 @@ class OperationTable:
                 raise SegmentCorrupted(
                     self._segment.name, f"feed[{seq}].slot", f"below {self._layout.slots}", index
                 )
-            if self.slot(index).terminal_seq == seq:
+            if memory.load(self._layout.slot(index) + at.SLOT_TERMINAL_SEQ) == seq:
                 memory.store(self._layout.fingerprint(index), 0)
         if floor > done:
             memory.store(at.RECLAIMED_AT, floor)
 
-    def repair(self) -> None:
+    def repair(self, words: Words) -> None:
         """Undo what a writer that was killed had prepared and not committed."""
         memory, layout = self._memory, self._layout
-        watermark = memory.load(at.WATERMARK_AT)
-        registrations = memory.load(at.REGISTRATIONS_AT)
         for index in range(layout.slots):
             slot = self._raw(index)
-            if slot.birth > registrations:
+            if slot.birth > words.registrations:
                 memory.store(layout.fingerprint(index), 0)
                 memory.store(layout.slot(index) + at.SLOT_BIRTH, 0)
-            elif slot.terminal_seq > watermark:
+            elif slot.terminal_seq > words.watermark:
                 memory.store(layout.slot(index) + at.SLOT_TERMINAL_SEQ, 0)
 
     @staticmethod
@@ -407,9 +382,10 @@ class OperationTable:
         memory, layout = self._memory, self._layout
         name = self._segment.name
         self._specs.clear()  # what is remembered cannot vouch for what is there
-        watermark, floor = memory.load(at.WATERMARK_AT), self.floor()
+        words = self.words()
+        watermark, floor = words.watermark, self.floor(words)
         live, seen = 0, set()
-        for slot in self.held():
+        for slot in self.held(words):
             view = self.view(slot)
             field = f"slot[{slot.number}]"
             if view is None or view.spec.id.bytes != slot.id:
@@ -437,8 +413,8 @@ class OperationTable:
                     slot.number,
                     self._feed.slot_of(slot.terminal_seq),
                 )
-        if live != self.active():
-            raise SegmentCorrupted(name, "registrations", f"{live} operations live", self.active())
+        if live != words.active:
+            raise SegmentCorrupted(name, "registrations", f"{live} operations live", words.active)
 
 
 def _fingerprint(raw: bytes) -> int:
