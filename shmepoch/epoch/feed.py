@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 
 import msgspec
 
-from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
+from shmepoch.epoch.operations import OperationSpec
 from shmepoch.errors import EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Cell
@@ -22,6 +24,22 @@ NO_SLOT = 2**32 - 1
 _LAST_POSITION = 2**63
 
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
+
+
+def encode_entry(
+    seq: CompletionSeq, spec: OperationSpec, outcome: msgspec.Raw, started_ms: int
+) -> bytes:
+    """The entry of an operation that ends now, for the ring; `outcome` is encoded already."""
+    return to_wire(
+        CompletionEntry(
+            seq=seq,
+            operation_id=spec.id,
+            kind=spec.kind,
+            display_name=spec.display_name,
+            terminal_outcome=outcome,  # type: ignore[arg-type] # once for all, before the lock
+            completed_at_ms=max(time.time_ns() // 1_000_000, started_ms),
+        )
+    )
 
 
 class SegmentFeed:

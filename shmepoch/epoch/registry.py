@@ -8,10 +8,10 @@ from typing import Final, Self
 
 import msgspec
 
-from shmepoch.epoch.codec import to_wire, wire_decoder
-from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot
-from shmepoch.epoch.feed import SegmentFeed
+from shmepoch.epoch.feed import SegmentFeed, encode_entry
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
     TRANSITIONS,
@@ -44,6 +44,7 @@ from shmepoch.epoch.table import (
     encode_checked,
     encode_spec,
 )
+from shmepoch.epoch.transitions import CommonTransitions
 from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll
 from shmepoch.epoch.words import Words
 from shmepoch.errors import (
@@ -60,6 +61,7 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 from shmepoch.memory import layout as at
+from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 
@@ -89,6 +91,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._config = segment.layout.config
         self._feed = SegmentFeed(segment)
         self._table = OperationTable(segment, self._feed)
+        self._common = CommonTransitions(segment, self._table)
         self._wait_all = WaitAll(self)
 
     @classmethod
@@ -113,6 +116,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def register_operation(self, spec: OperationSpec) -> None:
         encoded = encode_spec(spec)
         with self._segment.writer:
+            if self._is_native and self._common.register(encoded):
+                return
             words = self._begin()
             if self._table.find(spec.id, words) is not None:
                 raise AlreadyRegistered(spec.id)
@@ -138,6 +143,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- transitions that do not end an operation ---------------------------------------------
 
     def provisioning_succeeded(self, id: OperationId) -> None:
+        with self._segment.writer:
+            if self._is_native and self._common.start(id):
+                return
+
         def started(view: OperationView) -> Detail:
             return msgspec.structs.replace(
                 view.detail, started_at_ms=max(_now_ms(), view.slot.created_at_ms)
@@ -204,7 +213,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self._end_all(lambda words: self._live(words, lambda _: True), Terminated(reason))
+        self._end_all(
+            lambda words: self._live(words, lambda _: True), _encode_outcome(Terminated(reason))
+        )
 
     def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose
@@ -213,7 +224,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         Where others would wait for the store, this raises `StoreBehind` at once.
         """
         return self._end_all(
-            lambda words: self._live(words, ended), Terminated(reason), store_wait_ms=0
+            lambda words: self._live(words, ended),
+            _encode_outcome(Terminated(reason)),
+            store_wait_ms=0,
         )
 
     def _live(self, words: Words, whose: Callable[[int], bool]) -> list[OperationView]:
@@ -226,17 +239,25 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return [self._table.view_locked(slot) for slot in live]
 
     def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
+        encoded = _encode_outcome(outcome)
+        if self._is_native and not self._config.store_wait_ms:
+            with self._segment.writer:
+                ended = self._common.end(id, action, encoded)
+            if ended:
+                self._segment.waiters.notify()
+                return
+
         def allowed(words: Words) -> list[OperationView]:
             view = self._require(id, words)
             self._guard(view, action)
             return [view]
 
-        self._end_all(allowed, outcome)
+        self._end_all(allowed, encoded)
 
     def _end_all(
         self,
         find: Callable[[Words], Sequence[OperationView]],
-        outcome: OperationTerminalOutcome,
+        outcome: msgspec.Raw,
         store_wait_ms: int | None = None,
     ) -> int:
         """End, in one commit, what `find` finds under the writer lock; how many there were.
@@ -246,12 +267,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         wait_ms = self._config.store_wait_ms if store_wait_ms is None else store_wait_ms
         deadline = time.monotonic() + wait_ms / 1000
-        encoded, outcome = encode_checked(outcome, _outcome_decoder)
         while True:
             with self._segment.writer:
                 words = self._begin()
                 views = find(words)
-                awaited = self._commit(views, msgspec.Raw(encoded), words)
+                awaited = self._commit(views, outcome, words)
             if not awaited:
                 break
             self._await_store(awaited, deadline, wait_ms)
@@ -278,10 +298,13 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         sequence up to which a store has to come first."""
         if not views:
             return 0
-        memory, now_ms, now_ns = self._memory, _now_ms(), time.monotonic_ns()
+        memory, now_ns = self._memory, time.monotonic_ns()
         first, last = words.watermark + 1, words.watermark + len(views)
         encoded = [
-            _encode_entry(seq, view, outcome, now_ms) for seq, view in enumerate(views, first)
+            encode_entry(
+                seq, view.spec, outcome, view.detail.started_at_ms or view.slot.created_at_ms
+            )
+            for seq, view in enumerate(views, first)
         ]
         size = sum(map(len, encoded)) + len(encoded) * at.WORD
         if size > self._feed.payload_limit:
@@ -312,6 +335,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         ahead = min(last - at.RECOVERY_SKIP, words.watermark)
         return max(ahead, dropped if dropped > words.dropped else 0)
+
+    @property
+    def _is_native(self) -> bool:
+        """Not for a stand-in of the memory, which sees every store of a transition."""
+        return isinstance(self._memory, Memory)
 
     # --- guards, under the writer lock --------------------------------------------------------
 
@@ -520,20 +548,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._table.check()
 
 
-def _encode_entry(
-    seq: CompletionSeq, view: OperationView, outcome: msgspec.Raw, now_ms: int
-) -> bytes:
-    started_ms = view.detail.started_at_ms or view.slot.created_at_ms
-    return to_wire(
-        CompletionEntry(
-            seq=seq,
-            operation_id=view.spec.id,
-            kind=view.spec.kind,
-            display_name=view.spec.display_name,
-            terminal_outcome=outcome,  # type: ignore[arg-type] # encoded once, before the lock
-            completed_at_ms=max(now_ms, started_ms),
-        )
-    )
+def _encode_outcome(outcome: OperationTerminalOutcome) -> msgspec.Raw:
+    data, _ = encode_checked(outcome, _outcome_decoder)
+    return msgspec.Raw(data)
 
 
 def _now_ms() -> int:

@@ -28,7 +28,8 @@ from shmepoch.memory.segment import Segment
 T = TypeVar("T")
 
 _HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
-_STATUSES: Final = (
+#: What a slot's word has the numbers of: the statuses of operations that have not ended.
+STATUSES: Final = (
     OperationStatus.ABSENT,
     OperationStatus.PROVISIONING,
     OperationStatus.RUNNING,
@@ -90,7 +91,7 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
     @property
     def status(self) -> OperationStatus:
         """The status while the operation has not ended."""
-        return _STATUSES[self.word & 3]
+        return STATUSES[self.word & 3]
 
     @property
     def buffer(self) -> int:
@@ -176,7 +177,7 @@ class OperationTable:
         """The slot of an operation that the registry holds."""
         words = words or self.words()
         memory, layout, key = self._memory, self._layout, id.bytes
-        fingerprint = _fingerprint(key)
+        fingerprint = fingerprint_of(key)
         index = -1
         while True:
             index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
@@ -254,16 +255,28 @@ class OperationTable:
         return spec, detail
 
     def _decode(self, slot: Slot, spec: OperationSpec | bytes, detail: bytes) -> OperationView:
+        if isinstance(spec, bytes):
+            spec = self.remember(slot.birth, self._decoded(slot.number, _spec_decoder, spec))
+        return OperationView(slot, spec, self.detail(slot.number, detail))
+
+    def detail(self, number: int, data: bytes) -> Detail:
+        """The detail that was read from a slot."""
+        return self._decoded(number, _detail_decoder, data) if data else _FRESH
+
+    def _decoded(self, number: int, decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
         try:
-            if isinstance(spec, bytes):
-                spec = self._remember(slot.birth, _spec_decoder.decode(spec))
-            return OperationView(slot, spec, _detail_decoder.decode(detail) if detail else _FRESH)
+            return decoder.decode(data)
         except (msgspec.DecodeError, ValueError) as error:
             raise SegmentCorrupted(
-                self._segment.name, f"slot[{slot.number}]", "a decodable operation", str(error)
+                self._segment.name, f"slot[{number}]", "a decodable operation", str(error)
             ) from error
 
-    def _remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
+    def spec(self, number: int, birth: int) -> OperationSpec:
+        """The spec of the operation in a slot, under the writer lock."""
+        return self._specs.get(birth) or self.view_locked(self.slot(number)).spec
+
+    def remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
+        """Keep the spec of a registration, so that it need not be decoded."""
         if len(self._specs) >= self._layout.slots:
             self._specs.clear()
         self._specs[birth] = spec
@@ -299,9 +312,9 @@ class OperationTable:
         )
         lanes = bytes(at.SLOT_SPEC - _HEADER.size)
         memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + spec.data)
-        memory.store(self._layout.fingerprint(index), _fingerprint(key))
+        memory.store(self._layout.fingerprint(index), fingerprint_of(key))
         memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
-        self._remember(birth, spec.spec)
+        self.remember(birth, spec.spec)
 
     def change(self, slot: Slot, status: OperationStatus, detail: Detail | None) -> None:
         """Give a live operation another status and, unless it is None, another detail: one store
@@ -373,7 +386,7 @@ class OperationTable:
     @staticmethod
     def _next_word(word: int, status: OperationStatus, buffer: int) -> int:
         version = (word >> 16) + 1 & _LAST_VERSION
-        return version << 16 | buffer << 8 | _STATUSES.index(status)
+        return version << 16 | buffer << 8 | STATUSES.index(status)
 
     # --- audit --------------------------------------------------------------------------------
 
@@ -393,7 +406,7 @@ class OperationTable:
             if slot.id in seen:
                 raise SegmentCorrupted(name, f"{field}.id", "held once", slot.id.hex())
             seen.add(slot.id)
-            if memory.load(layout.fingerprint(slot.number)) != _fingerprint(slot.id):
+            if memory.load(layout.fingerprint(slot.number)) != fingerprint_of(slot.id):
                 raise SegmentCorrupted(name, f"{field}.fingerprint", "that of its id", "another")
             uncommitted = self._raw(slot.number).terminal_seq
             if uncommitted > watermark:
@@ -417,6 +430,6 @@ class OperationTable:
             raise SegmentCorrupted(name, "registrations", f"{live} operations live", words.active)
 
 
-def _fingerprint(raw: bytes) -> int:
+def fingerprint_of(raw: bytes) -> int:
     """The random half of a UUID v7; never 0, which marks a free slot."""
     return int.from_bytes(raw[8:], "little") or 1

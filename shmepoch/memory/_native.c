@@ -5,6 +5,7 @@
  *
  *   Memory     a mapping, shared (of a descriptor) or private, with atomic access to its words
  *   Cell       one word of a Memory that only grows, behind a gate word that can close it
+ *   Transitions   the common case of an epoch's most frequent transitions, each in one call
  *   WriterLock a thread lock and an open-file-description lock, taken together
  *   try_lock, unlock, is_locked   single open-file-description byte locks
  *
@@ -76,6 +77,7 @@ typedef struct {
 
 typedef struct {
     PyTypeObject *memory_type;
+    PyTypeObject *transitions_type;
 } ModuleState;
 
 /* --- arguments ------------------------------------------------------------------------------ */
@@ -536,8 +538,28 @@ checksum_start(uint64_t seq, Py_ssize_t length)
     return checksum_step(UINT64_C(0xcbf29ce484222325) ^ seq, (uint64_t)length);
 }
 
-/* ring_put(ring, seq, position, data, tag): entry and index of one sequence. The caller has already
- * stored the words that invalidate what is overwritten; the fence makes them visible first. */
+/* Entry and index of one sequence. The caller has already stored the words that invalidate what is
+ * overwritten; the fence makes them visible first. */
+static void
+ring_write(const Memory *self, const Ring *ring, uint64_t seq, uint64_t position, const char *data,
+           Py_ssize_t length, uint64_t tag)
+{
+    atomic_thread_fence(memory_order_release);
+    uint64_t sum = checksum_start(seq, length);
+    for (Py_ssize_t done = 0; done < length; done += WORD) {
+        uint64_t value = 0;
+        memcpy(&value, data + done, (size_t)(length - done < WORD ? length - done : WORD));
+        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring->budget);
+        atomic_store_explicit(word_at(self, ring->bytes + at), value, memory_order_relaxed);
+        sum = checksum_step(sum, value);
+    }
+    word_t *index = ring_index(self, ring, seq);
+    atomic_store_explicit(&index[0], position, memory_order_relaxed);
+    atomic_store_explicit(&index[1], sum, memory_order_relaxed);
+    atomic_store_explicit(&index[2], tag << LENGTH_BITS | (uint64_t)length, memory_order_relaxed);
+}
+
+/* ring_put(ring, seq, position, data, tag) */
 static PyObject *
 memory_ring_put(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -557,19 +579,7 @@ memory_ring_put(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
                         "below 2**32");
         return NULL;
     }
-    atomic_thread_fence(memory_order_release);
-    uint64_t sum = checksum_start(seq, length);
-    for (Py_ssize_t done = 0; done < length; done += WORD) {
-        uint64_t value = 0;
-        memcpy(&value, data + done, (size_t)(length - done < WORD ? length - done : WORD));
-        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring.budget);
-        atomic_store_explicit(word_at(self, ring.bytes + at), value, memory_order_relaxed);
-        sum = checksum_step(sum, value);
-    }
-    word_t *index = ring_index(self, &ring, seq);
-    atomic_store_explicit(&index[0], position, memory_order_relaxed);
-    atomic_store_explicit(&index[1], sum, memory_order_relaxed);
-    atomic_store_explicit(&index[2], tag << LENGTH_BITS | (uint64_t)length, memory_order_relaxed);
+    ring_write(self, &ring, seq, position, data, length, tag);
     Py_RETURN_NONE;
 }
 
@@ -887,6 +897,8 @@ memory_wake(PyObject *object, PyObject *offset_object)
     return bool_object(asleep);
 }
 
+static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
+
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
@@ -904,6 +916,8 @@ static PyMethodDef memory_methods[] = {
     {"ring_gather", (PyCFunction)(void (*)(void))memory_ring_gather, METH_FASTCALL, NULL},
     {"wait_above", (PyCFunction)(void (*)(void))memory_wait_above, METH_FASTCALL, NULL},
     {"wake", (PyCFunction)memory_wake, METH_O, NULL},
+    {"transitions", (PyCFunction)(void (*)(void))memory_transitions, METH_VARARGS | METH_KEYWORDS,
+     NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -1113,6 +1127,488 @@ static PyType_Spec cell_spec = {
     .basicsize = sizeof(Cell),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = cell_slots,
+};
+
+/* --- Transitions --------------------------------------------------------------------------------
+ *
+ * The transitions that every operation goes through, each as one call, under the writer lock. They
+ * do what the Python code of the registry does, store for store and in the same order, for the
+ * common case only: where anything is out of the ordinary (a sealed epoch, a transition that was
+ * broken off, words that contradict each other, an operation that is not there or not in the right
+ * status, a full table) they store nothing and return None, and the Python code decides.
+ *
+ * Each store of a word publishes what was written before it, so it is a release. Loads need no more
+ * than relaxed: the writer lock orders them after the stores of whoever held it before.
+ */
+
+#define KEY_SIZE 16
+#define VERSION_SHIFT 16
+#define BUFFER_SHIFT 8
+#define STATUS_MASK 3
+#define FREE 0 /* a fingerprint, and the status, of a slot that holds nothing */
+/* The slot number of an entry whose operation no slot holds. */
+#define NO_SLOT UINT32_MAX
+/* Far above any feed, and far below where a position and what is added to it overflow. */
+#define LAST_POSITION (UINT64_C(1) << 63)
+
+typedef struct {
+    PyObject_HEAD
+    Memory *memory;
+    Ring ring;
+    /* words of the epoch */
+    Py_ssize_t state, origin, skipped, watermark, dropped, intent, registrations, collected,
+        reclaimed;
+    /* slots, and the column of their fingerprints */
+    Py_ssize_t fingerprints, slots, slots_at, slot_size;
+    /* what lies where in a slot */
+    Py_ssize_t birth, terminal_seq, id, participant, created_ms, created_mono, elapsed_ms,
+        spec_length, detail_length, watchers, spec, detail, detail_limit;
+    Py_ssize_t max_operations, max_completed;
+} Transitions;
+
+/* The words that commit, and what follows from them. */
+typedef struct {
+    uint64_t registrations, watermark, dropped, reclaimed;
+    uint64_t floor;  /* operations that ended at or before this sequence are not retained */
+    uint64_t active; /* operations that have not ended */
+} Words;
+
+static PyObject *
+memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {
+        "ring",         "state",        "origin",         "skipped",     "watermark",
+        "dropped",      "intent",       "registrations",  "collected",   "reclaimed",
+        "fingerprints", "slots",        "slots_at",       "slot_size",   "birth",
+        "terminal_seq", "id",           "participant",    "created_ms",  "created_mono",
+        "elapsed_ms",   "spec_length",  "detail_length",  "watchers",    "spec",
+        "detail",       "detail_limit", "max_operations", "max_completed", NULL};
+    ModuleState *state = PyType_GetModuleState(Py_TYPE(object));
+    if (state == NULL) {
+        return NULL;
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(state->transitions_type, Py_tp_alloc);
+    Transitions *self = (Transitions *)allocate(state->transitions_type, 0);
+    PyObject *ring;
+    if (self == NULL) {
+        return NULL;
+    }
+    self->memory = (Memory *)Py_NewRef(object);
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "$O" "nnnnnnnnn" "nnnn" "nnnnnnnnnnnnn" "nn" ":transitions", keywords, &ring,
+            &self->state, &self->origin, &self->skipped, &self->watermark, &self->dropped,
+            &self->intent, &self->registrations, &self->collected, &self->reclaimed,
+            &self->fingerprints, &self->slots, &self->slots_at, &self->slot_size, &self->birth,
+            &self->terminal_seq, &self->id, &self->participant, &self->created_ms,
+            &self->created_mono, &self->elapsed_ms, &self->spec_length, &self->detail_length,
+            &self->watchers, &self->spec, &self->detail, &self->detail_limit,
+            &self->max_operations, &self->max_completed)
+        || !parse_ring(self->memory, ring, &self->ring)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    const Py_ssize_t words[] = {self->state,     self->origin,        self->skipped,
+                                self->skipped + WORD, self->watermark, self->dropped,
+                                self->intent,    self->registrations, self->collected,
+                                self->reclaimed};
+    if (self->max_operations < 0 || self->max_completed < 0) {
+        PyErr_SetString(PyExc_ValueError, "limits are 0 or above");
+        Py_DECREF(self);
+        return NULL;
+    }
+    bool inside = check_spans(self->memory, self->fingerprints, self->slots, WORD, WORD)
+                  && check_spans(self->memory, self->slots_at, self->slots, self->slot_size,
+                                 self->slot_size);
+    for (size_t i = 0; inside && i < sizeof words / sizeof *words; i++) {
+        inside = check_word(self->memory, words[i]);
+    }
+    /* A slot is checked like a memory of its size. */
+    const Memory slot = {.size = self->slot_size};
+    const Py_ssize_t fields[] = {self->birth,      self->terminal_seq, self->id,
+                                 self->id + WORD,  self->participant,  self->created_ms,
+                                 self->created_mono, self->elapsed_ms, self->spec_length,
+                                 self->detail_length, self->detail_length + WORD};
+    for (size_t i = 0; inside && i < sizeof fields / sizeof *fields; i++) {
+        inside = check_word(&slot, fields[i]);
+    }
+    inside = inside && check_spans(&slot, self->watchers, 1, 0, self->spec - self->watchers)
+             && check_spans(&slot, self->spec, 1, 0, self->detail - self->spec)
+             && check_spans(&slot, self->detail, 2, self->detail_limit, self->detail_limit);
+    if (!inside) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void
+transitions_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    Py_CLEAR(((Transitions *)object)->memory);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static uint64_t
+word_of(const Transitions *self, Py_ssize_t offset)
+{
+    return atomic_load_explicit(word_at(self->memory, offset), memory_order_relaxed);
+}
+
+static void
+publish(const Transitions *self, Py_ssize_t offset, uint64_t value)
+{
+    atomic_store_explicit(word_at(self->memory, offset), value, memory_order_release);
+}
+
+static Py_ssize_t
+slot_at(const Transitions *self, Py_ssize_t index)
+{
+    return self->slots_at + index * self->slot_size;
+}
+
+/* Whether a transition may begin: the epoch is open, no other one was broken off, and no word is
+ * beyond its bounds. */
+static bool
+load_words(const Transitions *self, Words *words)
+{
+    const uint64_t origin = word_of(self, self->origin), skipped_after = word_of(self, self->skipped),
+                   skipped_through = word_of(self, self->skipped + WORD),
+                   collected = word_of(self, self->collected),
+                   capacity = (uint64_t)self->ring.capacity,
+                   max_completed = (uint64_t)self->max_completed;
+    if (word_of(self, self->state) != 0 || word_of(self, self->intent) != 0) {
+        return false;
+    }
+    words->registrations = word_of(self, self->registrations);
+    words->watermark = word_of(self, self->watermark);
+    words->dropped = word_of(self, self->dropped);
+    words->reclaimed = word_of(self, self->reclaimed);
+    words->active = words->registrations - (words->watermark - origin);
+    const uint64_t watermark = words->watermark;
+    const uint64_t lowest = watermark > capacity ? watermark - capacity : 0;
+    if (watermark >= LAST_POSITION || words->dropped < lowest || words->dropped > watermark
+        || collected > watermark || words->reclaimed < lowest || words->reclaimed > watermark
+        || words->active > (uint64_t)self->max_operations || skipped_after > skipped_through) {
+        return false;
+    }
+    uint64_t newest = watermark > max_completed ? watermark - max_completed : 0;
+    if (newest < skipped_through) { /* what was skipped is no operation to be retained */
+        const uint64_t skipped = skipped_through - skipped_after;
+        newest = newest > skipped ? newest - skipped : 0;
+    }
+    words->floor = collected > words->dropped ? collected : words->dropped;
+    words->floor = newest > words->floor ? newest : words->floor;
+    return true;
+}
+
+/* The slot of the operation with this id that the registry holds, or -1. */
+static Py_ssize_t
+find_slot(const Transitions *self, const Words *words, uint64_t fingerprint, const uint64_t *id)
+{
+    for (Py_ssize_t i = 0; i < self->slots; i++) {
+        if (word_of(self, self->fingerprints + i * WORD) != fingerprint) {
+            continue;
+        }
+        const Py_ssize_t at = slot_at(self, i);
+        const uint64_t birth = word_of(self, at + self->birth);
+        const uint64_t ended = word_of(self, at + self->terminal_seq);
+        if (word_of(self, at + self->id) == id[0] && word_of(self, at + self->id + WORD) == id[1]
+            && birth != 0 && birth <= words->registrations
+            && (ended == 0 || ended > words->watermark || ended > words->floor)) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+static uint64_t
+next_word(uint64_t word, uint64_t status, uint64_t buffer)
+{
+    return ((word >> VERSION_SHIFT) + 1) << VERSION_SHIFT | buffer << BUFFER_SHIFT | status;
+}
+
+static bool
+parse_id(PyObject *fingerprint, PyObject *id, uint64_t *parsed_fingerprint, uint64_t *parsed_id)
+{
+    char *bytes;
+    Py_ssize_t length;
+    if (!as_u64(fingerprint, parsed_fingerprint)
+        || PyBytes_AsStringAndSize(id, &bytes, &length) < 0) {
+        return false;
+    }
+    if (length != KEY_SIZE || *parsed_fingerprint == FREE) {
+        PyErr_SetString(PyExc_ValueError, "an id has 16 bytes, and a fingerprint that is not 0");
+        return false;
+    }
+    memcpy(parsed_id, bytes, KEY_SIZE);
+    return true;
+}
+
+/* Gives back the slots of operations that are not retained any more. */
+static bool
+reclaim(const Transitions *self, const Words *words)
+{
+    for (uint64_t seq = words->reclaimed + 1; seq <= words->floor; seq++) {
+        const uint64_t index =
+            atomic_load_explicit(&ring_index(self->memory, &self->ring, seq)[2],
+                                 memory_order_relaxed) >> LENGTH_BITS;
+        if (index == NO_SLOT) {
+            continue;
+        }
+        if (index >= (uint64_t)self->slots) {
+            return false;
+        }
+        if (word_of(self, slot_at(self, (Py_ssize_t)index) + self->terminal_seq) == seq) {
+            publish(self, self->fingerprints + (Py_ssize_t)index * WORD, FREE);
+        }
+    }
+    if (words->floor > words->reclaimed) {
+        publish(self, self->reclaimed, words->floor);
+    }
+    return true;
+}
+
+/* register(fingerprint, id, participant, created_ms, created_mono, spec, status, limit)
+ *
+ * Enters an operation in a free slot; its registration's number. */
+static PyObject *
+transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    uint64_t fingerprint, id[2], participant, created_ms, created_mono, status, limit;
+    char *spec;
+    Py_ssize_t length;
+    Words words;
+    if (!check_arity("register", nargs, 8) || !parse_id(args[0], args[1], &fingerprint, id)
+        || !as_u64(args[2], &participant) || !as_u64(args[3], &created_ms)
+        || !as_u64(args[4], &created_mono) || PyBytes_AsStringAndSize(args[5], &spec, &length) < 0
+        || !as_u64(args[6], &status) || !as_u64(args[7], &limit)) {
+        return NULL;
+    }
+    if (length > self->detail - self->spec || status == FREE || status > STATUS_MASK) {
+        PyErr_SetString(PyExc_ValueError, "a spec that is no longer than its room, and a status");
+        return NULL;
+    }
+    if (!load_words(self, &words) || words.active >= limit
+        || words.active >= (uint64_t)self->max_operations
+        || find_slot(self, &words, fingerprint, id) >= 0 || !reclaim(self, &words)) {
+        Py_RETURN_NONE;
+    }
+    Py_ssize_t index = 0;
+    while (index < self->slots && word_of(self, self->fingerprints + index * WORD) != FREE) {
+        index++;
+    }
+    if (index == self->slots) {
+        Py_RETURN_NONE;
+    }
+    const Py_ssize_t at = slot_at(self, index);
+    const uint64_t birth = words.registrations + 1;
+    const uint64_t going = next_word(word_of(self, at), FREE, 0);
+    publish(self, self->intent, 1);
+    publish(self, at, going); /* readers of what was here before see that it is going */
+    atomic_thread_fence(memory_order_release);
+    const struct {
+        Py_ssize_t offset;
+        uint64_t value;
+    } fields[] = {
+        {self->birth, birth},
+        {self->terminal_seq, 0},
+        {self->id, id[0]},
+        {self->id + WORD, id[1]},
+        {self->participant, participant},
+        {self->created_ms, created_ms},
+        {self->created_mono, created_mono},
+        {self->elapsed_ms, 0},
+        {self->spec_length, (uint64_t)length},
+        {self->detail_length, 0},
+        {self->detail_length + WORD, 0},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        atomic_store_explicit(word_at(self->memory, at + fields[i].offset), fields[i].value,
+                              memory_order_relaxed);
+    }
+    for (Py_ssize_t lane = self->watchers; lane < self->spec; lane += WORD) {
+        atomic_store_explicit(word_at(self->memory, at + lane), 0, memory_order_relaxed);
+    }
+    copy_in(self->memory, at + self->spec, (const unsigned char *)spec, length);
+    publish(self, self->fingerprints + index * WORD, fingerprint);
+    publish(self, at, next_word(going, status, 0));
+    publish(self, self->registrations, birth);
+    publish(self, self->intent, 0);
+    return PyLong_FromUnsignedLongLong(birth);
+}
+
+/* start(fingerprint, id, status, started_status, started_ms, detail) -> True
+ *
+ * Gives an operation of this status, of which nothing has changed since it was registered, another
+ * status and its first detail; not where the clock stands before its registration. */
+static PyObject *
+transitions_start(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    uint64_t fingerprint, id[2], status, started_status, started_ms;
+    char *detail;
+    Py_ssize_t length;
+    Words words;
+    if (!check_arity("start", nargs, 6) || !parse_id(args[0], args[1], &fingerprint, id)
+        || !as_u64(args[2], &status) || !as_u64(args[3], &started_status)
+        || !as_u64(args[4], &started_ms)
+        || PyBytes_AsStringAndSize(args[5], &detail, &length) < 0) {
+        return NULL;
+    }
+    if (length > self->detail_limit || status > STATUS_MASK || started_status > STATUS_MASK) {
+        PyErr_SetString(PyExc_ValueError, "a detail that is no longer than its room, and statuses");
+        return NULL;
+    }
+    const Py_ssize_t index =
+        load_words(self, &words) ? find_slot(self, &words, fingerprint, id) : -1;
+    if (index < 0) {
+        Py_RETURN_NONE;
+    }
+    const Py_ssize_t at = slot_at(self, index);
+    const uint64_t word = word_of(self, at), ended = word_of(self, at + self->terminal_seq);
+    const uint64_t buffer = word >> BUFFER_SHIFT & 1;
+    if (ended != 0 || (word & STATUS_MASK) != status
+        || word_of(self, at + self->detail_length + (Py_ssize_t)buffer * WORD) != 0
+        || word_of(self, at + self->created_ms) > started_ms) {
+        Py_RETURN_NONE;
+    }
+    const Py_ssize_t other = (Py_ssize_t)(buffer ^ 1);
+    atomic_thread_fence(memory_order_release);
+    copy_in(self->memory, at + self->detail + other * self->detail_limit,
+            (const unsigned char *)detail, length);
+    publish(self, at + self->detail_length + other * WORD, (uint64_t)length);
+    publish(self, at, next_word(word, started_status, (uint64_t)other));
+    Py_RETURN_TRUE;
+}
+
+/* look(fingerprint, id, statuses) -> (seq, slot, birth, created_ms, created_mono, detail)
+ *
+ * An operation that has not ended and whose status is one of a set of bits, as it has to be known to
+ * end it, and the sequence that this would have. */
+static PyObject *
+transitions_look(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    uint64_t fingerprint, id[2], statuses;
+    Words words;
+    if (!check_arity("look", nargs, 3) || !parse_id(args[0], args[1], &fingerprint, id)
+        || !as_u64(args[2], &statuses)) {
+        return NULL;
+    }
+    const Py_ssize_t index =
+        load_words(self, &words) ? find_slot(self, &words, fingerprint, id) : -1;
+    if (index < 0) {
+        Py_RETURN_NONE;
+    }
+    const Py_ssize_t at = slot_at(self, index);
+    const uint64_t word = word_of(self, at), buffer = word >> BUFFER_SHIFT & 1;
+    const uint64_t length = word_of(self, at + self->detail_length + (Py_ssize_t)buffer * WORD);
+    if (word_of(self, at + self->terminal_seq) != 0 || (statuses >> (word & STATUS_MASK) & 1) == 0
+        || length > (uint64_t)self->detail_limit) {
+        Py_RETURN_NONE;
+    }
+    PyObject *detail = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
+    if (detail == NULL) {
+        return NULL;
+    }
+    copy_out(self->memory, at + self->detail + (Py_ssize_t)buffer * self->detail_limit,
+             (unsigned char *)PyBytes_AsString(detail), (Py_ssize_t)length);
+    return Py_BuildValue("KnKKKN", (unsigned long long)words.watermark + 1, index,
+                         (unsigned long long)word_of(self, at + self->birth),
+                         (unsigned long long)word_of(self, at + self->created_ms),
+                         (unsigned long long)word_of(self, at + self->created_mono), detail);
+}
+
+/* Where an entry of so many bytes after the watermark begins, and through which sequence older ones
+ * have to be dropped for it. */
+static bool
+find_room(const Transitions *self, const Words *words, uint64_t length, uint64_t *position,
+          uint64_t *dropped)
+{
+    const Ring *ring = &self->ring;
+    const word_t *last = ring_index(self->memory, ring, words->watermark);
+    const uint64_t begin = atomic_load_explicit(&last[0], memory_order_relaxed);
+    const uint64_t before = atomic_load_explicit(&last[2], memory_order_relaxed) & UINT32_MAX;
+    if (begin % WORD != 0 || begin > LAST_POSITION) {
+        return false;
+    }
+    *position = begin + (uint64_t)padded((Py_ssize_t)before);
+    *dropped = words->dropped;
+    const uint64_t end = *position + (uint64_t)padded((Py_ssize_t)length);
+    if (words->watermark + 1 - *dropped > (uint64_t)ring->capacity) {
+        *dropped = words->watermark + 1 - (uint64_t)ring->capacity;
+    }
+    while (*dropped < words->watermark
+           && atomic_load_explicit(&ring_index(self->memory, ring, *dropped + 1)[0],
+                                   memory_order_relaxed)
+                      + (uint64_t)ring->budget
+                  < end) {
+        ++*dropped;
+    }
+    return true;
+}
+
+/* end(seq, slot, elapsed_ms, data) -> True
+ *
+ * Appends an entry that was made with what `look` said, and ends the operation with it. */
+static PyObject *
+transitions_end(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    uint64_t seq, index, elapsed_ms, position, dropped;
+    char *data;
+    Py_ssize_t length;
+    Words words;
+    if (!check_arity("end", nargs, 4) || !as_u64(args[0], &seq) || !as_u64(args[1], &index)
+        || !as_u64(args[2], &elapsed_ms) || PyBytes_AsStringAndSize(args[3], &data, &length) < 0) {
+        return NULL;
+    }
+    if (index >= (uint64_t)self->slots) {
+        return PyErr_Format(PyExc_IndexError, "no slot %llu: there are %zd",
+                            (unsigned long long)index, self->slots);
+    }
+    if (length + WORD > self->ring.budget || !load_words(self, &words)
+        || seq != words.watermark + 1
+        || !find_room(self, &words, (uint64_t)length, &position, &dropped)) {
+        Py_RETURN_NONE;
+    }
+    const Py_ssize_t at = slot_at(self, (Py_ssize_t)index);
+    if (dropped > words.dropped) {
+        publish(self, self->dropped, dropped);
+    }
+    publish(self, self->intent, 1);
+    ring_write(self->memory, &self->ring, seq, position, data, length, index);
+    publish(self, at + self->elapsed_ms, elapsed_ms);
+    publish(self, at + self->terminal_seq, seq);
+    publish(self, self->watermark, seq);
+    publish(self, self->intent, 0);
+    Py_RETURN_TRUE;
+}
+
+static PyMethodDef transitions_methods[] = {
+    {"register", (PyCFunction)(void (*)(void))transitions_register, METH_FASTCALL, NULL},
+    {"start", (PyCFunction)(void (*)(void))transitions_start, METH_FASTCALL, NULL},
+    {"look", (PyCFunction)(void (*)(void))transitions_look, METH_FASTCALL, NULL},
+    {"end", (PyCFunction)(void (*)(void))transitions_end, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot transitions_slots[] = {
+    {Py_tp_doc, "Made by Memory.transitions: see _native.pyi."},
+    {Py_tp_dealloc, transitions_dealloc},
+    {Py_tp_methods, transitions_methods},
+    {0, NULL},
+};
+
+static PyType_Spec transitions_spec = {
+    .name = "shmepoch.memory._native.Transitions",
+    .basicsize = sizeof(Transitions),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = transitions_slots,
 };
 
 /* --- open-file-description locks ------------------------------------------------------------------
@@ -1447,6 +1943,11 @@ module_exec(PyObject *module)
     if (state->memory_type == NULL) {
         return -1;
     }
+    state->transitions_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(module, &transitions_spec, NULL);
+    if (state->transitions_type == NULL) {
+        return -1;
+    }
     PyType_Spec *others[] = {&cell_spec, &writer_spec};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         PyTypeObject *type = add_type(module, others[i]);
@@ -1463,6 +1964,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     ModuleState *state = PyModule_GetState(module);
     Py_VISIT(state->memory_type);
+    Py_VISIT(state->transitions_type);
     return 0;
 }
 
@@ -1471,6 +1973,7 @@ module_clear(PyObject *module)
 {
     ModuleState *state = PyModule_GetState(module);
     Py_CLEAR(state->memory_type);
+    Py_CLEAR(state->transitions_type);
     return 0;
 }
 

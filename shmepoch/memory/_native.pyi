@@ -34,6 +34,69 @@ class Memory:
         self, value: int, above: int, event: int, gate: int, timeout_ns: int | None, /
     ) -> bool: ...
     def wake(self, event: int, /) -> bool: ...
+    def transitions(
+        self,
+        *,
+        ring: Ring,
+        state: int,
+        origin: int,
+        skipped: int,
+        watermark: int,
+        dropped: int,
+        intent: int,
+        registrations: int,
+        collected: int,
+        reclaimed: int,
+        fingerprints: int,
+        slots: int,
+        slots_at: int,
+        slot_size: int,
+        birth: int,
+        terminal_seq: int,
+        id: int,
+        participant: int,
+        created_ms: int,
+        created_mono: int,
+        elapsed_ms: int,
+        spec_length: int,
+        detail_length: int,
+        watchers: int,
+        spec: int,
+        detail: int,
+        detail_limit: int,
+        max_operations: int,
+        max_completed: int,
+    ) -> _Transitions: ...
+
+@final
+class _Transitions:  # under the writer lock; None: nothing was done, for it is not the common case
+    def register(
+        self,
+        fingerprint: int,
+        id: bytes,
+        participant: int,
+        created_ms: int,
+        created_mono: int,
+        spec: bytes,
+        status: int,
+        limit: int,
+        /,
+    ) -> int | None: ...  # the registration's number
+    def start(
+        self,
+        fingerprint: int,
+        id: bytes,
+        status: int,
+        started_status: int,
+        started_ms: int,
+        detail: bytes,
+        /,
+    ) -> bool | None: ...
+    # The sequence it would have, its slot, birth, created_ms, created_mono and encoded detail.
+    def look(
+        self, fingerprint: int, id: bytes, statuses: int, /
+    ) -> tuple[int, int, int, int, int, bytes] | None: ...
+    def end(self, seq: int, slot: int, elapsed_ms: int, data: bytes, /) -> bool | None: ...
 
 @final
 class Cell:

@@ -12,6 +12,7 @@ from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.ids import SessionId
+from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import Segment, SharedSegment
@@ -55,6 +56,25 @@ def shared(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]
             segment.unlink()
 
 
+class StandIn:
+    """A memory that is not the native one, so that transitions go word by word."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+
+@contextmanager
+def word_by_word(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]:
+    """Memory of this process's own, whose transitions never are the native ones."""
+    with private(namespace, config) as epoch:
+        registry: Any = epoch.registry
+        registry._memory = StandIn(registry._memory)
+        yield epoch
+
+
 @contextmanager
 def attached_twice(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]:
     """A segment with two attachments that take turns: as good as two processes."""
@@ -88,6 +108,7 @@ class _TakingTurns:
 
 IMPLEMENTATIONS: Final[dict[str, Implementation]] = {
     "private": private,
+    "word by word": word_by_word,
     "shared": shared,
     "attached-twice": attached_twice,
 }

@@ -1,0 +1,123 @@
+"""The transitions that every operation goes through, in native code as long as all is in order."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import msgspec
+
+from shmepoch.epoch.codec import to_wire
+from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.epoch.feed import encode_entry
+from shmepoch.epoch.operations import TRANSITIONS, Action, OperationStatus
+from shmepoch.epoch.table import (
+    STATUSES,
+    Detail,
+    EncodedSpec,
+    OperationTable,
+    fingerprint_of,
+)
+from shmepoch.ids import OperationId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import Layout
+from shmepoch.memory.segment import Segment
+
+_PROVISIONING: Final = STATUSES.index(OperationStatus.PROVISIONING)
+_RUNNING: Final = STATUSES.index(OperationStatus.RUNNING)
+#: For each action, the statuses it is allowed in, as bits.
+_ALLOWED: Final = {
+    action: sum(1 << STATUSES.index(status) for status in allowed)
+    for action, (allowed, _) in TRANSITIONS.items()
+}
+
+
+class CommonTransitions:
+    """Registering, starting and ending one operation, each in one or two native calls.
+
+    Under the writer lock. What returns False has stored nothing: something is out of the ordinary,
+    and the registry goes about it word by word, which repairs what is to be repaired and raises
+    what is to be raised. The two make the same stores in the same order.
+    """
+
+    def __init__(self, segment: Segment, table: OperationTable) -> None:
+        config = segment.layout.config
+        assert config is not None
+        self._segment = segment
+        self._table = table
+        self._limit: Final = config.max_concurrent or config.max_operations
+        self._native: Final = segment.memory.transitions(**facts(segment.layout))
+
+    def register(self, encoded: EncodedSpec) -> bool:
+        """Enter an operation; whether it was done."""
+        key = encoded.spec.id.bytes
+        birth = self._native.register(
+            fingerprint_of(key),
+            key,
+            self._segment.participant,
+            time.time_ns() // 1_000_000,
+            time.monotonic_ns(),
+            encoded.data,
+            _PROVISIONING,
+            self._limit,
+        )
+        if birth is None:
+            return False
+        self._table.remember(birth, encoded.spec)
+        return True
+
+    def start(self, id: OperationId) -> bool:
+        """The operation runs from now on; whether it was done."""
+        key, now_ms = id.bytes, time.time_ns() // 1_000_000
+        detail = to_wire(Detail(started_at_ms=now_ms))
+        fingerprint = fingerprint_of(key)
+        return bool(self._native.start(fingerprint, key, _PROVISIONING, _RUNNING, now_ms, detail))
+
+    def end(self, id: OperationId, action: Action, outcome: msgspec.Raw) -> CompletionSeq:
+        """End an operation; its sequence if it was done, else 0."""
+        key = id.bytes
+        found = self._native.look(fingerprint_of(key), key, _ALLOWED[action])
+        if found is None:
+            return 0
+        seq, slot, birth, created_ms, created_mono_ns, detail = found
+        started_ms = self._table.detail(slot, detail).started_at_ms or created_ms
+        data = encode_entry(seq, self._table.spec(slot, birth), outcome, started_ms)
+        elapsed_ns = max(0, time.monotonic_ns() - created_mono_ns)
+        return seq if self._native.end(seq, slot, elapsed_ns // 1_000_000, data) else 0
+
+
+def facts(layout: Layout) -> Any:
+    """What the native transitions need to know of a layout."""
+    config = layout.config
+    assert config is not None
+    return {
+        "ring": layout.ring,
+        "state": at.STATE_AT,
+        "origin": at.ORIGIN_AT,
+        "skipped": at.SKIPPED_AT,
+        "watermark": at.WATERMARK_AT,
+        "dropped": at.DROPPED_AT,
+        "intent": at.INTENT_AT,
+        "registrations": at.REGISTRATIONS_AT,
+        "collected": at.COLLECTED_AT,
+        "reclaimed": at.RECLAIMED_AT,
+        "fingerprints": layout.fingerprints,
+        "slots": layout.slots,
+        "slots_at": layout.slots_at,
+        "slot_size": at.SLOT_SIZE,
+        "birth": at.SLOT_BIRTH,
+        "terminal_seq": at.SLOT_TERMINAL_SEQ,
+        "id": at.SLOT_ID,
+        "participant": at.SLOT_PARTICIPANT,
+        "created_ms": at.SLOT_CREATED_MS,
+        "created_mono": at.SLOT_CREATED_MONO,
+        "elapsed_ms": at.SLOT_ELAPSED_MS,
+        "spec_length": at.SLOT_SPEC_LENGTH,
+        "detail_length": at.SLOT_DETAIL_LENGTH,
+        "watchers": at.SLOT_WATCHERS,
+        "spec": at.SLOT_SPEC,
+        "detail": at.SLOT_DETAIL,
+        "detail_limit": at.DETAIL_LIMIT,
+        "max_operations": config.max_operations,
+        "max_completed": config.max_completed,
+    }

@@ -1,0 +1,176 @@
+"""The native transitions: the same stores as word by word, and only where all is in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.errors import SegmentCorrupted
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.segment import Segment
+from tests.epoch.implementations import StandIn
+from tests.epoch.operations import UPDATE, Registry, result, spec
+
+CONFIG = OpsLifecycleConfig(max_operations=4, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
+SPEC = spec()
+SESSION, EPOCH = SessionId.new(), RuntimeEpochId.new()
+
+
+def epoch() -> tuple[Segment, Registry]:
+    segment = Segment.private(CONFIG, session_id=SESSION, epoch_id=EPOCH)
+    return segment, RuntimeOpsLifecycleRegistry(segment)
+
+
+def without_a_word_by_word(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("not the native transition")
+
+    for name in ("_enter", "_change", "_end_all"):
+        monkeypatch.setattr(registry, name, refused)
+
+
+def live(registry: Registry, n: int, moment: Callable[[int], None] = lambda _: None) -> None:
+    """The n-th operation's life: every way through the native transitions, in turn."""
+    moment(0)
+    id = OperationId.from_bytes(n.to_bytes(16, "little"))
+    registry.register_operation(replace(SPEC, id=id, display_name=f"number {n}" * (n % 7)))
+    moment(n % 3)
+    if n % 5 == 0:
+        registry.cancel_operation(id, None)
+        return
+    registry.provisioning_succeeded(id)
+    moment(n % 11)
+    if n % 5 == 1:
+        registry.fail_operation(id, "broke")
+    else:
+        registry.complete_operation(id, result(id, "x" * (n * 37 % 1200)))
+
+
+def test_both_leave_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, over several rounds of the table, the index ring and the byte ring."""
+    now = begun = 1_700_000_000_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+
+    def moment(ms: int) -> None:
+        nonlocal now
+        now = begun + ms * 1_000_000
+
+    (native, one), (plain, other) = epoch(), epoch()
+    stand_in: Any = StandIn(other._memory)
+    other._memory = stand_in
+    without_a_word_by_word(one, monkeypatch)
+    for offset in (at.WITNESS_AT, at.WITNESS_AT + at.WORD, at.CREATED_AT):
+        plain.memory.store(offset, native.memory.load(offset))
+    size = native.layout.size
+    for n in range(1, 5_001):
+        begun += 100_000_000
+        live(one, n, moment)
+        live(other, n, moment)
+        if n < 100 or n % 100 == 0:
+            assert native.memory.read(0, size) == plain.memory.read(0, size), f"after {n}"
+    assert native.memory.load(at.DROPPED_AT) > 3_000
+    one.check()
+
+
+def test_the_common_case_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, registry = epoch()
+    without_a_word_by_word(registry, monkeypatch)
+    for n in range(1, 50):
+        live(registry, n)
+    registry.check()
+
+
+#: What a writer that was killed, or a fault, leaves behind.
+LEFT: dict[str, Callable[[Segment], None]] = {
+    "nothing": lambda _: None,
+    "an ending that was not committed": lambda s: s.memory.store(
+        s.layout.slot(0) + at.SLOT_TERMINAL_SEQ, 1
+    ),
+    "a registration that was not committed": lambda s: s.memory.store(
+        s.layout.slot(3) + at.SLOT_BIRTH, s.memory.load(at.REGISTRATIONS_AT) + 1
+    ),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_was_left_behind_is_repaired_first(left: str) -> None:
+    segment, registry = epoch()
+    id, other = OperationId.new(), OperationId.new()
+    registry.register_operation(spec(id=id))
+    acts: tuple[Callable[[], None], ...] = (
+        lambda: registry.provisioning_succeeded(id),
+        lambda: registry.register_operation(spec(id=other)),
+        lambda: registry.complete_operation(id, result(id)),
+    )
+    for act in acts:
+        LEFT[left](segment)
+        segment.memory.store(at.INTENT_AT, 1)
+        act()
+        assert segment.memory.load(at.INTENT_AT) == 0
+        registry.check()
+    assert registry.completion_feed().watermark() == 1
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (at.WATERMARK_AT, 2**63),
+        (at.DROPPED_AT, 2),
+        (at.COLLECTED_AT, 2),
+        (at.RECLAIMED_AT, 2),
+        (at.REGISTRATIONS_AT, 0),
+        (at.REGISTRATIONS_AT, 99),
+    ],
+)
+def test_words_that_contradict_each_other_stop_every_transition(offset: int, value: int) -> None:
+    segment, registry = epoch()
+    live(registry, 2)
+    id = OperationId.new()
+    registry.register_operation(spec(id=id))
+    segment.memory.store(offset, value)
+    before = segment.memory.read(0, segment.layout.size)
+    acts: tuple[Callable[[], None], ...] = (
+        lambda: registry.provisioning_succeeded(id),
+        lambda: registry.register_operation(spec()),
+        lambda: registry.fail_operation(id, "broke"),
+    )
+    for act in acts:
+        with pytest.raises(SegmentCorrupted):
+            act()
+    assert segment.memory.read(0, segment.layout.size) == before
+
+
+def test_a_clock_that_was_set_back_does_not_turn_time_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, registry = epoch()
+    id = OperationId.new()
+    later, earlier = 2_000_000_000_000_000_000, 1_000_000_000_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    registry.register_operation(spec(id=id))
+    monkeypatch.setattr(time, "time_ns", lambda: earlier)
+    registry.provisioning_succeeded(id)
+    registry.complete_operation(id, result(id))
+    found = registry.snapshot(id)
+    assert found is not None
+    assert found.created_at_ms == found.started_at_ms == found.completed_at_ms
+
+
+def test_what_changed_since_registration_is_kept() -> None:
+    _, registry = epoch()
+    id = OperationId.new()
+    registry.register_operation(spec(id=id))
+    registry.provisioning_succeeded(id)
+    registry.report_progress(id, UPDATE)
+    registry.complete_operation(id, result(id))
+    found = registry.snapshot(id)
+    assert found is not None
+    assert (found.progress_count, found.last_progress) == (1, UPDATE)
