@@ -58,20 +58,25 @@ typedef _Atomic uint64_t word_t;
  * between its store and its wake call, and the 32-bit event count may have come round. */
 static const int64_t RECHECK_NS = 250 * 1000 * 1000;
 
-/* The longest that a wait spins before it sleeps: about what a futex round trip costs. */
-static const uint32_t SPIN_MAX_NS = 50 * 1000;
-static const uint32_t SPIN_START_NS = 20 * 1000;
-/* Once spinning was found not to pay, every so many waits try again, for so long. */
-static const uint32_t SPIN_PROBE_EVERY = 64;
-static const uint32_t SPIN_PROBE_NS = 4 * 1000;
+/* The longest that a wait spins before it sleeps: what a sleep and the wake-up from it cost where
+ * they are dear, as on virtual machines. Shorter, and of two processes that both sleep neither would
+ * ever find the other fast enough to spin for. */
+static const uint32_t SPIN_MAX_NS = 100 * 1000;
+static const uint32_t SPIN_MIN_NS = 4 * 1000;
+/* Once spinning was found not to pay, it is tried again after so many waits, and each time that it
+ * still does not pay, after twice as many. */
+static const uint32_t SPIN_PROBE_AFTER = 64;
+static const uint32_t SPIN_PROBE_AFTER_MAX = 4096;
 
 typedef struct {
     PyObject_HEAD
     unsigned char *base;
     Py_ssize_t size;
-    /* What this process learned about spinning on this memory: how long, and how many waits since
-     * it gave up. Several threads may learn at once; a lost update costs one guess. */
+    /* What this process learned about spinning on this memory: how long; and after how many waits
+     * to try again, and how many there were since it gave up. Several threads may learn at once; a
+     * lost update costs one guess. */
     _Atomic uint32_t spin_ns;
+    _Atomic uint32_t spin_probe_after;
     _Atomic uint32_t spin_skipped;
 } Memory;
 
@@ -178,7 +183,8 @@ memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
     }
     self->base = base;
     self->size = size;
-    atomic_init(&self->spin_ns, SPIN_START_NS);
+    atomic_init(&self->spin_ns, SPIN_MAX_NS);
+    atomic_init(&self->spin_probe_after, SPIN_PROBE_AFTER);
     atomic_init(&self->spin_skipped, 0);
     return (PyObject *)self;
 }
@@ -763,34 +769,42 @@ wait_is_over(const Wait *wait)
 }
 
 /* Spins for as long as spinning has lately paid, and learns. Across cores the other side answers
- * while this one spins and the budget grows; on one core it cannot answer until this one sleeps,
+ * while this one spins, and the budget grows; on one core it cannot answer until this one sleeps,
  * and the budget falls to nothing within a few waits. */
 static bool
 wait_spinning(Memory *self, const Wait *wait)
 {
     uint32_t budget = atomic_load_explicit(&self->spin_ns, memory_order_relaxed);
-    if (budget == 0) {
-        uint32_t skipped =
-            atomic_fetch_add_explicit(&self->spin_skipped, 1, memory_order_relaxed);
-        if (skipped % SPIN_PROBE_EVERY != SPIN_PROBE_EVERY - 1) {
+    const uint32_t after = atomic_load_explicit(&self->spin_probe_after, memory_order_relaxed);
+    const bool probing = budget == 0;
+    if (probing) {
+        if (atomic_fetch_add_explicit(&self->spin_skipped, 1, memory_order_relaxed) < after) {
             return false;
         }
-        budget = SPIN_PROBE_NS;
+        atomic_store_explicit(&self->spin_skipped, 0, memory_order_relaxed);
+        budget = SPIN_MAX_NS;
     }
     const int64_t end = monotonic_ns() + budget;
     do {
         for (int i = 0; i < 16; i++) {
             if (wait_is_over(wait)) {
-                uint32_t more = budget * 2;
-                atomic_store_explicit(&self->spin_ns, more < SPIN_MAX_NS ? more : SPIN_MAX_NS,
+                budget = budget < SPIN_MAX_NS / 2 ? budget * 2 : SPIN_MAX_NS;
+                atomic_store_explicit(&self->spin_ns, budget, memory_order_relaxed);
+                atomic_store_explicit(&self->spin_probe_after, SPIN_PROBE_AFTER,
                                       memory_order_relaxed);
                 return true;
             }
             cpu_relax();
         }
     } while (monotonic_ns() < end);
-    atomic_store_explicit(&self->spin_ns, budget / 2 < SPIN_PROBE_NS ? 0 : budget / 2,
-                          memory_order_relaxed);
+    if (probing) {
+        const uint32_t later = after < SPIN_PROBE_AFTER_MAX ? after * 2 : after;
+        atomic_store_explicit(&self->spin_probe_after, later, memory_order_relaxed);
+    }
+    else {
+        budget = budget / 2 < SPIN_MIN_NS ? 0 : budget / 2;
+        atomic_store_explicit(&self->spin_ns, budget, memory_order_relaxed);
+    }
     return false;
 }
 

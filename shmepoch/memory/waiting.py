@@ -118,24 +118,20 @@ class Waiters:
 
         Raises `TimeoutError` after `timeout` seconds, and what a closed epoch raises when it ends.
         """
-        if not self._sleep(at.WATERMARK_AT, after, timeout):
+        limit = None if timeout is None else _limit_ns(timeout)
+        if not self._memory.wait_above(at.WATERMARK_AT, after, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the watermark was not above {after} within {timeout} s")
         return self._reached(after)
 
     def wait_durable(self, seq: int, timeout: float) -> None:
         """Block until a store has everything up to `seq`, or the epoch ends; `TimeoutError`."""
-        if not self._sleep(at.DURABLE_AT, seq - 1, timeout):
+        limit = _limit_ns(timeout)
+        if not self._memory.wait_above(at.DURABLE_AT, seq - 1, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the store did not have {seq} within {timeout} s")
 
     def wake_writers(self) -> None:
         """Wake those who wait for the store; after it has said how far it has come."""
         self._memory.wake(at.EVENT_AT)
-
-    def _sleep(self, word: int, above: int, timeout: float | None) -> bool:
-        limit = None
-        if timeout is not None and timeout < _FOREVER_S:
-            limit = round(max(0.0, timeout) * _NS)
-        return self._memory.wait_above(word, above, at.EVENT_AT, at.STATE_AT, limit)
 
     async def above(self, after: int) -> int:
         """Like `wait_above`, without blocking the event loop."""
@@ -158,3 +154,7 @@ class Waiters:
         if watermark > after:
             return watermark
         raise self._closed_error()
+
+
+def _limit_ns(timeout: float) -> int | None:
+    return round(max(0.0, timeout) * _NS) if timeout < _FOREVER_S else None
