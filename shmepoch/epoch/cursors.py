@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class EpochCursorSnapshot(Record, kw_only=True, frozen=True):
+class EpochCursorSnapshot(Record, frozen=True, gc=False):
     """The three cursors as they stood at one instant.
 
     A snapshot may be stale when it is used; that repeats a notice and never loses one.
@@ -87,6 +87,10 @@ class EpochCursorState:
         self.agent_applied_cursor: Final = cell(0)
         self.runtime_observed_seq: Final = cell(1)
         self.runtime_last_injected_seq: Final = cell(2)
+        #: All three as they stood at one instant; in one native call, which makes the record, too.
+        self.snapshot: Final = memory.snapshots(
+            at.CURSORS_AT, at.CURSORS, at.LINE, EpochCursorSnapshot
+        ).take
 
     @cached_property
     def values(self) -> NDArray[np.uint64]:
@@ -123,15 +127,6 @@ class EpochCursorState:
             )
         )
         return self
-
-    def snapshot(self) -> EpochCursorSnapshot:
-        """All three as they stood at one instant."""
-        applied, observed, injected = self._memory.snapshot(at.CURSORS_AT, at.CURSORS, at.LINE)
-        return EpochCursorSnapshot(
-            agent_applied_cursor=applied,
-            runtime_observed_seq=observed,
-            runtime_last_injected_seq=injected,
-        )
 
     def advance_all(self, positions: EpochCursorSnapshot) -> None:
         """Advance every cursor to at least its recovered position."""

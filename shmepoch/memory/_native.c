@@ -5,6 +5,7 @@
  *
  *   Memory     a mapping, shared (of a descriptor) or private, with atomic access to its words
  *   Cell       one word of a Memory that only grows, behind a gate word that can close it
+ *   Snapshots  several words of a Memory that only grow, read at one instant
  *   Transitions   the common case of an epoch's most frequent transitions, each in one call
  *   WriterLock a thread lock and an open-file-description lock, taken together
  *   try_lock, unlock, is_locked   single open-file-description byte locks
@@ -83,6 +84,7 @@ typedef struct {
 typedef struct {
     PyTypeObject *memory_type;
     PyTypeObject *transitions_type;
+    PyTypeObject *snapshots_type;
 } ModuleState;
 
 /* --- arguments ------------------------------------------------------------------------------ */
@@ -358,31 +360,49 @@ memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 
 /* Words that only grow, as they stood at one instant: two equal passes mean that none moved between
  * its two reads, so all stood together at the end of the first. Acquire keeps the passes apart. */
-static PyObject *
-memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+static void
+load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
+             uint64_t *words)
 {
-    Memory *self = (Memory *)object;
-    Py_ssize_t offset, count, stride;
-    uint64_t first[SNAPSHOT_MAX] = {0};
-    if (!parse_column(object, "snapshot", args, nargs, &offset, &count, &stride)) {
-        return NULL;
-    }
-    if (count > SNAPSHOT_MAX) {
-        return PyErr_Format(PyExc_ValueError, "a snapshot covers at most %d words, not %zd",
-                            SNAPSHOT_MAX, count);
-    }
     for (bool again = true, primed = false; again; primed = true) {
         again = !primed;
         for (Py_ssize_t i = 0; i < count; i++) {
             uint64_t value =
                 atomic_load_explicit(word_at(self, offset + i * stride), memory_order_acquire);
-            again = again || value != first[i];
-            first[i] = value;
+            again = again || value != words[i];
+            words[i] = value;
         }
     }
+}
+
+static bool
+parse_snapshot(PyObject *object, const char *name, PyObject *const *args, Py_ssize_t *offset,
+               Py_ssize_t *count, Py_ssize_t *stride)
+{
+    if (!parse_column(object, name, args, 3, offset, count, stride)) {
+        return false;
+    }
+    if (*count > SNAPSHOT_MAX) {
+        PyErr_Format(PyExc_ValueError, "a snapshot covers at most %d words, not %zd", SNAPSHOT_MAX,
+                     *count);
+        return false;
+    }
+    return true;
+}
+
+static PyObject *
+memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t offset, count, stride;
+    uint64_t words[SNAPSHOT_MAX] = {0};
+    if (!check_arity("snapshot", nargs, 3)
+        || !parse_snapshot(object, "snapshot", args, &offset, &count, &stride)) {
+        return NULL;
+    }
+    load_at_once((Memory *)object, offset, count, stride, words);
     PyObject *tuple = PyTuple_New(count);
     for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
-        PyObject *value = PyLong_FromUnsignedLongLong(first[i]);
+        PyObject *value = PyLong_FromUnsignedLongLong(words[i]);
         if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
             Py_CLEAR(tuple);
         }
@@ -912,6 +932,7 @@ memory_wake(PyObject *object, PyObject *offset_object)
 }
 
 static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
+static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
@@ -922,6 +943,7 @@ static PyMethodDef memory_methods[] = {
     {"fetch_or", (PyCFunction)(void (*)(void))memory_fetch_or, METH_FASTCALL, NULL},
     {"load_column", (PyCFunction)(void (*)(void))memory_load_column, METH_FASTCALL, NULL},
     {"snapshot", (PyCFunction)(void (*)(void))memory_snapshot, METH_FASTCALL, NULL},
+    {"snapshots", (PyCFunction)(void (*)(void))memory_snapshots, METH_FASTCALL, NULL},
     {"find", (PyCFunction)(void (*)(void))memory_find, METH_FASTCALL, NULL},
     {"read", (PyCFunction)(void (*)(void))memory_read, METH_FASTCALL, NULL},
     {"write", (PyCFunction)(void (*)(void))memory_write, METH_FASTCALL, NULL},
@@ -1625,6 +1647,122 @@ static PyType_Spec transitions_spec = {
     .slots = transitions_slots,
 };
 
+/* --- Snapshots -------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    Memory *memory;
+    PyObject *make; /* what a snapshot becomes, of its words */
+    Py_ssize_t offset, count, stride;
+} Snapshots;
+
+/* snapshots(offset, count, stride, make) -> Snapshots, which `take` makes with its arguments parsed
+ * and checked once */
+static PyObject *
+memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t offset, count, stride;
+    ModuleState *state = PyType_GetModuleState(Py_TYPE(object));
+    if (state == NULL || !check_arity("snapshots", nargs, 4)
+        || !parse_snapshot(object, "snapshots", args, &offset, &count, &stride)) {
+        return NULL;
+    }
+    if (!PyCallable_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "make is called with the words of each snapshot");
+        return NULL;
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(state->snapshots_type, Py_tp_alloc);
+    Snapshots *self = (Snapshots *)allocate(state->snapshots_type, 0);
+    if (self != NULL) {
+        self->memory = (Memory *)Py_NewRef(object);
+        self->make = Py_NewRef(args[3]);
+        self->offset = offset;
+        self->count = count;
+        self->stride = stride;
+    }
+    return (PyObject *)self;
+}
+
+static int
+snapshots_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(((Snapshots *)object)->make);
+    return 0;
+}
+
+/* The memory stays until the object itself goes, as a Cell's does. */
+static int
+snapshots_clear(PyObject *object)
+{
+    Py_CLEAR(((Snapshots *)object)->make);
+    return 0;
+}
+
+static void
+snapshots_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    snapshots_clear(object);
+    Py_CLEAR(((Snapshots *)object)->memory);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *
+snapshots_take(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t nargs)
+{
+    Snapshots *self = (Snapshots *)object;
+    uint64_t words[SNAPSHOT_MAX] = {0};
+    PyObject *values[SNAPSHOT_MAX] = {NULL}, *made = NULL;
+    if (!check_arity("take", nargs, 0)) {
+        return NULL;
+    }
+    if (self->make == NULL) { /* it is being collected */
+        PyErr_SetString(PyExc_RuntimeError, "nothing makes these snapshots any more");
+        return NULL;
+    }
+    load_at_once(self->memory, self->offset, self->count, self->stride, words);
+    bool whole = true;
+    for (Py_ssize_t i = 0; whole && i < self->count; i++) {
+        values[i] = PyLong_FromUnsignedLongLong(words[i]);
+        whole = values[i] != NULL;
+    }
+    if (whole) { /* the arguments end with the first that is NULL */
+        made = PyObject_CallFunctionObjArgs(self->make, values[0], values[1], values[2], values[3],
+                                            values[4], values[5], values[6], values[7], NULL);
+    }
+    for (Py_ssize_t i = 0; i < self->count; i++) {
+        Py_XDECREF(values[i]);
+    }
+    return made;
+}
+
+static PyMethodDef snapshots_methods[] = {
+    {"take", (PyCFunction)(void (*)(void))snapshots_take, METH_FASTCALL,
+     "The words as they stand at one instant, made into a record."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot snapshots_slots[] = {
+    {Py_tp_doc, "Made by Memory.snapshots: see _native.pyi."},
+    {Py_tp_dealloc, snapshots_dealloc},
+    {Py_tp_traverse, snapshots_traverse},
+    {Py_tp_clear, snapshots_clear},
+    {Py_tp_methods, snapshots_methods},
+    {0, NULL},
+};
+
+static PyType_Spec snapshots_spec = {
+    .name = "shmepoch.memory._native.Snapshots",
+    .basicsize = sizeof(Snapshots),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE
+             | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = snapshots_slots,
+};
+
 /* --- open-file-description locks ------------------------------------------------------------------
  *
  * They belong to the open file description, not to the process (fcntl(2)): two attachments of one
@@ -1957,9 +2095,11 @@ module_exec(PyObject *module)
     if (state->memory_type == NULL) {
         return -1;
     }
+    /* Made by a memory's methods only, so the module does not name them. */
     state->transitions_type =
         (PyTypeObject *)PyType_FromModuleAndSpec(module, &transitions_spec, NULL);
-    if (state->transitions_type == NULL) {
+    state->snapshots_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &snapshots_spec, NULL);
+    if (state->transitions_type == NULL || state->snapshots_type == NULL) {
         return -1;
     }
     PyType_Spec *others[] = {&cell_spec, &writer_spec};
@@ -1979,6 +2119,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     ModuleState *state = PyModule_GetState(module);
     Py_VISIT(state->memory_type);
     Py_VISIT(state->transitions_type);
+    Py_VISIT(state->snapshots_type);
     return 0;
 }
 
@@ -1988,6 +2129,7 @@ module_clear(PyObject *module)
     ModuleState *state = PyModule_GetState(module);
     Py_CLEAR(state->memory_type);
     Py_CLEAR(state->transitions_type);
+    Py_CLEAR(state->snapshots_type);
     return 0;
 }
 

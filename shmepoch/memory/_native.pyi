@@ -6,9 +6,11 @@ IndexError; a value outside 0..2**64-1 raises OverflowError, another type TypeEr
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import SupportsIndex, final
+from typing import Generic, SupportsIndex, TypeVar, final
 
 from shmepoch.memory.layout import Ring
+
+T = TypeVar("T")
 
 @final
 class Memory:
@@ -24,6 +26,9 @@ class Memory:
     def fetch_or(self, offset: int, bits: int, /) -> int: ...
     def load_column(self, offset: int, count: int, stride: int, /) -> tuple[int, ...]: ...
     def snapshot(self, offset: int, count: int, stride: int, /) -> tuple[int, ...]: ...
+    def snapshots(
+        self, offset: int, count: int, stride: int, make: Callable[..., T], /
+    ) -> _Snapshots[T]: ...
     def find(self, offset: int, count: int, value: int, start: int, /) -> int: ...
     def read(self, offset: int, length: int, /) -> bytes: ...
     def write(self, offset: int, data: bytes, /) -> None: ...
@@ -67,6 +72,10 @@ class Memory:
         max_operations: int,
         max_completed: int,
     ) -> _Transitions: ...
+
+@final
+class _Snapshots(Generic[T]):
+    def take(self) -> T: ...
 
 @final
 class _Transitions:  # under the writer lock; None: nothing was done, for it is not the common case

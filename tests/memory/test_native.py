@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -1004,3 +1005,57 @@ def test_mappings_are_given_back() -> None:
 def test_the_module_names_what_it_has() -> None:
     public = {name for name in dir(_native) if not name.startswith("_")}
     assert public == {"Cell", "Memory", "WriterLock", "is_locked", "try_lock", "unlock"}
+
+
+# --- snapshots ------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_made_into_something(memory: Memory) -> None:
+    for number in range(3):
+        memory.store(128 + number * 64, 10**6 + number)
+    take = memory.snapshots(128, 3, 64, lambda *words: words).take
+    assert take() == (10**6, 10**6 + 1, 10**6 + 2) == memory.snapshot(128, 3, 64)
+    memory.store(192, TOP)
+    assert take() == (10**6, TOP, 10**6 + 2)
+    assert memory.snapshots(0, 0, 8, dict).take() == {}
+    assert len(memory.snapshots(0, 8, 8, lambda *words: words).take()) == 8
+
+
+def test_what_snapshots_are_not_made_of(memory: Memory) -> None:
+    native: Any = memory
+    arguments: tuple[Any, ...]
+    for arguments in ((0, 1, 8), (0, 1, 8, tuple, 0), (0, 1, 8, None), ("0", 1, 8, tuple)):
+        with pytest.raises(TypeError):
+            native.snapshots(*arguments)
+    for arguments in ((1, 1, 8, tuple), (SIZE, 1, 8, tuple), (0, 8, SIZE // 4, tuple)):
+        with pytest.raises(IndexError):
+            native.snapshots(*arguments)
+    with pytest.raises(ValueError, match="at most 8 words, not 9"):
+        native.snapshots(0, 9, 8, tuple)
+    taking = native.snapshots(0, 1, 8, int)
+    with pytest.raises(TypeError):
+        taking.take(1)
+    with pytest.raises(TypeError):
+        type(taking)()
+
+
+def test_an_error_of_what_makes_a_snapshot_is_raised(memory: Memory) -> None:
+    def refuse(_: int) -> None:
+        raise Closed
+
+    with pytest.raises(Closed):
+        memory.snapshots(0, 1, 8, refuse).take()
+
+
+def test_snapshots_keep_the_mapping_and_are_collected() -> None:
+    class Record(tuple[int, ...]):
+        pass
+
+    take = Memory.private(SIZE).snapshots(0, 1, 8, lambda word: (word,)).take
+    gc.collect()
+    assert take() == (0,)
+    Record.taking = Memory.private(SIZE).snapshots(0, 1, 8, Record)  # type: ignore[attr-defined]
+    gone = weakref.ref(Record)
+    del Record
+    gc.collect()
+    assert gone() is None
