@@ -17,6 +17,7 @@ import os
 import random
 import threading
 import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -210,7 +211,11 @@ class SharedWaits:
 
     def __init__(self, memory: Memory, namespace: str) -> None:
         self._memory = memory
-        self._bells = Bells.of(namespace)
+        self._namespace = namespace
+
+    @cached_property
+    def _bells(self) -> Bells:
+        return Bells.of(self._namespace)  # not before somebody waits: most never do
 
     def add(self, wait: AsyncWait, /) -> None:
         self._bells.add(wait)

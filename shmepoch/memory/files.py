@@ -81,28 +81,42 @@ def unlink(fd: int, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def open_owned(path: Path) -> int:
+def open_owned(path: str | Path) -> int:
     """Open a file of this user's that nobody else may open.
 
     Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
     """
+    fd = open_unchecked(path)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        require_owned(path, os.fstat(fd))
+    except SegmentForeign:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_unchecked(path: str | Path) -> int:
+    """Open a file that `require_owned` has yet to be asked about, and raise what `open_owned` does
+    for one that cannot be opened."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except PermissionError:
-        raise SegmentForeign(path.name, "owner", os.geteuid(), os.lstat(path).st_uid) from None
+        raise _foreign(path, "owner", os.geteuid(), os.lstat(path).st_uid) from None
     except OSError as error:
         if error.errno not in _OTHER_TYPES:
             raise
-        other = _OTHER_TYPES[error.errno]
-        raise SegmentForeign(path.name, "type", "regular file", other) from None
-    found = os.fstat(fd)
-    facts = (
-        ("type", "regular file", "regular file" if stat.S_ISREG(found.st_mode) else "other"),
-        ("owner", os.geteuid(), found.st_uid),
-        ("mode", oct(_MODE), oct(stat.S_IMODE(found.st_mode))),
-    )
-    for field, expected, actual in facts:
-        if actual != expected:
-            os.close(fd)
-            raise SegmentForeign(path.name, field, expected, actual)
-    return fd
+        raise _foreign(path, "type", "regular file", _OTHER_TYPES[error.errno]) from None
+
+
+def require_owned(path: str | Path, found: os.stat_result) -> None:
+    """Raise `SegmentForeign` unless this is a file of this user's that nobody else may open."""
+    if not stat.S_ISREG(found.st_mode):
+        raise _foreign(path, "type", "regular file", "other")
+    if found.st_uid != os.geteuid():
+        raise _foreign(path, "owner", os.geteuid(), found.st_uid)
+    if stat.S_IMODE(found.st_mode) != _MODE:
+        raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(found.st_mode)))
+
+
+def _foreign(path: str | Path, field: str, expected: object, actual: object) -> SegmentForeign:
+    return SegmentForeign(os.path.basename(path), field, expected, actual)

@@ -90,6 +90,7 @@ Locks are open-file-description locks on single bytes; they need no byte to exis
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import msgspec
@@ -271,13 +272,14 @@ class Layout:
             config.store_wait_ms,
         )
 
-    @classmethod
-    def from_capacities(cls, words: tuple[int, ...]) -> Layout:
+    @staticmethod
+    @lru_cache(maxsize=64)  # the epochs that a process attaches to are mostly of one size
+    def from_capacities(words: tuple[int, ...]) -> Layout:
         """The layout of a segment whose header holds `words`; `ConfigInvalid` if none has them."""
         completed, concurrent, operations, feed_bytes, participants, store_wait_ms = words
         if not (completed or operations or feed_bytes):
-            return cls(None)
-        return cls(
+            return Layout(None)
+        return Layout(
             OpsLifecycleConfig(
                 max_completed=completed,
                 max_concurrent=concurrent or None,

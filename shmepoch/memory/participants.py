@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
+from itertools import chain
 from typing import Final
 
 import msgspec
@@ -71,7 +72,9 @@ class Participants:
         words = self._words()
         if self.joined() >= _LAST_NUMBER:
             raise SegmentCorrupted(self._name, "joined", f"below {_LAST_NUMBER}", self.joined())
-        for slot in sorted(range(self._capacity), key=lambda slot: words[slot] != 0):
+        free = (slot for slot, word in enumerate(words) if not word)
+        held = (slot for slot, word in enumerate(words) if word)
+        for slot in chain(free, held):
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
                 offset = Layout.participant(slot)
                 number = self._memory.fetch_add(at.JOINED_AT, 1) + 1

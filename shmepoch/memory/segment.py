@@ -5,11 +5,9 @@ from __future__ import annotations
 import hmac
 import os
 import re
-import secrets
 import threading
 import time
 import weakref
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +15,8 @@ from typing import Final, Protocol
 
 from shmepoch.errors import (
     BindingsClosed,
-    ConfigInvalid,
     EpochGone,
     EpochSealed,
-    LayoutUnsupported,
     NamespaceInvalid,
     SegmentCorrupted,
     SegmentExists,
@@ -36,8 +32,12 @@ from shmepoch.memory.files import (
     link,
     map_shared,
     open_owned,
+    open_unchecked,
+    require_owned,
     unlink,
 )
+from shmepoch.memory.header import SIZE as HEADER_SIZE
+from shmepoch.memory.header import Header, write_header
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
 from shmepoch.memory.waiting import LocalWaits, Waiters
@@ -57,8 +57,7 @@ def resolve_namespace(namespace: str | None) -> str:
 
 def segment_path(namespace: str, session_id: SessionId) -> Path:
     """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
-    # Joined as text: pathlib would take longer for it than the kernel for the open.
-    return Path(f"{SHM_DIR}/{_segment_name(namespace, session_id)}")
+    return SHM_DIR / _segment_name(namespace, session_id)
 
 
 def list_sessions(namespace: str) -> Iterator[SessionId]:
@@ -99,11 +98,11 @@ class Segment:
     participant: int = 0
     writer: Lock
 
-    def __init__(self, memory: Memory, layout: Layout) -> None:
+    def __init__(self, memory: Memory, layout: Layout, header: Header) -> None:
         self.memory: Final = memory
         self.layout: Final = layout
-        self.epoch_id: Final = RuntimeEpochId.from_bytes(memory.read(at.EPOCH_ID_AT, at.ID_SIZE))
-        self.session_id: Final = SessionId.from_bytes(memory.read(at.SESSION_ID_AT, at.ID_SIZE))
+        self.epoch_id: Final = RuntimeEpochId.from_bytes(header.epoch_id)
+        self.session_id: Final = SessionId.from_bytes(header.session_id)
         self.waiters: Final = self._make_waiters()
         self.writer = WriterLock(-1, 0)
         _every_segment.add(self)
@@ -119,8 +118,10 @@ class Segment:
         """Fresh private memory; `config` None makes room for cursors only."""
         layout = Layout(config)
         memory = Memory.private(layout.size)
-        _format(memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new())
-        return Segment(memory, layout)
+        header = write_header(
+            memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
+        )
+        return Segment(memory, layout, header)
 
     @property
     def skipped(self) -> tuple[int, int]:
@@ -158,11 +159,15 @@ class SharedSegment(Segment):
     them up; only `unlink` removes the segment.
     """
 
-    def __init__(self, namespace: str, fd: int, memory: Memory, layout: Layout) -> None:
+    fd: int = -1
+
+    def __init__(
+        self, namespace: str, fd: int, memory: Memory, layout: Layout, header: Header
+    ) -> None:
         self.namespace: Final = namespace
-        super().__init__(memory, layout)
+        super().__init__(memory, layout, header)
         self.name = _segment_name(namespace, self.session_id)
-        self.witness: Final = memory.read(at.WITNESS_AT, at.ID_SIZE)
+        self.witness: Final = header.witness
         self.role = Role.WORKER
         self._owns = False
         self._attaching = threading.Lock()
@@ -186,9 +191,9 @@ class SharedSegment(Segment):
         fd = create_unnamed(layout.size)
         try:
             memory = map_shared(fd, layout.size)
-            _format(memory, layout, session_id, epoch_id)
+            header = write_header(memory, layout, session_id, epoch_id)
             try_lock(fd, at.PRESENCE_BYTE, True)
-            return cls(namespace, fd, memory, layout)
+            return cls(namespace, fd, memory, layout, header)
         except BaseException:
             os.close(fd)
             raise
@@ -213,14 +218,15 @@ class SharedSegment(Segment):
         Raises `FileNotFoundError` if there is none, `SegmentForeign`, `SegmentCorrupted` or
         `LayoutUnsupported` if it is not what it should be. A failed attach leaves no trace.
         """
-        path = segment_path(namespace, session_id)
-        fd = _open_present(path)
+        name = _segment_name(namespace, session_id)
+        fd, size = _open_present(name)
         try:
-            size = os.fstat(fd).st_size
             if size < at.PAGE:
-                raise SegmentCorrupted(path.name, "file size", f"at least {at.PAGE}", size)
-            memory = map_shared(fd, size)
-            return cls(namespace, fd, memory, _check_header(path.name, memory, session_id))
+                raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
+            # Read, not looked at through the mapping: its first touch takes longer than this.
+            header = Header.unpack(os.pread(fd, HEADER_SIZE, 0))
+            layout = header.check(name, size, session_id)
+            return cls(namespace, fd, map_shared(fd, size), layout, header)
         except BaseException:
             os.close(fd)
             raise
@@ -310,15 +316,16 @@ class SharedSegment(Segment):
         return self.closed_error() if self.sealed else BindingsClosed(self.epoch_id)
 
     def _hold(self, fd: int) -> None:
-        self.fd = fd
         self.writer = WriterLock(fd, at.WRITER_BYTE)
         self.participants = Participants(self.memory, fd, self.layout.max_participants, self.name)
-        self._finalizer = weakref.finalize(self, os.close, fd)
+        self.fd = fd  # last: from here on it is this object's to close
 
     def _close_fd(self) -> None:
-        if self.fd >= 0:
-            self._finalizer()
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = _close_fd
 
     def _make_waiters(self) -> Waiters:
         return Waiters(self.memory, self.closed_error, SharedWaits(self.memory, self.namespace))
@@ -351,7 +358,7 @@ class SharedSegment(Segment):
     def _attach_again(self) -> None:
         fd = -1
         try:
-            fd = _open_present(self.path)
+            fd, _ = _open_present(self.name)
             other = map_shared(fd, at.PAGE)
             if other.read(at.EPOCH_ID_AT, at.ID_SIZE) != self.epoch_id.bytes:
                 raise self.closed_error()
@@ -422,61 +429,26 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
         os.close(fd)
 
 
-def _open_present(path: Path) -> int:
-    """Open a segment and hold its presence byte; `FileNotFoundError` if it is not there."""
+def _open_present(name: str) -> tuple[int, int]:
+    """Open a segment and hold its presence byte: its descriptor and its size.
+
+    Raises `FileNotFoundError` if it is not there.
+    """
+    path = f"{SHM_DIR}/{name}"  # pathlib would take longer to join it than the kernel to open it
     while True:
-        fd = open_owned(path)
+        fd = open_unchecked(path)
+        try:
+            present = try_lock(fd, at.PRESENCE_BYTE, True)
+            found = os.fstat(fd)
+            require_owned(path, found)
+        except BaseException:
+            os.close(fd)
+            raise
+        if present and found.st_nlink > 0:
+            return fd, found.st_size
         # Not granted while somebody removes it, which takes two system calls: look again.
-        if try_lock(fd, at.PRESENCE_BYTE, True) and os.fstat(fd).st_nlink > 0:
-            return fd
         os.close(fd)
         time.sleep(0.0001)
-
-
-def _format(
-    memory: Memory, layout: Layout, session_id: SessionId, epoch_id: RuntimeEpochId
-) -> None:
-    memory.store(at.VERSION_AT, at.VERSION)
-    memory.store(at.SIZE_AT, layout.size)
-    memory.write(at.EPOCH_ID_AT, epoch_id.bytes)
-    memory.write(at.SESSION_ID_AT, session_id.bytes)
-    memory.write(at.WITNESS_AT, secrets.token_bytes(at.ID_SIZE))
-    for index, value in enumerate(layout.capacities()):
-        memory.store(at.CAPACITIES_AT + index * at.WORD, value)
-    memory.store(at.CREATED_AT, time.time_ns() // 1_000_000)
-    memory.store(at.CHECKSUM_AT, _checksum(memory))
-    memory.store(at.MAGIC_AT, at.MAGIC)
-
-
-def _checksum(memory: Memory) -> int:
-    return zlib.crc32(memory.read(at.CAPACITIES_AT, at.CAPACITIES * at.WORD))
-
-
-def _check_header(name: str, memory: Memory, session_id: SessionId) -> Layout:
-    """LAYOUT-1: nothing of a segment is used before its header was found consistent."""
-
-    def require(field: str, expected: object, actual: object) -> None:
-        if actual != expected:
-            raise SegmentCorrupted(name, field, expected, actual)
-
-    require("magic", at.MAGIC, memory.load(at.MAGIC_AT))
-    version = memory.load(at.VERSION_AT)
-    if version != at.VERSION:
-        raise LayoutUnsupported(name, at.VERSION, version)
-    require("size", len(memory), memory.load(at.SIZE_AT))
-    require("session_id", session_id.bytes, memory.read(at.SESSION_ID_AT, at.ID_SIZE))
-    try:
-        layout = Layout.from_capacities(
-            memory.load_column(at.CAPACITIES_AT, at.CAPACITIES, at.WORD)
-        )
-    except ConfigInvalid as error:
-        raise SegmentCorrupted(name, error.setting, error.allowed, error.value) from error
-    require("size of its capacities", len(memory), layout.size)
-    # Other capacities that fill as many pages would shift everything else unnoticed.
-    require("checksum of its capacities", _checksum(memory), memory.load(at.CHECKSUM_AT))
-    if memory.load(at.STATE_AT) not in (at.OPEN, at.SEALED):
-        require("state", f"{at.OPEN} or {at.SEALED}", memory.load(at.STATE_AT))
-    return layout
 
 
 _every_segment: weakref.WeakSet[Segment] = weakref.WeakSet()
