@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Final, Self
 
 import msgspec
@@ -91,7 +92,6 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._config = segment.layout.config
         self._feed = SegmentFeed(segment)
         self._table = OperationTable(segment, self._feed)
-        self._common = CommonTransitions(segment, self._table)
         self._wait_all = WaitAll(self)
 
     @classmethod
@@ -335,6 +335,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         ahead = min(last - at.RECOVERY_SKIP, words.watermark)
         return max(ahead, dropped if dropped > words.dropped else 0)
+
+    @cached_property
+    def _common(self) -> CommonTransitions:
+        return CommonTransitions(self._segment, self._table)
 
     @property
     def _is_native(self) -> bool:
