@@ -43,8 +43,8 @@ class Group:
 
 
 GROUPS: Final = {
-    "cursors": Group(cursors.measures, Effort(25, 100_000), Effort(7, 20_000)),
-    "contention": Group(contention.measures, Effort(15, 400_000), Effort(3, 100_000)),
+    "cursors": Group(cursors.measures, Effort(25, 100_000), Effort(7, 50_000)),
+    "contention": Group(contention.measures, Effort(15, 4_000_000), Effort(3, 2_000_000)),
     "wakes": Group(wakes.measures, Effort(15, 5_000), Effort(3, 1_000)),
     "operations": Group(operations.measures, Effort(25, 300), Effort(7, 60)),
     "streams": Group(streams.measures, Effort(11, 4_000), Effort(3, 2_000)),

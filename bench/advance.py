@@ -1,6 +1,6 @@
 """What a cursor's `advance` costs beside an empty method of the same native type.
 
-    .venv/bin/python bench/advance.py
+    .venv/bin/python -m bench.advance
 
 The empty method exists only in a build made for this measurement (-DSHMEPOCH_BENCH), so that both
 methods are in one binary. They are timed in turn, round by round, and the bare loop around the
@@ -20,11 +20,11 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
 
+from bench.loops import FIRST
+
 SOURCE: Final = Path(__file__).parent.parent / "shmepoch" / "memory" / "_native.c"
 ROUNDS: Final = 51
 CALLS: Final = 100_000
-#: Values beyond the small integers that CPython keeps: what real positions cost.
-FIRST: Final = 10**6
 
 
 def build(folder: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import multiprocessing
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.shared_memory import SharedMemory
@@ -16,12 +15,8 @@ import atomicshm
 import numpy as np
 import posix_ipc
 
-from shmepoch import (
-    OpsLifecycleConfig,
-    RuntimeSessionAdapter,
-    SessionId,
-    SessionRuntimeBindings,
-)
+from bench.contestants import ATOMICS, ATOMICSHM, MANAGER, SEMAPHORE, SHMEPOCH, VALUE
+from bench.work import epoch
 
 
 class Cell(NamedTuple):
@@ -30,16 +25,6 @@ class Cell(NamedTuple):
     load: Callable[[], int]
     advance: Callable[[int], bool]
     swap: Callable[[int, int], object]
-
-
-def epoch(stack: ExitStack, config: OpsLifecycleConfig | None = None) -> SessionRuntimeBindings:
-    """A live epoch, ended with `stack`."""
-    adapter = stack.enter_context(
-        RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}", config=config)
-    )
-    bindings = adapter.prepare_bindings(SessionId.new())
-    stack.callback(adapter.unregister_session, bindings.session_id)
-    return bindings
 
 
 def of_shmepoch(stack: ExitStack) -> Cell:
@@ -93,12 +78,13 @@ def of_atomics(stack: ExitStack) -> Cell:
 
 def of_value(stack: ExitStack) -> Cell:
     """multiprocessing.Value with its lock."""
-    shared = multiprocessing.Value(ctypes.c_uint64)
-    lock = shared.get_lock()
+    synchronized = multiprocessing.Value(ctypes.c_uint64)
+    # Its own `value` would take the lock a second time.
+    lock, shared = synchronized.get_lock(), synchronized.get_obj()
 
     def load() -> int:
         with lock:
-            return int(shared.value)
+            return shared.value
 
     def advance(value: int) -> bool:
         with lock:
@@ -167,12 +153,10 @@ def of_manager(stack: ExitStack) -> Cell:
 
 #: Name, maker and caveat of each; and how many times fewer calls a sample has than the fastest's.
 ALL: list[tuple[str, Callable[[ExitStack], Cell], str, int]] = [
-    ("shmepoch", of_shmepoch, "", 1),
-    ("atomicshm", of_atomicshm, "no waiting, no lifetime", 1),
-    ("atomics", of_atomics, "no waiting, no lifetime", 10),
-    ("multiprocessing.Value", of_value, "a killed holder keeps the lock", 10),
-    ("posix_ipc + numpy", of_semaphore, "a killed holder keeps the lock", 10),
-    ("multiprocessing.Manager", of_manager, "unsafe: updates can be lost", 500),
+    (SHMEPOCH, of_shmepoch, "", 1),
+    (ATOMICSHM, of_atomicshm, "no waiting, no lifetime", 1),
+    (ATOMICS, of_atomics, "no waiting, no lifetime", 100),
+    (VALUE, of_value, "a killed holder keeps the lock", 10),
+    (SEMAPHORE, of_semaphore, "a killed holder keeps the lock", 10),
+    (MANAGER, of_manager, "unsafe: updates can be lost", 500),
 ]
-SAFE_PEERS = [name for name, *_ in ALL[1:5]]
-LOCKS = ["multiprocessing.Value", "posix_ipc + numpy"]

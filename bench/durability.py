@@ -1,6 +1,6 @@
 """How long until a completion is durable, how many a second, and how long recovery takes.
 
-    .venv/bin/python bench/durability.py [--folder FOLDER]
+    .venv/bin/python -m bench.durability [--folder FOLDER]
 
 The store lies in a temporary folder, in FOLDER if it is given: what the disk there takes to make a
 write durable is most of what is measured. Every recovery is held against what was stored.
@@ -19,13 +19,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
+from bench.work import operate
 from shmepoch import (
     Completed,
     CompletionEntry,
     OperationId,
     OperationKind,
     OperationResult,
-    OperationSpec,
     OpsLifecycleConfig,
     PersistedOpsSnapshot,
     PersistenceChannel,
@@ -56,23 +56,6 @@ LITTLE: Final = OpsLifecycleConfig(
 LARGE: Final = OpsLifecycleConfig(max_completed=BACKLOG // 4, feed_bytes=16 * 1024 * 1024)
 
 
-def complete(bindings: SessionRuntimeBindings) -> int:
-    """Register, start and complete one operation; its sequence."""
-    id, registry = OperationId.new(), bindings.ops_lifecycle
-    registry.register_operation(
-        OperationSpec(
-            id=id,
-            kind=OperationKind.BACKGROUND_TOOL_OP,
-            owner_session_id=bindings.session_id,
-            display_name="work",
-            source_label="bench",
-        )
-    )
-    registry.provisioning_succeeded(id)
-    registry.complete_operation(id, OperationResult(id=id, content=CONTENT))
-    return registry.completion_feed().watermark()
-
-
 @contextlib.contextmanager
 def followed(
     store: SqliteRuntimeStore, config: OpsLifecycleConfig, max_delay: float
@@ -96,9 +79,9 @@ def latencies(store: SqliteRuntimeStore, max_delay: float) -> list[float]:
         feed = bindings.ops_lifecycle.completion_feed()
         for _ in range(LATENCIES):
             channel.flush()
-            seq = complete(bindings)
+            operate(bindings, CONTENT)
             began = perf_counter()
-            feed.wait_durable(seq, 60)
+            feed.wait_durable(feed.watermark(), 60)
             found.append((perf_counter() - began) * 1000)
     return found
 
@@ -107,7 +90,7 @@ def backlog_rate(store: SqliteRuntimeStore) -> float:
     """Completions a second, when they are all there already."""
     with followed(store, LARGE, 0.05) as (bindings, channel):
         for _ in range(BACKLOG):
-            complete(bindings)
+            operate(bindings, CONTENT)
         began = perf_counter()
         channel.follow(bindings)
         channel.flush()
@@ -124,7 +107,7 @@ def sustained_rate(store: SqliteRuntimeStore) -> float:
         channel.follow(bindings)
         began = perf_counter()
         for _ in range(SUSTAINED):
-            complete(bindings)
+            operate(bindings, CONTENT)
         channel.flush()
         taken = perf_counter() - began
         require(channel.status().missed == 0, "completions were dropped before they were stored")

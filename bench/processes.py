@@ -8,7 +8,8 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from time import monotonic
 from typing import Any, Final
 
 Job = Callable[[], Any]
@@ -27,12 +28,14 @@ _fork = multiprocessing.get_context("fork")
 def together(jobs: Sequence[Job], cpus: Sequence[int] = CPUS) -> list[Any]:
     """What each job returned; all ran at the same time, the n-th on `cpus[n % len(cpus)]`.
 
-    They are forked: what this process has, they have. RuntimeError if one fails or hangs.
+    They are forked: what this process has, they have. RuntimeError if one fails or hangs, as soon
+    as it does; no process is left behind.
     """
     with ExitStack() as stack:
-        answers: list[Connection] = []
+        asked: dict[Connection, int] = {}
         for index, job in enumerate(jobs):
             answer, told = _fork.Pipe(duplex=False)
+            stack.enter_context(answer)
             child = _fork.Process(
                 target=_work, args=(job, cpus[index % len(cpus)], told), daemon=True
             )
@@ -40,8 +43,19 @@ def together(jobs: Sequence[Job], cpus: Sequence[int] = CPUS) -> list[Any]:
             stack.callback(child.join)
             stack.callback(child.kill)
             told.close()
-            answers.append(answer)
-        return [_answer(answer) for answer in answers]
+            asked[answer] = index
+        answers = _answers(asked)
+        return [answers[index] for index in range(len(jobs))]
+
+
+def meeting(processes: int) -> Callable[[], None]:
+    """What each of so many processes calls to wait for the others."""
+    barrier = _fork.Barrier(processes)
+
+    def meet() -> None:
+        barrier.wait(_LIMIT_S)
+
+    return meet
 
 
 def _work(job: Job, cpu: int, told: Connection) -> None:
@@ -50,11 +64,20 @@ def _work(job: Job, cpu: int, told: Connection) -> None:
     told.send(job())
 
 
-def _answer(connection: Connection) -> Any:
-    with connection:
-        if not connection.poll(_LIMIT_S):
+def _answers(asked: dict[Connection, int]) -> dict[int, Any]:
+    answers: dict[int, Any] = {}
+    deadline = monotonic() + _LIMIT_S
+    while len(answers) < len(asked):
+        pending = [one for one, index in asked.items() if index not in answers]
+        ready = wait(pending, deadline - monotonic())
+        if not ready:
             raise RuntimeError(f"a process did not end its job within {_LIMIT_S:.0f} s")
-        try:
-            return connection.recv()
-        except EOFError:
-            raise RuntimeError("a process died over its job; see its traceback above") from None
+        for one in pending:
+            if one in ready:
+                try:
+                    answers[asked[one]] = one.recv()
+                except EOFError:
+                    raise RuntimeError(
+                        "a process died over its job; see its traceback above"
+                    ) from None
+    return answers

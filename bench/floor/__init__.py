@@ -27,3 +27,9 @@ def seconds(program: Path, *arguments: object) -> list[float]:
         [program, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=120
     )
     return [float(line) * 1e-9 for line in done.stdout.split()]
+
+
+def figure(program: Path, *arguments: object) -> float:
+    """The one figure that the program prints, in seconds."""
+    (one,) = seconds(program, *arguments)
+    return one

@@ -3,7 +3,8 @@
  *     pingpong spin|futex CPU CPU COUNT PAUSE
  *
  * Both spin for PAUSE nanoseconds before they signal, so that the other one is asleep by then.
- * Prints the nanoseconds of each round trip, net of the answer's pause, one a line. */
+ * Prints the nanoseconds of each round trip, one a line. With a pause, of those for which both did
+ * sleep, and net of the answer's pause. */
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <sched.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -62,6 +64,15 @@ now(void)
     return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
+/* How often this process gave its processor up to wait. */
+static long
+sleeps(void)
+{
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    return used.ru_nvcsw;
+}
+
 static void
 spin(long pause)
 {
@@ -77,16 +88,20 @@ main(int argc, char **argv)
     sleeping = !strcmp(argv[1], "futex");
     unsigned count = atoi(argv[4]);
     long pause = atol(argv[5]);
-    Word *words = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    Word *words = mmap(NULL, 4096 + count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     long *taken = calloc(count, sizeof *taken);
-    if (words == MAP_FAILED || !taken)
+    char *asker_slept = calloc(count, 1);
+    if (words == MAP_FAILED || !taken || !asker_slept)
         return 1;
+    char *answerer_slept = (char *)words + 4096;
     pid_t child = fork();
     if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         pin(atoi(argv[3]));
         for (unsigned turn = 1; turn <= count; turn++) {
+            long before = sleeps();
             hear(&words[0], turn);
+            answerer_slept[turn - 1] = sleeps() > before;
             spin(pause);
             say(&words[1], turn);
         }
@@ -95,13 +110,16 @@ main(int argc, char **argv)
     pin(atoi(argv[2]));
     for (unsigned turn = 1; turn <= count; turn++) {
         spin(pause);
+        long before = sleeps();
         long began = now();
         say(&words[0], turn);
         hear(&words[1], turn);
         taken[turn - 1] = now() - began - pause;
+        asker_slept[turn - 1] = sleeps() > before;
     }
     waitpid(child, NULL, 0);
     for (unsigned turn = 0; turn < count; turn++)
-        printf("%ld\n", taken[turn]);
+        if (!pause || (asker_slept[turn] && answerer_slept[turn]))
+            printf("%ld\n", taken[turn]);
     return 0;
 }

@@ -8,9 +8,11 @@ from time import perf_counter, process_time, sleep
 from typing import Final, NamedTuple
 
 from bench import cells
+from bench.contestants import MANAGER, SHMEPOCH
 from bench.harness import Contestant, Measure, Sample
 from bench.loops import FIRST
 from bench.processes import CPUS, together
+from bench.work import epoch
 
 #: All begin at one moment, when the last of them has been forked.
 _HEAD_START_S = 0.05
@@ -31,16 +33,18 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
                     "; ".join(filter(None, (caveat, crowd))),
                 )
                 for name, make, caveat, fewer in cells.ALL
-                if name != "multiprocessing.Manager"
+                if name != MANAGER
             ],
         )
-    cursors = cells.epoch(stack).cursor_state
+    cursors, apart = epoch(stack).cursor_state, epoch(stack).cursor_state
     one, other = cursors.runtime_observed_seq.advance, cursors.agent_applied_cursor.advance
+    elsewhere = apart.agent_applied_cursor.advance
     yield Measure(
         "advance, one process a cursor of one epoch",
         [
-            Contestant("shmepoch", _alongside([one, other], count)),
+            Contestant(SHMEPOCH, _alongside([one, other], count)),
             Contestant("one process alone", _alongside([one], count)),
+            Contestant("cursors of two epochs", _alongside([one, elsewhere], count), "the floor"),
         ],
     )
 

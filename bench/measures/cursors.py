@@ -4,44 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import repeat
+from time import perf_counter
 
 from bench import cells
+from bench.contestants import ATOMICSHM, SHMEPOCH
 from bench.harness import Contestant, Measure, Sample
 from bench.loops import FIRST, calls, rising, swaps
+from bench.work import epoch
 
-
-def _each(
-    stack: ExitStack, sample: Callable[[cells.Cell, int], Sample], count: int
-) -> list[Contestant]:
-    return [
-        Contestant(name, sample(make(stack), max(1, count // fewer)), caveat)
-        for name, make, caveat, fewer in cells.ALL
-    ]
-
-
-def _swapping(cell: cells.Cell, count: int) -> Sample:
-    cell.advance(FIRST - 1)
-    return swaps(cell.swap, count, behind=1)
+#: Above every value that is tried.
+_LAST = 2**48
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     """The group, for so many calls a sample."""
-    yield Measure("load", _each(stack, lambda cell, n: calls(cell.load, n), count))
-    yield Measure("advance", _each(stack, lambda cell, n: rising(cell.advance, n), count))
+
+    def each(sample: Callable[[cells.Cell, int], Sample], begin: int) -> list[Contestant]:
+        contestants = []
+        for name, make, caveat, fewer in cells.ALL:
+            cell = make(stack)
+            cell.advance(begin)
+            contestants.append(Contestant(name, sample(cell, max(1, count // fewer)), caveat))
+        return contestants
+
+    yield Measure("load", each(lambda cell, n: calls(cell.load, n), FIRST))
+    yield Measure("advance", each(lambda cell, n: rising(cell.advance, n), FIRST - 1))
+    yield Measure("advance, value not above", each(lambda cell, n: rising(cell.advance, n), _LAST))
     yield Measure(
         "compare and swap, successful",
-        _each(stack, _swapping, count),
+        each(lambda cell, n: swaps(cell.swap, n, behind=1), FIRST - 1),
     )
     yield Measure(
-        "compare and swap, refused",
-        _each(stack, lambda cell, n: swaps(cell.swap, n, behind=0), count),
+        "compare and swap, refused", each(lambda cell, n: swaps(cell.swap, n, behind=0), FIRST - 1)
     )
     yield Measure("snapshot of three cursors", list(_snapshots(stack, count)))
 
 
 def _snapshots(stack: ExitStack, count: int) -> Iterator[Contestant]:
-    yield Contestant("shmepoch", calls(cells.epoch(stack).cursor_state.snapshot, count))
-    one, two, three = (cells.of_atomicshm(stack, at).load for at in (0, 64, 128))
+    state = epoch(stack).cursor_state
+    three = [cells.of_atomicshm(stack, offset) for offset in (0, 64, 128)]
+    for advance in (
+        state.agent_applied_cursor.advance,
+        state.runtime_observed_seq.advance,
+        state.runtime_last_injected_seq.advance,
+        *(cell.advance for cell in three),
+    ):
+        advance(FIRST)
+    yield Contestant(SHMEPOCH, calls(state.snapshot, count))
     yield Contestant(
-        "atomicshm", calls(lambda: (one(), two(), three()), count), "not of one instant"
+        ATOMICSHM, _tuples(*(cell.load for cell in three), count=count), "not of one instant"
     )
+
+
+def _tuples(
+    one: Callable[[], int], two: Callable[[], int], three: Callable[[], int], *, count: int
+) -> Sample:
+    """Seconds for a tuple of three loads, net of the loop; written out, since a call costs too."""
+
+    def sample() -> float:
+        began = perf_counter()
+        for _ in repeat(None, count):
+            pass
+        bare = perf_counter() - began
+        began = perf_counter()
+        for _ in repeat(None, count):
+            (one(), two(), three())
+        return (perf_counter() - began - bare) / count
+
+    return sample

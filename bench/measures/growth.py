@@ -7,17 +7,17 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from itertools import count as counting
 from time import perf_counter
 from typing import Final
 
-from bench import cells
+from bench.contestants import living
 from bench.harness import Contestant, Measure, Sample
 from bench.loops import calls, rising
 from bench.measures import wakes
-from bench.measures.operations import operate
 from bench.processes import APART
+from bench.work import epoch, operate
 from shmepoch import OpsLifecycleConfig, RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
 from shmepoch.memory.segment import SharedSegment, list_sessions
 
@@ -25,6 +25,7 @@ _SIZES: Final = (1, 100, 1_000, 10_000)
 #: Of each figure, while the population is as large as it is.
 _SAMPLES: Final = 5
 _AGES: Final = (1_000, 10_000, 100_000, 1_000_000)
+_CONTENT: Final = "x" * 100
 #: Room for ten thousand of them on a machine.
 _LITTLE: Final = OpsLifecycleConfig(
     max_completed=1, max_operations=1, feed_bytes=8192, max_participants=4
@@ -54,20 +55,23 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 
 def ages(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """Operations of epochs with a history of at most so many completions."""
-    yield Measure(
-        "operation, by the epoch's age",
-        [
-            Contestant(f"after {age:,} completions", _aged(stack, age))
-            for age in _AGES
-            if age <= count
-        ],
-    )
+    """The same in epochs with a history of at most so many completions, most of them dropped."""
+    reached = [age for age in _AGES if age <= count]
 
+    @cache
+    def aged(age: int) -> SessionRuntimeBindings:
+        bindings = epoch(stack)
+        for _ in range(age):
+            operate(bindings, _CONTENT)
+        return bindings
 
-def living(size: int) -> str:
-    """The contestant with so many live epochs."""
-    return f"{size:,} live epochs" if size > 1 else "1 live epoch"
+    for name, sample in (
+        ("operation, by the epoch's age", _operating),
+        ("list_since of 100 entries, by the epoch's age", _listing),
+    ):
+        yield Measure(
+            name, [Contestant(f"after {age:,} completions", sample(aged(age))) for age in reached]
+        )
 
 
 class _Passes:
@@ -121,8 +125,7 @@ def _look(namespace: str, epochs: list[SessionRuntimeBindings]) -> Iterator[tupl
         "attach",
         _median(calls(lambda: SharedSegment.attach(namespace, first.session_id).close(), 100)),
     )
-    registry, owner = first.ops_lifecycle, first.session_id
-    yield "operation", _median(calls(lambda: operate(registry, owner, "x" * 100), 100))
+    yield "operation", _median(calls(partial(operate, first, _CONTENT), 100))
     yield "wake", statistics.median(wakes.round_trips(wakes.shmepoch, APART, 2_000))
     began = perf_counter()
     found = sum(1 for _ in list_sessions(namespace))
@@ -134,9 +137,10 @@ def _median(sample: Callable[[], float]) -> float:
     return statistics.median(sample() for _ in range(_SAMPLES))
 
 
-def _aged(stack: ExitStack, age: int) -> Sample:
-    bindings = cells.epoch(stack)
-    work = partial(operate, bindings.ops_lifecycle, bindings.session_id, "x" * 100)
-    for _ in range(age):
-        work()
-    return calls(work, 300)
+def _operating(bindings: SessionRuntimeBindings) -> Sample:
+    return calls(partial(operate, bindings, _CONTENT), 300)
+
+
+def _listing(bindings: SessionRuntimeBindings) -> Sample:
+    feed = bindings.ops_lifecycle.completion_feed()
+    return calls(partial(feed.list_since, feed.watermark() - 100), 300)

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from time import perf_counter, process_time
 
-from bench import cells
+from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure, Sample
+from bench.work import epoch
 
 _EPOCHS = 20
 _WAITS = 1_000
@@ -16,7 +17,7 @@ _WAITS = 1_000
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     """The group, watched for `count` tenths of a second."""
-    feeds = [cells.epoch(stack).ops_lifecycle.completion_feed() for _ in range(_EPOCHS)]
+    feeds = [epoch(stack).ops_lifecycle.completion_feed() for _ in range(_EPOCHS)]
     seconds = count / 10
 
     def advanced(index: int) -> Awaitable[object]:
@@ -28,7 +29,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     yield Measure(
         "processor while 1,000 coroutines wait",
         [
-            Contestant("shmepoch", _idle(advanced, seconds)),
+            Contestant(SHMEPOCH, _idle(advanced, seconds)),
             Contestant("asyncio alone", _idle(nothing, seconds), "1,000 futures of its own"),
         ],
         "%",

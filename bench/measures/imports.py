@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 import shmepoch
+from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure
 
 
@@ -30,7 +31,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     yield Measure(
         "start a process that imports",
         [
-            Contestant("shmepoch", _starting("import shmepoch")),
+            Contestant(SHMEPOCH, _starting("import shmepoch")),
             Contestant("numpy", _starting("import numpy")),
             Contestant("numpy, and 25 ms", lambda: _starting("import numpy")() + 0.025),
             Contestant("nothing", _starting("pass")),

@@ -9,35 +9,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from bench import cells
+from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure
 from bench.loops import calls
-from shmepoch import (
-    CompletionEntry,
-    OperationId,
-    OperationKind,
-    OperationResult,
-    OperationSpec,
-    RuntimeOpsLifecycleRegistry,
-    SessionId,
-)
+from bench.work import epoch, operate
+from shmepoch import CompletionEntry, OperationId
 from shmepoch.epoch.codec import to_wire, wire_decoder
-
-
-def operate(registry: RuntimeOpsLifecycleRegistry, owner: SessionId, content: str) -> None:
-    """Register, start and complete one operation."""
-    id = OperationId.new()
-    registry.register_operation(
-        OperationSpec(
-            id=id,
-            kind=OperationKind.BACKGROUND_TOOL_OP,
-            owner_session_id=owner,
-            display_name="index",
-            source_label="bench",
-        )
-    )
-    registry.provisioning_succeeded(id)
-    registry.complete_operation(id, OperationResult(id=id, content=content))
 
 
 def _database(stack: ExitStack, synchronous: str) -> sqlite3.Connection:
@@ -58,27 +35,23 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 
 def _operations(stack: ExitStack, count: int, content: str) -> Iterator[Contestant]:
-    bindings = cells.epoch(stack)
-    registry, owner = bindings.ops_lifecycle, bindings.session_id
-    yield Contestant("shmepoch", calls(lambda: operate(registry, owner, content), count))
+    yield Contestant(SHMEPOCH, calls(partial(operate, epoch(stack), content), count))
     for synchronous in ("normal", "full"):
-        database = _database(stack, synchronous)
-        insert = "INSERT INTO done (id, content) VALUES (?, ?)"
-        id = OperationId.new().bytes
-        yield Contestant(
-            f"SQLite, {synchronous}",
-            calls(partial(database.execute, insert, (id, content)), count),
-            "one insert",
-        )
+        inserted = partial(_insert, _database(stack, synchronous), content)
+        yield Contestant(f"SQLite, {synchronous}", calls(inserted, count), "one insert")
+
+
+def _insert(database: sqlite3.Connection, content: str) -> None:
+    row = (OperationId.new().bytes, content)
+    database.execute("INSERT INTO done (id, content) VALUES (?, ?)", row)
 
 
 def _reading(stack: ExitStack, count: int) -> Iterator[Contestant]:
-    bindings = cells.epoch(stack)
-    registry = bindings.ops_lifecycle
+    bindings = epoch(stack)
     for _ in range(100):
-        operate(registry, bindings.session_id, "x" * 100)
-    feed = registry.completion_feed()
-    yield Contestant("shmepoch", calls(lambda: feed.list_since(0), count))
+        operate(bindings, "x" * 100)
+    list_since = bindings.ops_lifecycle.completion_feed().list_since
+    yield Contestant(SHMEPOCH, calls(partial(list_since, 0), count))
     decode = wire_decoder(tuple[CompletionEntry, ...]).decode
-    wire = to_wire(feed.list_since(0).entries)
-    yield Contestant("msgspec alone", calls(lambda: decode(wire), count), "decoding only")
+    wire = to_wire(list_since(0).entries)
+    yield Contestant("msgspec alone", calls(partial(decode, wire), count), "decoding only")

@@ -2,65 +2,175 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from multiprocessing.shared_memory import SharedMemory
+from time import perf_counter
+from typing import Final
 
 import posix_ipc
 
-from bench import cells
+from bench import floor
+from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure, Sample
 from bench.loops import calls
-from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
+from bench.work import epoch
+from shmepoch import (
+    OpsLifecycleConfig,
+    RuntimeEpochId,
+    RuntimeSessionAdapter,
+    SessionId,
+    SessionRuntimeBindings,
+)
 from shmepoch.memory.segment import SharedSegment
 
+_BARE: Final = "shm_open + mmap + close"
+_UNCHECKED: Final = "checks nothing"
+#: The stations of a segment's life, and what is measured of each.
+_STATIONS: Final = (
+    "create and publish a segment",
+    "attach a segment",
+    "detach a segment",
+    "seal and unlink a segment",
+)
+#: When each station of one life began, and when the last ended.
+Life = Callable[[], tuple[float, float, float, float, float]]
 
-def _bare(name: str) -> None:
+
+def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
+    """The group, for so many calls a sample."""
+    bindings = epoch(stack)
+    segment = bindings.shared_segment()
+    bare = Contestant(_BARE, calls(partial(_attach_bare, f"/{segment.name}"), count), _UNCHECKED)
+    program = floor.build(stack, "attach")
+    in_c = Contestant(
+        "the same in C", partial(floor.figure, program, f"/{segment.name}", count), "the floor"
+    )
+    attach = partial(_attach, segment.namespace, bindings.session_id)
+    yield Measure(
+        "attach and leave a segment",
+        [
+            Contestant(SHMEPOCH, calls(attach, count)),
+            bare,
+            Contestant(
+                "multiprocessing.shared_memory",
+                calls(partial(_attach_shared, _shared(stack, segment.layout.size)), count),
+                "checks nothing; its tracker may remove it",
+            ),
+            in_c,
+        ],
+    )
+    here = _Elsewhere(bindings.to_token())
+    stack.callback(here.close)
+    yield Measure(
+        "attach and leave bindings by token",
+        [Contestant(SHMEPOCH, here.sample(count)), bare, in_c],
+    )
+    yield Measure(
+        "pickle and back, attached already",
+        [Contestant(SHMEPOCH, calls(lambda: pickle.loads(pickle.dumps(bindings)), count))],
+    )
+    namespace, few = f"bench-{os.getpid()}-made", count // 10
+    for index, station in enumerate(_STATIONS):
+        yield Measure(
+            station,
+            [
+                Contestant(SHMEPOCH, _station(partial(_live, namespace), index, few)),
+                Contestant(
+                    "posix_ipc + mmap",
+                    _station(partial(_live_bare, segment.layout.size), index, few),
+                    _UNCHECKED,
+                ),
+            ],
+        )
+    adapter = stack.enter_context(RuntimeSessionAdapter.ephemeral(namespace=namespace))
+    yield Measure(
+        "make and end a session", [Contestant(SHMEPOCH, calls(partial(_make, adapter), few))]
+    )
+
+
+def _attach(namespace: str, session_id: SessionId) -> None:
+    SharedSegment.attach(namespace, session_id).close()
+
+
+def _attach_bare(name: str) -> None:
     """What any attach must do."""
     memory = posix_ipc.SharedMemory(name)
     mmap.mmap(memory.fd, memory.size).close()
     memory.close_fd()
 
 
-def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many calls a sample."""
-    bindings = cells.epoch(stack)
-    segment = bindings.shared_segment()
-    namespace, session_id, token = segment.namespace, bindings.session_id, bindings.to_token()
-    bare = Contestant(
-        "shm_open + mmap + close", calls(lambda: _bare(f"/{segment.name}"), count), "checks nothing"
-    )
-    yield Measure(
-        "attach and leave a segment",
-        [
-            Contestant(
-                "shmepoch",
-                calls(lambda: SharedSegment.attach(namespace, session_id).close(), count),
-            ),
-            bare,
-        ],
-    )
-    here = _Elsewhere(token)
-    stack.callback(here.close)
-    yield Measure(
-        "attach and leave bindings by token", [Contestant("shmepoch", here.sample(count)), bare]
-    )
-    yield Measure(
-        "pickle and back, attached already",
-        [Contestant("shmepoch", calls(lambda: pickle.loads(pickle.dumps(bindings)), count))],
-    )
-    adapter = stack.enter_context(
-        RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}-made")
-    )
+def _shared(stack: ExitStack, size: int) -> str:
+    memory = SharedMemory(create=True, size=size)
+    stack.callback(memory.unlink)
+    stack.callback(memory.close)
+    return memory.name
 
-    def make() -> None:
-        session_id = SessionId.new()
-        adapter.prepare_bindings(session_id)
-        adapter.unregister_session(session_id)
 
-    yield Measure("make and end a session", [Contestant("shmepoch", calls(make, count // 10))])
+def _attach_shared(name: str) -> None:
+    SharedMemory(name).close()
+
+
+def _station(life: Life, index: int, count: int) -> Sample:
+    """Seconds of one station, of so many lives."""
+
+    def sample() -> float:
+        taken = 0.0
+        for _ in range(count):
+            times = life()
+            taken += times[index + 1] - times[index]
+        return taken / count
+
+    return sample
+
+
+def _live(namespace: str) -> tuple[float, float, float, float, float]:
+    session_id, epoch_id = SessionId.new(), RuntimeEpochId.new()
+    made = perf_counter()
+    segment = SharedSegment.allocate(
+        namespace, OpsLifecycleConfig(), session_id=session_id, epoch_id=epoch_id
+    )
+    segment.publish()
+    published = perf_counter()
+    other = SharedSegment.attach(namespace, session_id)
+    attached = perf_counter()
+    other.close()
+    detached = perf_counter()
+    segment.seal()
+    segment.unlink()
+    unlinked = perf_counter()
+    segment.close()
+    return made, published, attached, detached, unlinked
+
+
+def _live_bare(size: int) -> tuple[float, float, float, float, float]:
+    made = perf_counter()
+    memory = posix_ipc.SharedMemory(None, posix_ipc.O_CREX, size=size)
+    os.posix_fallocate(memory.fd, 0, size)  # else a full /dev/shm is a SIGBUS later
+    first = mmap.mmap(memory.fd, size)
+    published = perf_counter()
+    other = posix_ipc.SharedMemory(memory.name)
+    second = mmap.mmap(other.fd, other.size)
+    attached = perf_counter()
+    second.close()
+    other.close_fd()
+    detached = perf_counter()
+    memory.unlink()
+    unlinked = perf_counter()
+    first.close()
+    memory.close_fd()
+    return made, published, attached, detached, unlinked
+
+
+def _make(adapter: RuntimeSessionAdapter) -> None:
+    session_id = SessionId.new()
+    adapter.prepare_bindings(session_id)
+    adapter.unregister_session(session_id)
 
 
 class _Elsewhere:
@@ -76,7 +186,9 @@ class _Elsewhere:
 
     def _serve(self) -> None:
         os.close(self._ask[1])
+        gc.disable()  # as the harness does for whoever is measured in its own process
         while text := os.read(self._ask[0], 64):
+            gc.collect()
             seconds = calls(
                 lambda: SessionRuntimeBindings.from_token(self._token).close(), int(text)
             )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 import posix_ipc
 
 from bench import floor
+from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure, Skipped
-from bench.processes import APART, TOGETHER, together
-from bench.servers import ServerMissing, redis
+from bench.iceoryx import Place
+from bench.loops import calls
+from bench.processes import APART, TOGETHER, meeting, together
+from bench.servers import ServerMissing, nats, redis
 from shmepoch import RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.segment import SharedSegment
@@ -25,10 +30,14 @@ from shmepoch.memory.segment import SharedSegment
 _PAUSE_S: Final = 150e-6
 
 Signal = Callable[[int], object]
-#: Makes what one process sends and receives with, and what the other answers and hears with.
-Signals = Callable[[], tuple[Signal, Signal, Signal, Signal]]
-#: Its name, its signals or why it has none, and its caveat.
-Peer = tuple[str, Signals | str, str]
+#: Opens, in the process that uses it, what it signals and what it waits with.
+Side = Callable[[], AbstractContextManager[tuple[Signal, Signal]]]
+#: Makes the side that asks and the side that answers.
+Signals = Callable[[], tuple[Side, Side]]
+#: Makes so many round trips on these processors, with this pause before each signal.
+Trips = Callable[[tuple[int, int], int, float], Sequence[float]]
+#: Its name, its trips or why it has none, and its caveat.
+Peer = tuple[str, Trips | str, str]
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
@@ -52,6 +61,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
                 _floor("futexes in C", program, "futex", APART, few, _PAUSE_S),
             ],
         )
+    yield Measure("signal while nobody waits", list(_unheard(stack, count)))
     yield Measure(
         "wake round trip, one core",
         [
@@ -73,44 +83,86 @@ def _floor(
 def _sampled(
     peers: Sequence[Peer], cpus: tuple[int, int], count: int, pause: float = 0
 ) -> Iterator[Contestant | Skipped]:
-    for name, signals, caveat in peers:
-        if isinstance(signals, str):
-            yield Skipped(name, signals)
+    for name, trips, caveat in peers:
+        if isinstance(trips, str):
+            yield Skipped(name, trips)
         else:
-            yield Contestant(name, partial(round_trips, signals, cpus, count, pause), caveat)
+            yield Contestant(name, partial(trips, cpus, count, pause), caveat)
 
 
 def round_trips(
     signals: Signals, cpus: tuple[int, int], count: int, pause: float = 0
 ) -> Sequence[float]:
-    """Seconds of each round trip; both processes pause before they signal, net of the pause."""
-    send, receive, answer, hear = signals()
+    """Seconds of each round trip; both processes pause before they signal."""
+    near, far = signals()
+    meet = meeting(2)
 
-    def asking() -> list[float]:
-        times = []
-        for turn in range(1, count + 1):
-            _spin(pause)
-            began = perf_counter()
-            send(turn)
-            receive(turn)
-            times.append(perf_counter() - began - pause)
-        return times
-
-    def answering() -> None:
-        for turn in range(1, count + 1):
-            hear(turn)
-            if pause:
+    def asking() -> _Log:
+        log = _Log()
+        with near() as (send, receive):
+            meet()
+            for turn in range(1, count + 1):
                 _spin(pause)
-            answer(turn)
+                log.begin()
+                send(turn)
+                receive(turn)
+                log.end()
+            meet()
+        return log
 
-    times: list[float] = together([asking, answering], cpus)[0]
-    return times[count // 10 :]  # the first ones find nobody waiting yet
+    def answering() -> _Log:
+        log = _Log()
+        with far() as (answer, hear):
+            meet()
+            for turn in range(1, count + 1):
+                log.begin()
+                hear(turn)
+                log.end()
+                _spin(pause)
+                answer(turn)
+            meet()
+        return log
+
+    asked, answered = together([asking, answering], cpus)
+    return _net(asked, answered, pause)
+
+
+class _Log:
+    """Of each wait, how long it took, and how often the process gave its processor up for it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.sleeps: list[int] = []
+
+    def begin(self) -> None:
+        self._sleeps = getrusage(RUSAGE_SELF).ru_nvcsw
+        self._began = perf_counter()
+
+    def end(self) -> None:
+        self.seconds.append(perf_counter() - self._began)
+        self.sleeps.append(getrusage(RUSAGE_SELF).ru_nvcsw - self._sleeps)
+
+
+def _net(asked: _Log, answered: _Log, pause: float) -> Sequence[float]:
+    """The round trips; of sleepers, those for which both did sleep, net of the answer's pause.
+
+    Who is not given a processor for a while finds the signal there already, and sleeps for nothing.
+    """
+    trips = list(zip(asked.seconds, asked.sleeps, answered.sleeps, strict=True))
+    trips = trips[len(trips) // 10 :]  # the first ones find nobody waiting yet
+    if not pause:
+        return [seconds for seconds, _, _ in trips]
+    slept = [seconds - pause for seconds, near, far in trips if near and far]
+    if len(slept) < len(trips) // 10:
+        raise RuntimeError(f"both slept in {len(slept)} of {len(trips)} round trips only")
+    return slept
 
 
 def _spin(seconds: float) -> None:
-    until = perf_counter() + seconds
-    while perf_counter() < until:
-        pass
+    if seconds:
+        until = perf_counter() + seconds
+        while perf_counter() < until:
+            pass
 
 
 def _segments() -> tuple[SharedSegment, SharedSegment]:
@@ -140,61 +192,139 @@ def _hear(segment: SharedSegment) -> Signal:
     return lambda turn: wait(turn - 1, None)
 
 
-def shmepoch() -> tuple[Signal, Signal, Signal, Signal]:
+def _inherited(signal: Signal, wait: Signal) -> Side:
+    """A side that was opened before the fork."""
+    return lambda: nullcontext((signal, wait))
+
+
+def shmepoch() -> tuple[Side, Side]:
     """Through two epochs, one each way."""
     one, other = _segments()
-    return _tell(one), _hear(other), _tell(other), _hear(one)
+    return _inherited(_tell(one), _hear(other)), _inherited(_tell(other), _hear(one))
 
 
-def _pipe() -> tuple[Signal, Signal, Signal, Signal]:
+def _pipe() -> tuple[Side, Side]:
     near, far = multiprocessing.Pipe()
     return (
-        lambda _: near.send_bytes(b"x"),
-        lambda _: near.recv_bytes(),
-        lambda _: far.send_bytes(b"x"),
-        lambda _: far.recv_bytes(),
+        _inherited(lambda _: near.send_bytes(b"x"), lambda _: near.recv_bytes()),
+        _inherited(lambda _: far.send_bytes(b"x"), lambda _: far.recv_bytes()),
     )
 
 
-def _queue() -> tuple[Signal, Signal, Signal, Signal]:
+def _queue() -> tuple[Side, Side]:
     there: SimpleQueue[int] = multiprocessing.SimpleQueue()
     back: SimpleQueue[int] = multiprocessing.SimpleQueue()
-    return there.put, lambda _: back.get(), back.put, lambda _: there.get()
-
-
-def _semaphores() -> tuple[Signal, Signal, Signal, Signal]:
-    def made() -> posix_ipc.Semaphore:
-        semaphore = posix_ipc.Semaphore(None, posix_ipc.O_CREX, initial_value=0)
-        semaphore.unlink()
-        return semaphore
-
-    there, back = made(), made()
     return (
-        lambda _: there.release(),
-        lambda _: back.acquire(),
-        lambda _: back.release(),
-        lambda _: there.acquire(),
+        _inherited(there.put, lambda _: back.get()),
+        _inherited(back.put, lambda _: there.get()),
     )
 
 
-def _redis(port: int) -> tuple[Signal, Signal, Signal, Signal]:
+def _semaphore() -> posix_ipc.Semaphore:
+    semaphore = posix_ipc.Semaphore(None, posix_ipc.O_CREX, initial_value=0)
+    semaphore.unlink()
+    return semaphore
+
+
+def _semaphores() -> tuple[Side, Side]:
+    there, back = _semaphore(), _semaphore()
+    return (
+        _inherited(lambda _: there.release(), lambda _: back.acquire()),
+        _inherited(lambda _: back.release(), lambda _: there.acquire()),
+    )
+
+
+def _iceoryx(stack: ExitStack) -> tuple[Side, Side]:
+    stack.close()  # what the sample before left
+    place = Place(stack)
+
+    @contextmanager
+    def side(out: str, back: str) -> Iterator[tuple[Signal, Signal]]:
+        notifier = place.service(out).event().open_or_create().notifier_builder().create()
+        listener = place.service(back).event().open_or_create().listener_builder().create()
+        yield lambda _: notifier.notify(), lambda _: listener.blocking_wait()
+        notifier.delete()
+        listener.delete()
+
+    return partial(side, "there", "back"), partial(side, "back", "there")
+
+
+def _redis(port: int) -> tuple[Side, Side]:
     from redis import Redis
 
-    there, back = Redis(port=port), Redis(port=port)  # each connects in the process that uses it
-    return (
-        lambda turn: there.rpush("there", turn),
-        lambda _: there.blpop(["back"]),
-        lambda turn: back.rpush("back", turn),
-        lambda _: back.blpop(["there"]),
-    )
+    @contextmanager
+    def side(out: str, back: str) -> Iterator[tuple[Signal, Signal]]:
+        server: Any = Redis(port=port)
+        server.ping()
+        yield lambda turn: server.rpush(out, turn), lambda _: server.blpop([back])
+        server.close()
+
+    return partial(side, "there", "back"), partial(side, "back", "there")
+
+
+def _nats_trips(port: int, cpus: tuple[int, int], count: int, pause: float) -> Sequence[float]:
+    """Requests and replies. Its client has coroutines, and waits in their loop."""
+    import nats
+
+    meet = meeting(2)
+    url = f"nats://127.0.0.1:{port}"
+
+    async def asking() -> _Log:
+        log = _Log()
+        connection = await nats.connect(url)
+        meet()
+        for _ in range(count):
+            _spin(pause)
+            log.begin()
+            await connection.request("there", b"x", timeout=10)
+            log.end()
+        await connection.close()
+        return log
+
+    async def answering() -> _Log:
+        log = _Log()
+        connection = await nats.connect(url)
+        requests = await connection.subscribe("there")
+        await connection.flush()
+        meet()
+        for _ in range(count):
+            log.begin()
+            request = await requests.next_msg(timeout=10)
+            log.end()
+            _spin(pause)
+            await request.respond(b"x")
+        await connection.flush()
+        await connection.close()
+        return log
+
+    jobs = [lambda: asyncio.run(asking()), lambda: asyncio.run(answering())]
+    asked, answered = together(jobs, cpus)
+    return _net(asked, answered, pause)
 
 
 def _peers(stack: ExitStack) -> Iterator[Peer]:
-    yield "shmepoch", shmepoch, ""
-    yield "multiprocessing.Pipe", _pipe, ""
-    yield "multiprocessing.SimpleQueue", _queue, ""
-    yield "posix_ipc.Semaphore", _semaphores, ""
+    yield SHMEPOCH, partial(round_trips, shmepoch), ""
+    yield "multiprocessing.Pipe", partial(round_trips, _pipe), ""
+    yield "multiprocessing.SimpleQueue", partial(round_trips, _queue), ""
+    yield "posix_ipc.Semaphore", partial(round_trips, _semaphores), ""
+    places = stack.enter_context(ExitStack())
+    yield "iceoryx2 event", partial(round_trips, partial(_iceoryx, places)), ""
     try:
-        yield "Redis list", partial(_redis, redis(stack)), "a server between"
-    except (ServerMissing, ImportError) as missing:
+        trips = partial(round_trips, partial(_redis, redis(stack)))
+        yield "Redis list", trips, "a server between"
+    except ServerMissing as missing:
         yield "Redis list", str(missing), ""
+    try:
+        yield "NATS request", partial(_nats_trips, nats(stack)), "a server between"
+    except ServerMissing as missing:
+        yield "NATS request", str(missing), ""
+
+
+def _unheard(stack: ExitStack, count: int) -> Iterator[Contestant]:
+    one, other = _segments()
+    stack.callback(one.close)
+    stack.callback(other.close)
+    yield Contestant(SHMEPOCH, calls(one.waiters.notify, count))
+    semaphore = _semaphore()
+    stack.callback(semaphore.close)
+    yield Contestant("posix_ipc.Semaphore", calls(semaphore.release, count))

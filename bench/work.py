@@ -1,0 +1,43 @@
+"""What shmepoch is measured at: an epoch, and an operation in it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from shmepoch import (
+    OperationId,
+    OperationKind,
+    OperationResult,
+    OperationSpec,
+    OpsLifecycleConfig,
+    RuntimeSessionAdapter,
+    SessionId,
+    SessionRuntimeBindings,
+)
+
+
+def epoch(stack: ExitStack, config: OpsLifecycleConfig | None = None) -> SessionRuntimeBindings:
+    """A live epoch, ended with `stack`."""
+    adapter = stack.enter_context(
+        RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}", config=config)
+    )
+    bindings = adapter.prepare_bindings(SessionId.new())
+    stack.callback(adapter.unregister_session, bindings.session_id)
+    return bindings
+
+
+def operate(bindings: SessionRuntimeBindings, content: str) -> None:
+    """Register, start and complete one operation."""
+    id, registry = OperationId.new(), bindings.ops_lifecycle
+    registry.register_operation(
+        OperationSpec(
+            id=id,
+            kind=OperationKind.BACKGROUND_TOOL_OP,
+            owner_session_id=bindings.session_id,
+            display_name="index",
+            source_label="bench",
+        )
+    )
+    registry.provisioning_succeeded(id)
+    registry.complete_operation(id, OperationResult(id=id, content=content))
