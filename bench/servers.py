@@ -9,6 +9,9 @@ import tempfile
 from contextlib import ExitStack
 from time import monotonic, sleep
 
+#: Where Debian puts servers; not on every user's PATH.
+ELSEWHERE = "/usr/sbin:/usr/local/sbin"
+
 _START_S = 20.0
 
 
@@ -34,7 +37,7 @@ def nats(stack: ExitStack) -> int:
 
 
 def _start(stack: ExitStack, program: str, options: list[str], port: int) -> None:
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    path = shutil.which(program) or shutil.which(program, path=ELSEWHERE)
     if path is None:
         raise ServerMissing(f"{program} is not installed")
     server = subprocess.Popen(
@@ -43,7 +46,9 @@ def _start(stack: ExitStack, program: str, options: list[str], port: int) -> Non
     stack.callback(server.wait)
     stack.callback(server.kill)
     deadline = monotonic() + _START_S
-    while monotonic() < deadline and server.poll() is None:
+    while monotonic() < deadline:
+        if server.poll() is not None:
+            raise ServerMissing(f"{program} ended with {server.returncode} as it started")
         with socket.socket() as attempt:
             if attempt.connect_ex(("127.0.0.1", port)) == 0:
                 return

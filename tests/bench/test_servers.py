@@ -1,0 +1,59 @@
+"""The servers of contestants: those that cannot be had, and what is left of those that can."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench import servers
+from bench.servers import ServerMissing
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has all programs there are."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(servers, "ELSEWHERE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("start", "program"), [(servers.redis, "redis-server"), (servers.nats, "nats-server")]
+)
+def test_a_server_that_is_not_installed_is_missing(
+    start: Callable[[ExitStack], int], program: str, programs: Path
+) -> None:
+    with ExitStack() as stack, pytest.raises(ServerMissing, match=f"{program} is not installed"):
+        start(stack)
+
+
+def test_a_server_that_ends_at_once_is_missing(programs: Path) -> None:
+    pretender = programs / "redis-server"
+    pretender.write_text("#!/bin/sh\nexit 3\n")
+    pretender.chmod(0o755)
+
+    with ExitStack() as stack, pytest.raises(ServerMissing, match="ended with 3"):
+        servers.redis(stack)
+
+
+def test_a_server_listens_until_its_stack_ends(programs: Path) -> None:
+    pretender = programs / "redis-server"
+    pretender.write_text(
+        f"#!{sys.executable}\n"
+        "import socket, sys, signal\n"
+        "with socket.create_server(('127.0.0.1', int(sys.argv[2]))):\n"
+        "    signal.pause()\n"
+    )
+    pretender.chmod(0o755)
+    with ExitStack() as stack:
+        port = servers.redis(stack)
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+
+    assert not psutil.Process().children()
