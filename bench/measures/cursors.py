@@ -38,23 +38,43 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     yield Measure(
         "compare and swap, refused", each(lambda cell, n: swaps(cell.swap, n, behind=0), FIRST - 1)
     )
-    yield Measure("snapshot of three cursors", list(_snapshots(stack, count)))
-
-
-def _snapshots(stack: ExitStack, count: int) -> Iterator[Contestant]:
     state = epoch(stack).cursor_state
     three = [cells.of_atomicshm(stack, offset) for offset in (0, 64, 128)]
-    for advance in (
-        state.agent_applied_cursor.advance,
-        state.runtime_observed_seq.advance,
-        state.runtime_last_injected_seq.advance,
-        *(cell.advance for cell in three),
-    ):
-        advance(FIRST)
-    yield Contestant(SHMEPOCH, calls(state.snapshot, count))
-    yield Contestant(
-        ATOMICSHM, _tuples(*(cell.load for cell in three), count=count), "not of one instant"
+    cursors = (
+        state.agent_applied_cursor,
+        state.runtime_observed_seq,
+        state.runtime_last_injected_seq,
     )
+    for advance in (*(one.advance for one in cursors), *(cell.advance for cell in three)):
+        advance(FIRST)
+    loads = [cell.load for cell in three]
+    yield Measure(
+        "snapshot of three cursors",
+        [
+            Contestant(SHMEPOCH, calls(state.snapshot, count), "none has moved since the last"),
+            Contestant(ATOMICSHM, _tuples(*loads, count=count), "not of one instant"),
+        ],
+    )
+    # The other way round for both: each snapshot finds a cursor moved.
+    yield Measure(
+        "advance one of three cursors and snapshot them",
+        [
+            Contestant(SHMEPOCH, rising(_both(cursors[0].advance, state.snapshot), count)),
+            Contestant(
+                ATOMICSHM,
+                rising(_both(three[0].advance, _three(*loads)), count),
+                "not of one instant",
+            ),
+        ],
+    )
+
+
+def _both(advance: Callable[[int], object], look: Callable[[], object]) -> Callable[[int], object]:
+    def both(value: int) -> None:
+        advance(value)
+        look()
+
+    return both
 
 
 def _tuples(
@@ -73,3 +93,9 @@ def _tuples(
         return (perf_counter() - began - bare) / count
 
     return sample
+
+
+def _three(
+    one: Callable[[], int], two: Callable[[], int], three: Callable[[], int]
+) -> Callable[[], object]:
+    return lambda: (one(), two(), three())

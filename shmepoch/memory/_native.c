@@ -106,6 +106,13 @@ as_u64(PyObject *object, uint64_t *value)
     return !(*value == UINT64_MAX && PyErr_Occurred());
 }
 
+/* PyLong_FromLong makes what fits one digit of an int faster than its unsigned sister. */
+static PyObject *
+from_u64(uint64_t value)
+{
+    return value <= INT32_MAX ? PyLong_FromLong((long)value) : PyLong_FromUnsignedLongLong(value);
+}
+
 /* `count` spans of `length` bytes, `stride` apart, from `offset` on: inside, and word-aligned. */
 static bool
 check_spans(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
@@ -252,7 +259,7 @@ memory_load(PyObject *object, PyObject *offset_object)
     if (!parse_word(self, offset_object, &offset)) {
         return NULL;
     }
-    return PyLong_FromUnsignedLongLong(
+    return from_u64(
         atomic_load_explicit(word_at(self, offset), memory_order_acquire));
 }
 
@@ -292,7 +299,7 @@ memory_exchange(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     if (!parse_word_and_value(object, "exchange", args, nargs, &word, &value)) {
         return NULL;
     }
-    return PyLong_FromUnsignedLongLong(
+    return from_u64(
         atomic_exchange_explicit(word, value, memory_order_seq_cst));
 }
 
@@ -304,7 +311,7 @@ memory_fetch_add(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     if (!parse_word_and_value(object, "fetch_add", args, nargs, &word, &value)) {
         return NULL;
     }
-    return PyLong_FromUnsignedLongLong(
+    return from_u64(
         atomic_fetch_add_explicit(word, value, memory_order_seq_cst));
 }
 
@@ -316,7 +323,7 @@ memory_fetch_or(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     if (!parse_word_and_value(object, "fetch_or", args, nargs, &word, &value)) {
         return NULL;
     }
-    return PyLong_FromUnsignedLongLong(atomic_fetch_or_explicit(word, value, memory_order_seq_cst));
+    return from_u64(atomic_fetch_or_explicit(word, value, memory_order_seq_cst));
 }
 
 /* --- Memory: many words -------------------------------------------------------------------------- */
@@ -347,7 +354,7 @@ memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
     PyObject *tuple = PyTuple_New(count);
     for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
-        PyObject *value = PyLong_FromUnsignedLongLong(atomic_load_explicit(
+        PyObject *value = from_u64(atomic_load_explicit(
             word_at((Memory *)object, offset + i * stride), memory_order_acquire));
         if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
             Py_CLEAR(tuple);
@@ -402,7 +409,7 @@ memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     load_at_once((Memory *)object, offset, count, stride, words);
     PyObject *tuple = PyTuple_New(count);
     for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
-        PyObject *value = PyLong_FromUnsignedLongLong(words[i]);
+        PyObject *value = from_u64(words[i]);
         if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
             Py_CLEAR(tuple);
         }
@@ -1079,7 +1086,7 @@ cell_load(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t nargs)
     if (!check_arity("load", nargs, 0)) {
         return NULL;
     }
-    return PyLong_FromUnsignedLongLong(
+    return from_u64(
         atomic_load_explicit(((Cell *)object)->word, memory_order_acquire));
 }
 
@@ -1474,7 +1481,7 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     publish(self, at, next_word(going, status, 0));
     publish(self, self->registrations, birth);
     publish(self, self->intent, 0);
-    return PyLong_FromUnsignedLongLong(birth);
+    return from_u64(birth);
 }
 
 /* start(fingerprint, id, status, started_status, started_ms, detail) -> True
@@ -1654,10 +1661,14 @@ typedef struct {
     Memory *memory;
     PyObject *make; /* what a snapshot becomes, of its words */
     Py_ssize_t offset, count, stride;
+    /* The last one made, which is immutable and serves until a word has moved. Not without the
+     * interpreter lock: two threads would exchange it. */
+    PyObject *last;
+    uint64_t last_words[SNAPSHOT_MAX];
 } Snapshots;
 
-/* snapshots(offset, count, stride, make) -> Snapshots, which `take` makes with its arguments parsed
- * and checked once */
+/* snapshots(offset, count, stride, make) -> Snapshots, whose `take` has its arguments parsed and
+ * checked already; `make` makes something immutable */
 static PyObject *
 memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -1688,6 +1699,7 @@ snapshots_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(((Snapshots *)object)->make);
+    Py_VISIT(((Snapshots *)object)->last);
     return 0;
 }
 
@@ -1696,6 +1708,7 @@ static int
 snapshots_clear(PyObject *object)
 {
     Py_CLEAR(((Snapshots *)object)->make);
+    Py_CLEAR(((Snapshots *)object)->last);
     return 0;
 }
 
@@ -1725,9 +1738,12 @@ snapshots_take(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t na
         return NULL;
     }
     load_at_once(self->memory, self->offset, self->count, self->stride, words);
+    if (self->last != NULL && memcmp(words, self->last_words, sizeof words) == 0) {
+        return Py_NewRef(self->last);
+    }
     bool whole = true;
     for (Py_ssize_t i = 0; whole && i < self->count; i++) {
-        values[i] = PyLong_FromUnsignedLongLong(words[i]);
+        values[i] = from_u64(words[i]);
         whole = values[i] != NULL;
     }
     if (whole) { /* the arguments end with the first that is NULL */
@@ -1737,6 +1753,14 @@ snapshots_take(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t na
     for (Py_ssize_t i = 0; i < self->count; i++) {
         Py_XDECREF(values[i]);
     }
+#ifndef Py_GIL_DISABLED
+    if (made != NULL) {
+        PyObject *before = self->last;
+        self->last = Py_NewRef(made);
+        memcpy(self->last_words, words, sizeof words);
+        Py_XDECREF(before);
+    }
+#endif
     return made;
 }
 

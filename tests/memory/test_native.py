@@ -1021,6 +1021,21 @@ def test_a_snapshot_is_made_into_something(memory: Memory) -> None:
     assert len(memory.snapshots(0, 8, 8, lambda *words: words).take()) == 8
 
 
+def test_a_snapshot_serves_until_a_word_has_moved(memory: Memory) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def make(*words: int) -> int:
+        made.append(words)
+        return len(made)
+
+    taking = memory.snapshots(0, 2, 8, make)
+    assert [taking.take() for _ in range(3)] == [1, 1, 1]
+    for word in (0, 8):
+        memory.store(word, 1)
+        assert taking.take() == taking.take() == len(made)
+    assert made == [(0, 0), (1, 0), (1, 1)]
+
+
 def test_what_snapshots_are_not_made_of(memory: Memory) -> None:
     native: Any = memory
     arguments: tuple[Any, ...]
