@@ -27,17 +27,20 @@ def epoch(stack: ExitStack, config: OpsLifecycleConfig | None = None) -> Session
     return bindings
 
 
+def specified(id: OperationId, bindings: SessionRuntimeBindings) -> OperationSpec:
+    """The spec of an operation of that epoch."""
+    return OperationSpec(
+        id=id,
+        kind=OperationKind.BACKGROUND_TOOL_OP,
+        owner_session_id=bindings.session_id,
+        display_name="index",
+        source_label="bench",
+    )
+
+
 def operate(bindings: SessionRuntimeBindings, content: str) -> None:
     """Register, start and complete one operation."""
     id, registry = OperationId.new(), bindings.ops_lifecycle
-    registry.register_operation(
-        OperationSpec(
-            id=id,
-            kind=OperationKind.BACKGROUND_TOOL_OP,
-            owner_session_id=bindings.session_id,
-            display_name="index",
-            source_label="bench",
-        )
-    )
+    registry.register_operation(specified(id, bindings))
     registry.provisioning_succeeded(id)
     registry.complete_operation(id, OperationResult(id=id, content=content))

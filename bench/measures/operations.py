@@ -12,8 +12,14 @@ from pathlib import Path
 from bench.contestants import SHMEPOCH
 from bench.harness import Contestant, Measure
 from bench.loops import calls
-from bench.work import epoch, operate
-from shmepoch import CompletionEntry, OperationId
+from bench.work import epoch, operate, specified
+from shmepoch import (
+    Completed,
+    CompletionEntry,
+    OperationId,
+    OperationResult,
+    SessionRuntimeBindings,
+)
 from shmepoch.epoch.codec import to_wire, wire_decoder
 
 
@@ -36,9 +42,33 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 def _operations(stack: ExitStack, count: int, content: str) -> Iterator[Contestant]:
     yield Contestant(SHMEPOCH, calls(partial(operate, epoch(stack), content), count))
+    bare = partial(_lock_and_encode, epoch(stack), content)
+    yield Contestant("locks and encoding alone", calls(bare, count), "the floor: nothing is kept")
     for synchronous in ("normal", "full"):
         inserted = partial(_insert, _database(stack, synchronous), content)
         yield Contestant(f"SQLite, {synchronous}", calls(inserted, count), "one insert")
+
+
+def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
+    """What three transitions need at least: the kernel's lock, an encoded spec and an entry."""
+    id, writer = OperationId.new(), bindings.shared_segment().writer
+    spec = specified(id, bindings)
+    to_wire(spec)
+    with writer:
+        pass
+    with writer:
+        pass
+    entry = CompletionEntry(
+        seq=1,
+        operation_id=id,
+        kind=spec.kind,
+        display_name=spec.display_name,
+        terminal_outcome=Completed(OperationResult(id=id, content=content)),
+        completed_at_ms=1,
+    )
+    to_wire(entry)
+    with writer:
+        pass
 
 
 def _insert(database: sqlite3.Connection, content: str) -> None:
