@@ -138,6 +138,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._table.fill(index, birth, spec, created_ms, time.monotonic_ns())
         memory.store(at.REGISTRATIONS_AT, birth)
         memory.store(at.INTENT_AT, 0)
+        self._table.remember(birth, spec.spec)
         return index
 
     # --- transitions that do not end an operation ---------------------------------------------

@@ -276,7 +276,7 @@ class OperationTable:
         return self._specs.get(birth) or self.view_locked(self.slot(number)).spec
 
     def remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
-        """Keep the spec of a registration, so that it need not be decoded."""
+        """Keep the spec of a registration that is committed, so that it need not be decoded."""
         if len(self._specs) >= self._layout.slots:
             self._specs.clear()
         self._specs[birth] = spec
@@ -314,7 +314,6 @@ class OperationTable:
         memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + spec.data)
         memory.store(self._layout.fingerprint(index), fingerprint_of(key))
         memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
-        self.remember(birth, spec.spec)
 
     def change(self, slot: Slot, status: OperationStatus, detail: Detail | None) -> None:
         """Give a live operation another status and, unless it is None, another detail: one store

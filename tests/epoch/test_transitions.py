@@ -164,6 +164,30 @@ def test_a_clock_that_was_set_back_does_not_turn_time_round(
     assert found.created_at_ms == found.started_at_ms == found.completed_at_ms
 
 
+class Interrupting(StandIn):
+    """A memory that is interrupted before it commits a registration, once."""
+
+    def store(self, offset: int, value: int) -> None:
+        if offset == at.REGISTRATIONS_AT:
+            self.store = self._memory.store  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+        self._memory.store(offset, value)
+
+
+def test_a_registration_that_was_interrupted_is_not_remembered() -> None:
+    """Its number goes to the next one, which is another operation."""
+    segment, registry = epoch()
+    interrupting: Any = Interrupting(segment.memory)
+    registry._memory = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        registry.register_operation(spec("first"))
+    second = spec("second")
+    RuntimeOpsLifecycleRegistry(segment).register_operation(second)
+    found = registry.snapshot(second.id)
+    assert found is not None
+    assert found.display_name == "second"
+
+
 def test_what_changed_since_registration_is_kept() -> None:
     _, registry = epoch()
     id = OperationId.new()
