@@ -1189,6 +1189,7 @@ static PyType_Spec cell_spec = {
 #define BUFFER_SHIFT 8
 #define STATUS_MASK 3
 #define FREE 0 /* a fingerprint, and the status, of a slot that holds nothing */
+#define HINTS 256
 /* The slot number of an entry whose operation no slot holds. */
 #define NO_SLOT UINT32_MAX
 /* Far above any feed, and far below where a position and what is added to it overflow. */
@@ -1207,6 +1208,8 @@ typedef struct {
     Py_ssize_t birth, terminal_seq, id, participant, created_ms, created_mono, elapsed_ms,
         spec_length, detail_length, watchers, spec, detail, detail_limit;
     Py_ssize_t max_operations, max_completed;
+    /* Where operations were last found, by their fingerprints: looked at first, believed never. */
+    uint32_t hints[HINTS];
 } Transitions;
 
 /* The words that commit, and what follows from them. */
@@ -1347,20 +1350,36 @@ load_words(const Transitions *self, Words *words)
     return true;
 }
 
+static uint64_t
+fingerprint_at(const Transitions *self, Py_ssize_t index)
+{
+    return word_of(self, self->fingerprints + index * WORD);
+}
+
+/* Whether a slot holds the operation with this id, as far as the registry does. */
+static bool
+holds(const Transitions *self, const Words *words, Py_ssize_t index, const uint64_t *id)
+{
+    const Py_ssize_t at = slot_at(self, index);
+    const uint64_t birth = word_of(self, at + self->birth);
+    const uint64_t ended = word_of(self, at + self->terminal_seq);
+    return word_of(self, at + self->id) == id[0] && word_of(self, at + self->id + WORD) == id[1]
+           && birth != 0 && birth <= words->registrations
+           && (ended == 0 || ended > words->watermark || ended > words->floor);
+}
+
 /* The slot of the operation with this id that the registry holds, or -1. */
 static Py_ssize_t
-find_slot(const Transitions *self, const Words *words, uint64_t fingerprint, const uint64_t *id)
+find_slot(Transitions *self, const Words *words, uint64_t fingerprint, const uint64_t *id)
 {
+    uint32_t *hint = &self->hints[fingerprint % HINTS];
+    if ((Py_ssize_t)*hint < self->slots && fingerprint_at(self, *hint) == fingerprint
+        && holds(self, words, *hint, id)) {
+        return *hint;
+    }
     for (Py_ssize_t i = 0; i < self->slots; i++) {
-        if (word_of(self, self->fingerprints + i * WORD) != fingerprint) {
-            continue;
-        }
-        const Py_ssize_t at = slot_at(self, i);
-        const uint64_t birth = word_of(self, at + self->birth);
-        const uint64_t ended = word_of(self, at + self->terminal_seq);
-        if (word_of(self, at + self->id) == id[0] && word_of(self, at + self->id + WORD) == id[1]
-            && birth != 0 && birth <= words->registrations
-            && (ended == 0 || ended > words->watermark || ended > words->floor)) {
+        if (fingerprint_at(self, i) == fingerprint && holds(self, words, i, id)) {
+            *hint = (uint32_t)i;
             return i;
         }
     }
@@ -1390,9 +1409,10 @@ parse_id(PyObject *fingerprint, PyObject *id, uint64_t *parsed_fingerprint, uint
     return true;
 }
 
-/* Gives back the slots of operations that are not retained any more. */
+/* Gives back the slots of operations that are not retained any more; `lowest` becomes the first of
+ * them, if it is below. */
 static bool
-reclaim(const Transitions *self, const Words *words)
+reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
 {
     for (uint64_t seq = words->reclaimed + 1; seq <= words->floor; seq++) {
         const uint64_t index =
@@ -1406,6 +1426,7 @@ reclaim(const Transitions *self, const Words *words)
         }
         if (word_of(self, slot_at(self, (Py_ssize_t)index) + self->terminal_seq) == seq) {
             publish(self, self->fingerprints + (Py_ssize_t)index * WORD, FREE);
+            *lowest = (Py_ssize_t)index < *lowest ? (Py_ssize_t)index : *lowest;
         }
     }
     if (words->floor > words->reclaimed) {
@@ -1436,17 +1457,23 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     if (!load_words(self, &words) || words.active >= limit
-        || words.active >= (uint64_t)self->max_operations
-        || find_slot(self, &words, fingerprint, id) >= 0 || !reclaim(self, &words)) {
+        || words.active >= (uint64_t)self->max_operations) {
         Py_RETURN_NONE;
     }
-    Py_ssize_t index = 0;
-    while (index < self->slots && word_of(self, self->fingerprints + index * WORD) != FREE) {
-        index++;
+    Py_ssize_t index = self->slots; /* the first free one */
+    for (Py_ssize_t i = 0; i < self->slots; i++) {
+        const uint64_t found = fingerprint_at(self, i);
+        if (found == fingerprint && holds(self, &words, i, id)) {
+            Py_RETURN_NONE;
+        }
+        if (found == FREE && index == self->slots) {
+            index = i;
+        }
     }
-    if (index == self->slots) {
+    if (!reclaim(self, &words, &index) || index == self->slots) {
         Py_RETURN_NONE;
     }
+    self->hints[fingerprint % HINTS] = (uint32_t)index;
     const Py_ssize_t at = slot_at(self, index);
     const uint64_t birth = words.registrations + 1;
     const uint64_t going = next_word(word_of(self, at), FREE, 0);
