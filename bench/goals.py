@@ -70,6 +70,12 @@ GOALS = (
         ("one process alone",),
         1 / 1.1,
     ),
+    Goal(
+        "the same, beside cursors of two epochs, which share nothing",
+        "advance, one process a cursor of one epoch",
+        ("cursors of two epochs",),
+        1 / 1.1,
+    ),
     Goal("wake-up: within 5 times of spinning in C", _APART, ("spinning in C",), 1 / 5),
     Goal("wake-up: 50 times a Pipe", _APART, ("multiprocessing.Pipe",), 50.0),
     Goal(
