@@ -167,9 +167,11 @@ def test_a_clock_that_was_set_back_does_not_turn_time_round(
 class Interrupting(StandIn):
     """A memory that is interrupted before it commits a registration, once."""
 
+    _interrupted = False
+
     def store(self, offset: int, value: int) -> None:
-        if offset == at.REGISTRATIONS_AT:
-            self.store = self._memory.store  # type: ignore[method-assign]
+        if offset == at.REGISTRATIONS_AT and not self._interrupted:
+            self._interrupted = True
             raise KeyboardInterrupt
         self._memory.store(offset, value)
 
