@@ -57,8 +57,7 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         payload = msgspec.msgpack.encode(
             (self.namespace, self.session_id.bytes, self.epoch_id.bytes, self.witness)
         )
-        token = base64.urlsafe_b64encode(payload + _mac(payload, self.witness))
-        return _PREFIX + token.decode().rstrip("=")
+        return _PREFIX + _to_text(payload + _mac(payload, self.witness))
 
     @classmethod
     def from_token(cls, text: str) -> Self:
@@ -79,21 +78,24 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         sizes_match = {len(session), len(epoch), len(witness)} == {ID_SIZE}
         if not sizes_match or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness)):
             raise TokenInvalid("it was cut or edited")
-        handle = cls(
+        if _to_text(data) != body:  # base64 has spare bits that decode to the same
+            raise TokenInvalid("it was cut or edited")
+        return cls(
             namespace=resolve_namespace(namespace),
             session_id=SessionId.from_bytes(session),
             epoch_id=RuntimeEpochId.from_bytes(epoch),
             witness=witness,
         )
-        if handle.to_token() != text.strip():  # base64 has spare bits that decode to the same
-            raise TokenInvalid("it was cut or edited")
-        return handle
 
     def __repr__(self) -> str:
         return (
             f"EpochHandle(namespace={self.namespace!r}, session_id={self.session_id!r}, "
             f"epoch_id={self.epoch_id!r})"
         )
+
+
+def _to_text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _mac(payload: bytes, witness: bytes) -> bytes:
