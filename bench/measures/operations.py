@@ -43,7 +43,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 def _operations(stack: ExitStack, count: int, content: str) -> Iterator[Contestant]:
     yield Contestant(SHMEPOCH, calls(partial(operate, epoch(stack), content), count))
     bare = partial(_lock_and_encode, epoch(stack), content)
-    yield Contestant("locks and encoding alone", calls(bare, count), "the floor: nothing is kept")
+    yield Contestant("locks and encoding alone", calls(bare, count), "the floor")
     for synchronous in ("normal", "full"):
         inserted = partial(_insert, _database(stack, synchronous), content)
         yield Contestant(f"SQLite, {synchronous}", calls(inserted, count), "one insert")
