@@ -54,10 +54,10 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_token(self) -> str:
         """The handle as text, for an environment variable or a command line."""
-        payload = msgspec.msgpack.encode(
+        payload = _payload(
             (self.namespace, self.session_id.bytes, self.epoch_id.bytes, self.witness)
         )
-        return _PREFIX + _to_text(payload + _mac(payload, self.witness))
+        return _PREFIX + _text(payload + _mac(payload, self.witness))
 
     @classmethod
     def from_token(cls, text: str) -> Self:
@@ -70,15 +70,18 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         try:
             data = base64.b64decode(body + "=" * (-len(body) % 4), b"-_", validate=True)
             payload = data[:-_MAC_SIZE]
-            namespace, session, epoch, witness = msgspec.msgpack.decode(
-                payload, type=tuple[str, bytes, bytes, bytes]
-            )
+            facts = _facts_decoder.decode(payload)
         except (binascii.Error, msgspec.DecodeError, ValueError) as error:
             raise TokenInvalid("it was cut or edited") from error
-        sizes_match = {len(session), len(epoch), len(witness)} == {ID_SIZE}
-        if not sizes_match or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness)):
-            raise TokenInvalid("it was cut or edited")
-        if _to_text(data) != body:  # base64 has spare bits that decode to the same
+        namespace, session, epoch, witness = facts
+        if (
+            not len(session) == len(epoch) == len(witness) == ID_SIZE
+            or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness))
+            # A handle has one token: base64 has spare bits, and msgpack lengths of several widths,
+            # that decode to the same.
+            or _text(data) != body
+            or _payload(facts) != payload
+        ):
             raise TokenInvalid("it was cut or edited")
         return cls(
             namespace=resolve_namespace(namespace),
@@ -94,7 +97,11 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _to_text(data: bytes) -> str:
+_payload: Final = msgspec.msgpack.Encoder().encode
+_facts_decoder: Final = msgspec.msgpack.Decoder(tuple[str, bytes, bytes, bytes])
+
+
+def _text(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
@@ -145,7 +152,7 @@ class SessionRuntimeBindings:
         validating the segment may raise.
         """
         with _attached_lock:
-            bindings = _attached.get(handle.epoch_id)
+            bindings = _attached.get(handle.epoch_id.bytes)
             if bindings is None:
                 segment = SharedSegment.attach_epoch(
                     handle.namespace, handle.session_id, handle.epoch_id, handle.witness
@@ -169,7 +176,7 @@ class SessionRuntimeBindings:
     def of_segment(cls, segment: SharedSegment) -> SessionRuntimeBindings:
         """The process's bindings of an attached segment: those it has already, or new ones."""
         with _attached_lock:
-            bindings = _attached.get(segment.epoch_id)
+            bindings = _attached.get(segment.epoch_id.bytes)
             if bindings is None:
                 try:
                     return _remember(cls(segment))
@@ -233,8 +240,8 @@ class SessionRuntimeBindings:
         """Leave the epoch: this process's running operations end as `Terminated` before long."""
         if isinstance(self._segment, SharedSegment):
             with _attached_lock:
-                if _attached.get(self.epoch_id) is self:
-                    del _attached[self.epoch_id]
+                if _attached.get(self.epoch_id.bytes) is self:
+                    del _attached[self.epoch_id.bytes]
             self._segment.close()
 
     def __copy__(self) -> Self:
@@ -253,14 +260,15 @@ class SessionRuntimeBindings:
         )
 
 
-_attached: weakref.WeakValueDictionary[RuntimeEpochId, SessionRuntimeBindings] = (
+#: By the bytes of the epoch's id.
+_attached: weakref.WeakValueDictionary[bytes, SessionRuntimeBindings] = (
     weakref.WeakValueDictionary()
 )
 _attached_lock = threading.RLock()
 
 
 def _remember(bindings: SessionRuntimeBindings) -> SessionRuntimeBindings:
-    _attached[bindings.epoch_id] = bindings
+    _attached[bindings.epoch_id.bytes] = bindings
     return bindings
 
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -240,6 +241,17 @@ def sealed_up(payload: Any, witness: bytes) -> str:
 def test_a_token_of_something_else(payload: Any) -> None:
     with pytest.raises(TokenInvalid):
         EpochHandle.from_token(sealed_up(payload, b"w" * 16))
+
+
+def test_a_token_is_the_only_one_of_its_handle() -> None:
+    """msgpack can write one length in several widths, and whoever has the key can sum them up."""
+    from shmepoch.epoch import bindings as module
+
+    plain = msgspec.msgpack.encode(("n", b"s" * 16, b"e" * 16, b"w" * 16))
+    for payload, read in ((plain, True), (plain.replace(b"\xa1n", b"\xd9\x01n"), False)):
+        body = base64.urlsafe_b64encode(payload + module._mac(payload, b"w" * 16))
+        with nullcontext() if read else pytest.raises(TokenInvalid):
+            assert EpochHandle.from_token("shmepoch1." + body.decode().rstrip("="))
 
 
 @pytest.mark.parametrize("namespace", ["../x", "", "a/b", "n" * 65, "a.b", "n\x00"])
