@@ -8,7 +8,7 @@
  *   Snapshots  several words of a Memory that only grow, read at one instant
  *   Transitions   the common case of an epoch's most frequent transitions, each in one call
  *   WriterLock a thread lock and an open-file-description lock, taken together
- *   try_lock, unlock, is_locked   single open-file-description byte locks
+ *   open_locked, try_lock, unlock, is_locked   single open-file-description byte locks
  *
  * Memory order. Words that publish are stored with release and read with acquire. Bytes that may be
  * overwritten while they are copied (ring entries, slots) are copied with relaxed word accesses, so
@@ -38,6 +38,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -198,16 +199,44 @@ memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
     return (PyObject *)self;
 }
 
+/* Another open file description of the file of `fd`, or -1: by `path`, if that leads there, since
+ * the way through /proc takes the kernel twice as long. */
+static int
+open_again(int fd, const char *path)
+{
+    struct stat file, found;
+    int again = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (again >= 0) {
+        if (fstat(fd, &file) == 0 && fstat(again, &found) == 0 && file.st_dev == found.st_dev
+            && file.st_ino == found.st_ino) {
+            return again;
+        }
+        close(again);
+    }
+    char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
+    PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    return open(link, O_RDWR | O_CLOEXEC);
+}
+
+/* Through a description of its own: a mapping holds the one it was made through, also in a forked
+ * child and long after the descriptor was closed, and with it every lock. */
 static PyObject *
 memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"fd", "size", NULL};
+    static char *keywords[] = {"fd", "size", "path", NULL};
     int fd;
     Py_ssize_t size;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in:Memory", keywords, &fd, &size)) {
+    const char *path = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|z:Memory", keywords, &fd, &size, &path)) {
         return NULL;
     }
-    return memory_map(type, fd, size, MAP_SHARED);
+    int again = open_again(fd, path);
+    if (again < 0) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    PyObject *self = memory_map(type, again, size, MAP_SHARED);
+    close(again);
+    return self;
 }
 
 static PyObject *
@@ -1850,6 +1879,47 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
     return true;
 }
 
+/* open_locked(path, byte) -> (fd, whether it now has the byte's shared lock, mode, uid, links, size)
+ *
+ * What the file is, is looked up after the lock was asked for: its holder knows that it is so still.
+ */
+static PyObject *
+native_open_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *path = NULL;
+    if (!check_arity("open_locked", nargs, 2)) {
+        return NULL;
+    }
+    long long at = PyLong_AsLongLong(args[1]);
+    if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &path)) {
+        return NULL;
+    }
+    if (at < 0) {
+        Py_DECREF(path);
+        return PyErr_Format(PyExc_ValueError, "no byte %lld of a file", at);
+    }
+    int fd = open(PyBytes_AsString(path), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    Py_DECREF(path);
+    struct flock lock = byte_lock(F_RDLCK, (off_t)at);
+    bool locked = fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0;
+    struct stat found;
+    if (fd < 0 || (!locked && errno != EAGAIN && errno != EACCES) || fstat(fd, &found) != 0) {
+        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[0]);
+        if (fd >= 0) {
+            close(fd);
+        }
+        return NULL;
+    }
+    PyObject *opened =
+        Py_BuildValue("iNkkkL", fd, bool_object(locked), (unsigned long)found.st_mode,
+                      (unsigned long)found.st_uid, (unsigned long)found.st_nlink,
+                      (long long)found.st_size);
+    if (opened == NULL) {
+        close(fd);
+    }
+    return opened;
+}
+
 /* try_lock(fd, byte, shared) -> whether the lock is now held through this description */
 static PyObject *
 native_try_lock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -1905,6 +1975,7 @@ native_is_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t 
 }
 
 static PyMethodDef module_methods[] = {
+    {"open_locked", (PyCFunction)(void (*)(void))native_open_locked, METH_FASTCALL, NULL},
     {"try_lock", (PyCFunction)(void (*)(void))native_try_lock, METH_FASTCALL, NULL},
     {"unlock", (PyCFunction)(void (*)(void))native_unlock, METH_FASTCALL, NULL},
     {"is_locked", (PyCFunction)(void (*)(void))native_is_locked, METH_FASTCALL, NULL},

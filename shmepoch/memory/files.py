@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
+from shmepoch.memory import _native
 from shmepoch.memory._native import Memory
 
 SHM_DIR: Final = Path("/dev/shm")
@@ -46,18 +47,15 @@ def create_unnamed(size: int) -> int:
     return fd
 
 
-def map_shared(fd: int, size: int) -> Memory:
+def map_shared(fd: int, size: int, path: str | None = None) -> Memory:
     """The first `size` bytes of the file of `fd`, mapped through a description of their own.
 
     A mapping holds the open file description it was made through, also in a forked child and long
     after the descriptor was closed. Were it the one that carries the locks, they would live on
-    with the mapping, and with every child.
+    with the mapping, and with every child. `path`, if the file still has that name, makes it
+    faster.
     """
-    own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return Memory(own, size)
-    finally:
-        os.close(own)
+    return Memory(fd, size, path)
 
 
 def link(fd: int, path: Path) -> None:
@@ -86,36 +84,51 @@ def open_owned(path: str | Path) -> int:
 
     Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
     """
-    fd = open_unchecked(path)
     try:
-        require_owned(path, os.fstat(fd))
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise _refusal(path, error) from None
+    try:
+        found = os.fstat(fd)
+        require_owned(path, found.st_mode, found.st_uid)
     except SegmentForeign:
         os.close(fd)
         raise
     return fd
 
 
-def open_unchecked(path: str | Path) -> int:
+def open_locked(path: str, byte: int) -> tuple[int, bool, int, int, int, int]:
     """Open a file that `require_owned` has yet to be asked about, and raise what `open_owned` does
-    for one that cannot be opened."""
+    for one that cannot be opened.
+
+    Its descriptor, whether that has the shared lock on `byte`, and its mode, owner, number of names
+    and size as they are after that.
+    """
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except PermissionError:
-        raise _foreign(path, "owner", os.geteuid(), os.lstat(path).st_uid) from None
+        return _native.open_locked(path, byte)
     except OSError as error:
-        if error.errno not in _OTHER_TYPES:
-            raise
-        raise _foreign(path, "type", "regular file", _OTHER_TYPES[error.errno]) from None
+        raise _refusal(path, error) from None
 
 
-def require_owned(path: str | Path, found: os.stat_result) -> None:
+def require_owned(path: str | Path, mode: int, uid: int) -> None:
     """Raise `SegmentForeign` unless this is a file of this user's that nobody else may open."""
-    if not stat.S_ISREG(found.st_mode):
+    if mode == stat.S_IFREG | _MODE and uid == os.geteuid():
+        return
+    if not stat.S_ISREG(mode):
         raise _foreign(path, "type", "regular file", "other")
-    if found.st_uid != os.geteuid():
-        raise _foreign(path, "owner", os.geteuid(), found.st_uid)
-    if stat.S_IMODE(found.st_mode) != _MODE:
-        raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(found.st_mode)))
+    if uid != os.geteuid():
+        raise _foreign(path, "owner", os.geteuid(), uid)
+    if stat.S_IMODE(mode) != _MODE:
+        raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(mode)))
+
+
+def _refusal(path: str | Path, error: OSError) -> Exception:
+    """What the error of open(2) says of the file, if it says that it is another's."""
+    if isinstance(error, PermissionError):
+        return _foreign(path, "owner", os.geteuid(), os.lstat(path).st_uid)
+    if error.errno in _OTHER_TYPES:
+        return _foreign(path, "type", "regular file", _OTHER_TYPES[error.errno])
+    return error
 
 
 def _foreign(path: str | Path, field: str, expected: object, actual: object) -> SegmentForeign:

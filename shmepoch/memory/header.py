@@ -6,6 +6,7 @@ import secrets
 import struct
 import time
 import zlib
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from shmepoch.errors import ConfigInvalid, LayoutUnsupported, SegmentCorrupted
@@ -52,18 +53,23 @@ class Header(NamedTuple):
         if self.session_id != session_id.bytes:
             raise SegmentCorrupted(name, "session_id", session_id.bytes, self.session_id)
         try:
-            layout = Layout.from_capacities(_CAPACITIES.unpack(self.capacities))
+            layout, checksum = _of_capacities(self.capacities)
         except ConfigInvalid as error:
             raise SegmentCorrupted(name, error.setting, error.allowed, error.value) from error
         if layout.size != size:
             raise SegmentCorrupted(name, "size of its capacities", size, layout.size)
         # Other capacities that fill as many pages would shift everything else unnoticed.
-        checksum = zlib.crc32(self.capacities)
         if checksum != self.checksum:
             raise SegmentCorrupted(name, "checksum of its capacities", checksum, self.checksum)
         if self.state not in (at.OPEN, at.SEALED):
             raise SegmentCorrupted(name, "state", f"{at.OPEN} or {at.SEALED}", self.state)
         return layout
+
+
+@lru_cache(maxsize=64)  # the epochs that a process attaches to are mostly of one size
+def _of_capacities(capacities: bytes) -> tuple[Layout, int]:
+    """The layout that they make and their checksum; `ConfigInvalid` if no layout has them."""
+    return Layout.from_capacities(_CAPACITIES.unpack(capacities)), zlib.crc32(capacities)
 
 
 def write_header(

@@ -90,7 +90,6 @@ Locks are open-file-description locks on single bytes; they need no byte to exis
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final, TypeAlias
 
 import msgspec
@@ -273,7 +272,6 @@ class Layout:
         )
 
     @staticmethod
-    @lru_cache(maxsize=64)  # the epochs that a process attaches to are mostly of one size
     def from_capacities(words: tuple[int, ...]) -> Layout:
         """The layout of a segment whose header holds `words`; `ConfigInvalid` if none has them."""
         completed, concurrent, operations, feed_bytes, participants, store_wait_ms = words

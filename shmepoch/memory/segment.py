@@ -8,7 +8,8 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
@@ -31,8 +32,8 @@ from shmepoch.memory.files import (
     create_unnamed,
     link,
     map_shared,
+    open_locked,
     open_owned,
-    open_unchecked,
     require_owned,
     unlink,
 )
@@ -40,8 +41,9 @@ from shmepoch.memory.header import SIZE as HEADER_SIZE
 from shmepoch.memory.header import Header, write_header
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
-from shmepoch.memory.waiting import LocalWaits, Waiters
+from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
 
+_SHM_DIR: Final = str(SHM_DIR)
 _NAMESPACE_LIMIT: Final = 64
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
 _NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
@@ -73,6 +75,11 @@ def _segment_name(namespace: str, session_id: SessionId) -> str:
     return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
 
 
+def _segment_file(name: str) -> str:
+    # pathlib would take longer to join it than the kernel to open it.
+    return f"{_SHM_DIR}/{name}"
+
+
 class Lock(Protocol):
     """The writer lock of a segment, as its transitions see it."""
 
@@ -98,14 +105,17 @@ class Segment:
     participant: int = 0
     writer: Lock
 
-    def __init__(self, memory: Memory, layout: Layout, header: Header) -> None:
+    def __init__(self, memory: Memory, layout: Layout, header: Header, writer: Lock) -> None:
         self.memory: Final = memory
         self.layout: Final = layout
         self.epoch_id: Final = RuntimeEpochId.from_bytes(header.epoch_id)
         self.session_id: Final = SessionId.from_bytes(header.session_id)
-        self.waiters: Final = self._make_waiters()
-        self.writer = WriterLock(-1, 0)
-        _every_segment.add(self)
+        # Not `closed_error`, which would hold the segment: one that is let go of goes at once, with
+        # its mapping and its locks, and not when the garbage collector comes by.
+        closed_error = partial(EpochSealed, self.epoch_id)
+        self.waiters: Final = Waiters(memory, closed_error, self._make_waits())
+        self.writer = writer
+        _every_segment.add(weakref.ref(self, _every_segment.discard))
 
     @classmethod
     def private(
@@ -121,7 +131,7 @@ class Segment:
         header = write_header(
             memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
         )
-        return Segment(memory, layout, header)
+        return Segment(memory, layout, header, WriterLock(-1, 0))
 
     @property
     def skipped(self) -> tuple[int, int]:
@@ -143,8 +153,8 @@ class Segment:
             self.memory.store(at.STATE_AT, at.SEALED)
         self.waiters.notify()
 
-    def _make_waiters(self) -> Waiters:
-        return Waiters(self.memory, self.closed_error, LocalWaits())
+    def _make_waits(self) -> AsyncWaits:
+        return LocalWaits()
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held it; here that thread does not exist.
@@ -162,16 +172,17 @@ class SharedSegment(Segment):
     fd: int = -1
 
     def __init__(
-        self, namespace: str, fd: int, memory: Memory, layout: Layout, header: Header
+        self, namespace: str, name: str, fd: int, memory: Memory, layout: Layout, header: Header
     ) -> None:
         self.namespace: Final = namespace
-        super().__init__(memory, layout, header)
-        self.name = _segment_name(namespace, self.session_id)
+        self.name = name
+        super().__init__(memory, layout, header, WriterLock(fd, at.WRITER_BYTE))
         self.witness: Final = header.witness
         self.role = Role.WORKER
         self._owns = False
         self._attaching = threading.Lock()
-        self._hold(fd)
+        self.participants = Participants(memory, fd, layout.max_participants, self.name)
+        self.fd = fd  # last: from here on it is this object's to close
 
     @classmethod
     def allocate(
@@ -193,7 +204,8 @@ class SharedSegment(Segment):
             memory = map_shared(fd, layout.size)
             header = write_header(memory, layout, session_id, epoch_id)
             try_lock(fd, at.PRESENCE_BYTE, True)
-            return cls(namespace, fd, memory, layout, header)
+            name = _segment_name(namespace, session_id)
+            return cls(namespace, name, fd, memory, layout, header)
         except BaseException:
             os.close(fd)
             raise
@@ -218,18 +230,7 @@ class SharedSegment(Segment):
         Raises `FileNotFoundError` if there is none, `SegmentForeign`, `SegmentCorrupted` or
         `LayoutUnsupported` if it is not what it should be. A failed attach leaves no trace.
         """
-        name = _segment_name(namespace, session_id)
-        fd, size = _open_present(name)
-        try:
-            if size < at.PAGE:
-                raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
-            # Read, not looked at through the mapping: its first touch takes longer than this.
-            header = Header.unpack(os.pread(fd, HEADER_SIZE, 0))
-            layout = header.check(name, size, session_id)
-            return cls(namespace, fd, map_shared(fd, size), layout, header)
-        except BaseException:
-            os.close(fd)
-            raise
+        return cls._attach(namespace, session_id, None)
 
     @classmethod
     def attach_epoch(
@@ -240,24 +241,33 @@ class SharedSegment(Segment):
         Raises, besides what `attach` does, `EpochGone`, `EpochSealed` and `WitnessMismatch`.
         """
         try:
-            self = cls.attach(namespace, session_id)
+            return cls._attach(namespace, session_id, partial(_require_epoch, epoch_id, witness))
         except FileNotFoundError:
             name = _segment_name(namespace, session_id)
             raise EpochGone(session_id, epoch_id, name) from None
-        try:
-            self._check_epoch(epoch_id, witness)
-        except BaseException:
-            self.close()
-            raise
-        return self
 
-    def _check_epoch(self, epoch_id: RuntimeEpochId, witness: bytes) -> None:
-        if self.epoch_id != epoch_id:
-            raise EpochSealed(epoch_id)  # a name is only taken over from a sealed epoch
-        if not hmac.compare_digest(self.witness, witness):
-            raise WitnessMismatch(epoch_id)
-        if self.sealed:
-            raise EpochSealed(epoch_id)
+    @classmethod
+    def _attach(
+        cls,
+        namespace: str,
+        session_id: SessionId,
+        require: Callable[[Header], None] | None,
+    ) -> SharedSegment:
+        name = _segment_name(namespace, session_id)
+        path = _segment_file(name)
+        fd, size = _open_present(path)
+        try:
+            if size < at.PAGE:
+                raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
+            # Read, not looked at through the mapping: its first touch takes longer than this.
+            header = Header.unpack(os.pread(fd, HEADER_SIZE, 0))
+            layout = header.check(name, size, session_id)
+            if require is not None:
+                require(header)
+            return cls(namespace, name, fd, map_shared(fd, size, path), layout, header)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def join(self, role: Role) -> None:
         """Become a participant, or change the role of the one this attachment is."""
@@ -303,22 +313,14 @@ class SharedSegment(Segment):
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
         to whoever still holds a cursor of it. Waits for a transition of another thread."""
-        if isinstance(self.writer, WriterLock):
-            # Closing the descriptor gives the lock up, in the middle of a transition as well.
-            self.writer.retire(self._left_error)
-        self.writer = _Closed(self)
+        if not isinstance(self.writer, WriterLock):
+            self.writer = WriterLock(-1, 0)  # inherited by a fork and not used since
+        # Closing the descriptor gives the lock up, in the middle of a transition as well.
+        self.writer.retire(partial(_left_error, self.memory, self.epoch_id))
         if self.fd >= 0 and self.participant:
             self.participants.leave(self.participant)
         self._close_fd()
         self.participant = 0
-
-    def _left_error(self) -> EpochSealed | BindingsClosed:
-        return self.closed_error() if self.sealed else BindingsClosed(self.epoch_id)
-
-    def _hold(self, fd: int) -> None:
-        self.writer = WriterLock(fd, at.WRITER_BYTE)
-        self.participants = Participants(self.memory, fd, self.layout.max_participants, self.name)
-        self.fd = fd  # last: from here on it is this object's to close
 
     def _close_fd(self) -> None:
         fd, self.fd = self.fd, -1
@@ -327,8 +329,8 @@ class SharedSegment(Segment):
 
     __del__ = _close_fd
 
-    def _make_waiters(self) -> Waiters:
-        return Waiters(self.memory, self.closed_error, SharedWaits(self.memory, self.namespace))
+    def _make_waits(self) -> AsyncWaits:
+        return SharedWaits(self.memory, self.namespace)
 
     def _after_fork(self) -> None:
         """In a forked child: let go of the parent's locks and identity.
@@ -358,8 +360,9 @@ class SharedSegment(Segment):
     def _attach_again(self) -> None:
         fd = -1
         try:
-            fd, _ = _open_present(self.name)
-            other = map_shared(fd, at.PAGE)
+            path = _segment_file(self.name)
+            fd, _ = _open_present(path)
+            other = map_shared(fd, at.PAGE, path)
             if other.read(at.EPOCH_ID_AT, at.ID_SIZE) != self.epoch_id.bytes:
                 raise self.closed_error()
         except FileNotFoundError:
@@ -368,8 +371,19 @@ class SharedSegment(Segment):
             if fd >= 0:
                 os.close(fd)
             raise
-        self._hold(fd)
+        self.writer = WriterLock(fd, at.WRITER_BYTE)
+        self.participants = Participants(self.memory, fd, self.layout.max_participants, self.name)
+        self.fd = fd
         self.join(self.role)
+
+
+def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:
+    if header.epoch_id != epoch_id.bytes:
+        raise EpochSealed(epoch_id)  # a name is only taken over from a sealed epoch
+    if not hmac.compare_digest(header.witness, witness):
+        raise WitnessMismatch(epoch_id)
+    if header.state != at.OPEN:
+        raise EpochSealed(epoch_id)
 
 
 class _AttachAgain:
@@ -391,22 +405,9 @@ class _AttachAgain:
         self._segment.writer.__exit__(kind, value, traceback)
 
 
-class _Closed:
-    """The writer lock of a segment that this process has left."""
-
-    def __init__(self, segment: SharedSegment) -> None:
-        self._segment: SharedSegment = weakref.proxy(segment)
-
-    def __enter__(self) -> None:
-        raise self._segment._left_error()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        raise AssertionError("never entered")
+def _left_error(memory: Memory, epoch_id: RuntimeEpochId) -> EpochSealed | BindingsClosed:
+    sealed = memory.load(at.STATE_AT) != at.OPEN
+    return EpochSealed(epoch_id) if sealed else BindingsClosed(epoch_id)
 
 
 def remove_unused(namespace: str, session_id: SessionId) -> bool:
@@ -429,34 +430,35 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
         os.close(fd)
 
 
-def _open_present(name: str) -> tuple[int, int]:
+def _open_present(path: str) -> tuple[int, int]:
     """Open a segment and hold its presence byte: its descriptor and its size.
 
-    Raises `FileNotFoundError` if it is not there.
+    Raises `FileNotFoundError` if it is not there. The presence byte comes before the last look at
+    the name, that is, at how many the file has: from then on nobody may remove it.
     """
-    path = f"{SHM_DIR}/{name}"  # pathlib would take longer to join it than the kernel to open it
     while True:
-        fd = open_unchecked(path)
+        fd, present, mode, uid, links, size = open_locked(path, at.PRESENCE_BYTE)
         try:
-            present = try_lock(fd, at.PRESENCE_BYTE, True)
-            found = os.fstat(fd)
-            require_owned(path, found)
+            require_owned(path, mode, uid)
         except BaseException:
             os.close(fd)
             raise
-        if present and found.st_nlink > 0:
-            return fd, found.st_size
+        if present and links > 0:
+            return fd, size
         # Not granted while somebody removes it, which takes two system calls: look again.
         os.close(fd)
         time.sleep(0.0001)
 
 
-_every_segment: weakref.WeakSet[Segment] = weakref.WeakSet()
+#: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.
+_every_segment: set[weakref.ref[Segment]] = set()
 
 
 def _after_fork_in_child() -> None:
-    for segment in list(_every_segment):
-        segment._after_fork()
+    for reference in list(_every_segment):
+        segment = reference()
+        if segment is not None:
+            segment._after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,7 +25,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmepoch.memory import _native
-from shmepoch.memory._native import Cell, Memory, WriterLock, is_locked, try_lock, unlock
+from shmepoch.memory._native import (
+    Cell,
+    Memory,
+    WriterLock,
+    is_locked,
+    open_locked,
+    try_lock,
+    unlock,
+)
 from shmepoch.memory.layout import Ring
 from tests.epoch.deadline import UNHURRIED
 from tests.support import eventually
@@ -194,6 +204,8 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
         (native.Cell, (memory, 0, 0)),
         (native.WriterLock, ()),
         (native.WriterLock, ("0", 0)),
+        (native.open_locked, ("/dev/null",)),
+        (native.open_locked, (0, 0)),
         (native.try_lock, (0, 0)),
         (native.unlock, (0,)),
         (native.is_locked, ("0", 0)),
@@ -203,6 +215,8 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
     for call, values in (
         (native.WriterLock, (-2, 0)),
         (native.WriterLock, (0, -1)),
+        (native.open_locked, ("/dev/null", -1)),
+        (native.open_locked, ("/dev/\0null", 0)),
         (native.try_lock, (-1, 0, False)),
         (native.unlock, (2**40, 0)),
         (native.is_locked, (0, -1)),
@@ -315,6 +329,38 @@ def test_mappings_of_one_file_share_it(fds: tuple[int, int]) -> None:
     assert two.load(SIZE - 8) == 5
     private = Memory.private(SIZE)
     assert private.load(SIZE - 8) == 0
+
+
+def test_a_mapping_holds_no_lock(fds: tuple[int, int]) -> None:
+    fd = os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR | os.O_CLOEXEC)
+    assert try_lock(fd, 5, False)
+    memory = Memory(fd, SIZE)
+    assert is_locked(fds[1], 5)
+    os.close(fd)
+    assert not is_locked(fds[1], 5)
+    assert len(memory) == SIZE
+
+
+def test_a_path_is_a_hint(tmp_path: Path) -> None:
+    mine, other, link = tmp_path / "mine", tmp_path / "other", tmp_path / "link"
+    for path in (mine, other):
+        path.write_bytes(path.name.encode().ljust(SIZE, b"."))
+    link.symlink_to(other)
+    with open(mine, "rb+") as file:
+        for path in (mine, other, link, tmp_path, tmp_path / "missing"):
+            assert Memory(file.fileno(), SIZE, str(path)).read(0, 8) == b"mine...."
+
+
+def test_no_descriptor_is_left_open(fds: tuple[int, int]) -> None:
+    before = os.listdir("/proc/self/fd")
+    Memory(fds[0], SIZE)
+    Memory(fds[0], SIZE, "/dev/null")
+    for size in (0, sys.maxsize):
+        with pytest.raises((OSError, ValueError)):
+            Memory(fds[0], size)
+    with pytest.raises(FileNotFoundError):
+        open_locked("/dev/shm/shmepoch.missing", 0)
+    assert os.listdir("/proc/self/fd") == before
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -755,6 +801,43 @@ def test_byte_locks_are_between_descriptions(fds: tuple[int, int]) -> None:
     assert is_locked(two, 2**62)
 
 
+def test_a_file_is_opened_and_locked_in_one(fds: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    path.chmod(0o640)
+    one, locked, mode, uid, links, size = open_locked(path, 5)
+    assert locked
+    assert (mode, uid, links, size) == (stat.S_IFREG | 0o640, os.geteuid(), 1, 5)
+    two, locked, *_ = open_locked(str(path), 5)
+    assert locked
+    assert is_locked(one, 5)
+    assert not is_locked(one, 4)
+    os.close(two)
+    assert try_lock(one, 5, False)
+    two, locked, *_ = open_locked(path, 5)
+    assert not locked
+    os.link(path, tmp_path / "second name")
+    three, locked, _, _, links, _ = open_locked(path, 4)
+    assert locked
+    assert links == 2
+    for fd in (one, two, three):
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    for path, number in (
+        (link, errno.ELOOP),
+        (tmp_path, errno.EISDIR),
+        (tmp_path / "missing", errno.ENOENT),
+    ):
+        with pytest.raises(OSError) as refused:
+            open_locked(path, 0)
+        assert (refused.value.errno, refused.value.filename) == (number, path)
+
+
 def test_a_writer_lock_excludes_threads() -> None:
     lock, inside, seen = WriterLock(-1, 0), 0, []
 
@@ -954,6 +1037,10 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         memory.store(8, 0)
         Cell(memory, 0, 8, closed)
         Memory(fds[0], SIZE)
+        Memory(fds[0], SIZE, "/dev/null")
+        with_errors(Memory, fds[0], 0)
+        os.close(open_locked("/dev/null", 0)[0])
+        with_errors(open_locked, "/dev/shm/shmepoch.missing", 0)
         retired = WriterLock(-1, 0)
         retired.retire(partial(Closed, retired))  # a cycle
         with_errors(retired.__enter__)
@@ -1004,7 +1091,15 @@ def test_mappings_are_given_back() -> None:
 
 def test_the_module_names_what_it_has() -> None:
     public = {name for name in dir(_native) if not name.startswith("_")}
-    assert public == {"Cell", "Memory", "WriterLock", "is_locked", "try_lock", "unlock"}
+    assert public == {
+        "Cell",
+        "Memory",
+        "WriterLock",
+        "is_locked",
+        "open_locked",
+        "try_lock",
+        "unlock",
+    }
 
 
 # --- snapshots ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -405,3 +406,22 @@ def test_the_longest_namespace_has_segments(
     assert list(list_sessions(namespace)) == []
     segment.unlink()
     segment.close()
+
+
+def test_an_attachment_that_is_let_go_of_leaves_at_once(segment: SharedSegment) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        mapped = _mappings(segment)
+        other = SharedSegment.attach(segment.namespace, segment.session_id)
+        assert other.try_own()
+        assert _mappings(segment) == mapped + 1
+        del other
+        assert not segment.owned
+        assert _mappings(segment) == mapped
+    finally:
+        gc.enable()
+
+
+def _mappings(segment: SharedSegment) -> int:
+    return Path("/proc/self/maps").read_text().count(segment.name)
