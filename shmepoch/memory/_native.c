@@ -8,7 +8,7 @@
  *   Snapshots  several words of a Memory that only grow, read at one instant
  *   Transitions   the common case of an epoch's most frequent transitions, each in one call
  *   WriterLock a thread lock and an open-file-description lock, taken together
- *   open_locked, try_lock, unlock, is_locked   single open-file-description byte locks
+ *   try_lock, unlock, is_locked   single open-file-description byte locks
  *
  * Memory order. Words that publish are stored with release and read with acquire. Bytes that may be
  * overwritten while they are copied (ring entries, slots) are copied with relaxed word accesses, so
@@ -969,9 +969,12 @@ memory_wake(PyObject *object, PyObject *offset_object)
 
 static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
 static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
+static PyObject *memory_open_locked(PyObject *unused, PyObject *const *args, Py_ssize_t nargs);
 
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
+    {"open_locked", (PyCFunction)(void (*)(void))memory_open_locked, METH_FASTCALL | METH_STATIC,
+     NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
     {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
@@ -1884,7 +1887,7 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
  * What the file is, is looked up after the lock was asked for: its holder knows that it is so still.
  */
 static PyObject *
-native_open_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+memory_open_locked(PyObject *Py_UNUSED(unused), PyObject *const *args, Py_ssize_t nargs)
 {
     PyObject *path = NULL;
     if (!check_arity("open_locked", nargs, 2)) {
@@ -1975,7 +1978,6 @@ native_is_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t 
 }
 
 static PyMethodDef module_methods[] = {
-    {"open_locked", (PyCFunction)(void (*)(void))native_open_locked, METH_FASTCALL, NULL},
     {"try_lock", (PyCFunction)(void (*)(void))native_try_lock, METH_FASTCALL, NULL},
     {"unlock", (PyCFunction)(void (*)(void))native_unlock, METH_FASTCALL, NULL},
     {"is_locked", (PyCFunction)(void (*)(void))native_is_locked, METH_FASTCALL, NULL},

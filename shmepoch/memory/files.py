@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
-from shmepoch.memory import _native
 from shmepoch.memory._native import Memory
 
 SHM_DIR: Final = Path("/dev/shm")
@@ -105,7 +104,7 @@ def open_locked(path: str, byte: int) -> tuple[int, bool, int, int, int, int]:
     and size as they are after that.
     """
     try:
-        return _native.open_locked(path, byte)
+        return Memory.open_locked(path, byte)
     except OSError as error:
         raise _refusal(path, error) from None
 

@@ -25,15 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmepoch.memory import _native
-from shmepoch.memory._native import (
-    Cell,
-    Memory,
-    WriterLock,
-    is_locked,
-    open_locked,
-    try_lock,
-    unlock,
-)
+from shmepoch.memory._native import Cell, Memory, WriterLock, is_locked, try_lock, unlock
 from shmepoch.memory.layout import Ring
 from tests.epoch.deadline import UNHURRIED
 from tests.support import eventually
@@ -204,8 +196,8 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
         (native.Cell, (memory, 0, 0)),
         (native.WriterLock, ()),
         (native.WriterLock, ("0", 0)),
-        (native.open_locked, ("/dev/null",)),
-        (native.open_locked, (0, 0)),
+        (native.Memory.open_locked, ("/dev/null",)),
+        (native.Memory.open_locked, (0, 0)),
         (native.try_lock, (0, 0)),
         (native.unlock, (0,)),
         (native.is_locked, ("0", 0)),
@@ -215,8 +207,8 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
     for call, values in (
         (native.WriterLock, (-2, 0)),
         (native.WriterLock, (0, -1)),
-        (native.open_locked, ("/dev/null", -1)),
-        (native.open_locked, ("/dev/\0null", 0)),
+        (native.Memory.open_locked, ("/dev/null", -1)),
+        (native.Memory.open_locked, ("/dev/\0null", 0)),
         (native.try_lock, (-1, 0, False)),
         (native.unlock, (2**40, 0)),
         (native.is_locked, (0, -1)),
@@ -359,7 +351,7 @@ def test_no_descriptor_is_left_open(fds: tuple[int, int]) -> None:
         with pytest.raises((OSError, ValueError)):
             Memory(fds[0], size)
     with pytest.raises(FileNotFoundError):
-        open_locked("/dev/shm/shmepoch.missing", 0)
+        Memory.open_locked("/dev/shm/shmepoch.missing", 0)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -805,19 +797,19 @@ def test_a_file_is_opened_and_locked_in_one(fds: tuple[int, int], tmp_path: Path
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     path.chmod(0o640)
-    one, locked, mode, uid, links, size = open_locked(path, 5)
+    one, locked, mode, uid, links, size = Memory.open_locked(path, 5)
     assert locked
     assert (mode, uid, links, size) == (stat.S_IFREG | 0o640, os.geteuid(), 1, 5)
-    two, locked, *_ = open_locked(str(path), 5)
+    two, locked, *_ = Memory.open_locked(str(path), 5)
     assert locked
     assert is_locked(one, 5)
     assert not is_locked(one, 4)
     os.close(two)
     assert try_lock(one, 5, False)
-    two, locked, *_ = open_locked(path, 5)
+    two, locked, *_ = Memory.open_locked(path, 5)
     assert not locked
     os.link(path, tmp_path / "second name")
-    three, locked, _, _, links, _ = open_locked(path, 4)
+    three, locked, _, _, links, _ = Memory.open_locked(path, 4)
     assert locked
     assert links == 2
     for fd in (one, two, three):
@@ -834,7 +826,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         (tmp_path / "missing", errno.ENOENT),
     ):
         with pytest.raises(OSError) as refused:
-            open_locked(path, 0)
+            Memory.open_locked(path, 0)
         assert (refused.value.errno, refused.value.filename) == (number, path)
 
 
@@ -1039,8 +1031,8 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         Memory(fds[0], SIZE)
         Memory(fds[0], SIZE, "/dev/null")
         with_errors(Memory, fds[0], 0)
-        os.close(open_locked("/dev/null", 0)[0])
-        with_errors(open_locked, "/dev/shm/shmepoch.missing", 0)
+        os.close(Memory.open_locked("/dev/null", 0)[0])
+        with_errors(Memory.open_locked, "/dev/shm/shmepoch.missing", 0)
         retired = WriterLock(-1, 0)
         retired.retire(partial(Closed, retired))  # a cycle
         with_errors(retired.__enter__)
@@ -1091,15 +1083,7 @@ def test_mappings_are_given_back() -> None:
 
 def test_the_module_names_what_it_has() -> None:
     public = {name for name in dir(_native) if not name.startswith("_")}
-    assert public == {
-        "Cell",
-        "Memory",
-        "WriterLock",
-        "is_locked",
-        "open_locked",
-        "try_lock",
-        "unlock",
-    }
+    assert public == {"Cell", "Memory", "WriterLock", "is_locked", "try_lock", "unlock"}
 
 
 # --- snapshots ------------------------------------------------------------------------------------
