@@ -199,38 +199,20 @@ memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
     return (PyObject *)self;
 }
 
-/* Another open file description of the file of `fd`, or -1: by `path`, if that leads there, since
- * the way through /proc takes the kernel twice as long. */
-static int
-open_again(int fd, const char *path)
-{
-    struct stat file, found;
-    int again = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (again >= 0) {
-        if (fstat(fd, &file) == 0 && fstat(again, &found) == 0 && file.st_dev == found.st_dev
-            && file.st_ino == found.st_ino) {
-            return again;
-        }
-        close(again);
-    }
-    char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
-    PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    return open(link, O_RDWR | O_CLOEXEC);
-}
-
 /* Through a description of its own: a mapping holds the one it was made through, also in a forked
  * child and long after the descriptor was closed, and with it every lock. */
 static PyObject *
 memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"fd", "size", "path", NULL};
+    static char *keywords[] = {"fd", "size", NULL};
     int fd;
     Py_ssize_t size;
-    const char *path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|z:Memory", keywords, &fd, &size, &path)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in:Memory", keywords, &fd, &size)) {
         return NULL;
     }
-    int again = open_again(fd, path);
+    char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
+    PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int again = open(link, O_RDWR | O_CLOEXEC);
     if (again < 0) {
         return PyErr_SetFromErrno(PyExc_OSError);
     }
@@ -969,11 +951,11 @@ memory_wake(PyObject *object, PyObject *offset_object)
 
 static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
 static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
-static PyObject *memory_open_locked(PyObject *unused, PyObject *const *args, Py_ssize_t nargs);
+static PyObject *memory_open_locked(PyObject *type, PyObject *const *args, Py_ssize_t nargs);
 
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
-    {"open_locked", (PyCFunction)(void (*)(void))memory_open_locked, METH_FASTCALL | METH_STATIC,
+    {"open_locked", (PyCFunction)(void (*)(void))memory_open_locked, METH_FASTCALL | METH_CLASS,
      NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
@@ -1882,44 +1864,69 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
     return true;
 }
 
-/* open_locked(path, byte) -> (fd, whether it now has the byte's shared lock, mode, uid, links, size)
+#define OPEN_FLAGS (O_RDWR | O_CLOEXEC | O_NOFOLLOW)
+
+/* The file that was `found` at `path`, mapped as a Memory is: through a description of its own. None
+ * if it cannot be mapped or the name leads elsewhere by now. Another open of the name takes half as
+ * long as one through /proc. */
+static PyObject *
+map_found(PyTypeObject *type, const char *path, const struct stat *found)
+{
+    PyObject *memory = NULL;
+    struct stat other;
+    int again = S_ISREG(found->st_mode) && found->st_size > 0 ? open(path, OPEN_FLAGS) : -1;
+    if (again >= 0) {
+        if (fstat(again, &other) == 0 && other.st_dev == found->st_dev
+            && other.st_ino == found->st_ino) {
+            memory = memory_map(type, again, (Py_ssize_t)found->st_size, MAP_SHARED);
+        }
+        close(again);
+    }
+    if (memory == NULL) {
+        PyErr_Clear();
+        memory = Py_NewRef(Py_None);
+    }
+    return memory;
+}
+
+/* open_locked(path, byte) -> (fd, whether it now has the byte's shared lock, mode, owner, links, size,
+ *                             memory or None)
  *
  * What the file is, is looked up after the lock was asked for: its holder knows that it is so still.
+ * The interpreter lock is kept: where shared memory lies, none of this waits for anything.
  */
 static PyObject *
-memory_open_locked(PyObject *Py_UNUSED(unused), PyObject *const *args, Py_ssize_t nargs)
+memory_open_locked(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
 {
-    PyObject *path = NULL;
+    PyObject *name = NULL, *opened = NULL;
     if (!check_arity("open_locked", nargs, 2)) {
         return NULL;
     }
     long long at = PyLong_AsLongLong(args[1]);
-    if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &path)) {
+    if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &name)) {
         return NULL;
     }
     if (at < 0) {
-        Py_DECREF(path);
+        Py_DECREF(name);
         return PyErr_Format(PyExc_ValueError, "no byte %lld of a file", at);
     }
-    int fd = open(PyBytes_AsString(path), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    Py_DECREF(path);
+    const char *path = PyBytes_AsString(name);
     struct flock lock = byte_lock(F_RDLCK, (off_t)at);
-    bool locked = fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0;
     struct stat found;
+    int fd = open(path, OPEN_FLAGS);
+    bool locked = fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0;
     if (fd < 0 || (!locked && errno != EAGAIN && errno != EACCES) || fstat(fd, &found) != 0) {
         PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[0]);
-        if (fd >= 0) {
-            close(fd);
-        }
-        return NULL;
+    } else {
+        opened = Py_BuildValue("iNkkkLN", fd, bool_object(locked), (unsigned long)found.st_mode,
+                               (unsigned long)found.st_uid, (unsigned long)found.st_nlink,
+                               (long long)found.st_size,
+                               map_found((PyTypeObject *)type, path, &found));
     }
-    PyObject *opened =
-        Py_BuildValue("iNkkkL", fd, bool_object(locked), (unsigned long)found.st_mode,
-                      (unsigned long)found.st_uid, (unsigned long)found.st_nlink,
-                      (long long)found.st_size);
-    if (opened == NULL) {
+    if (opened == NULL && fd >= 0) {
         close(fd);
     }
+    Py_DECREF(name);
     return opened;
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
@@ -46,15 +47,14 @@ def create_unnamed(size: int) -> int:
     return fd
 
 
-def map_shared(fd: int, size: int, path: str | None = None) -> Memory:
+def map_shared(fd: int, size: int) -> Memory:
     """The first `size` bytes of the file of `fd`, mapped through a description of their own.
 
     A mapping holds the open file description it was made through, also in a forked child and long
     after the descriptor was closed. Were it the one that carries the locks, they would live on
-    with the mapping, and with every child. `path`, if the file still has that name, makes it
-    faster.
+    with the mapping, and with every child.
     """
-    return Memory(fd, size, path)
+    return Memory(fd, size)
 
 
 def link(fd: int, path: Path) -> None:
@@ -89,27 +89,39 @@ def open_owned(path: str | Path) -> int:
         raise _refusal(path, error) from None
     try:
         found = os.fstat(fd)
-        require_owned(path, found.st_mode, found.st_uid)
+        _require_owned(path, found.st_mode, found.st_uid)
     except SegmentForeign:
         os.close(fd)
         raise
     return fd
 
 
-def open_locked(path: str, byte: int) -> tuple[int, bool, int, int, int, int]:
-    """Open a file that `require_owned` has yet to be asked about, and raise what `open_owned` does
-    for one that cannot be opened.
+def open_held(path: str, byte: int) -> tuple[int, int, Memory | None]:
+    """Like `open_owned`, and take the shared lock on `byte`: the descriptor and the file's size.
 
-    Its descriptor, whether that has the shared lock on `byte`, and its mode, owner, number of names
-    and size as they are after that.
+    Also what `map_shared` makes of the whole file, or None if that has to be asked.
+
+    The lock comes before the last look at the name, that is, at how many the file has: whoever
+    removes it holds the byte alone while it does.
     """
-    try:
-        return Memory.open_locked(path, byte)
-    except OSError as error:
-        raise _refusal(path, error) from None
+    while True:
+        try:
+            fd, held, mode, uid, links, size, memory = Memory.open_locked(path, byte)
+        except OSError as error:
+            raise _refusal(path, error) from None
+        try:
+            _require_owned(path, mode, uid)
+        except BaseException:
+            os.close(fd)
+            raise
+        if held and links > 0:
+            return fd, size, memory
+        # Not granted while somebody removes it, which takes two system calls: look again.
+        os.close(fd)
+        time.sleep(0.0001)
 
 
-def require_owned(path: str | Path, mode: int, uid: int) -> None:
+def _require_owned(path: str | Path, mode: int, uid: int) -> None:
     """Raise `SegmentForeign` unless this is a file of this user's that nobody else may open."""
     if mode == stat.S_IFREG | _MODE and uid == os.geteuid():
         return
@@ -117,8 +129,7 @@ def require_owned(path: str | Path, mode: int, uid: int) -> None:
         raise _foreign(path, "type", "regular file", "other")
     if uid != os.geteuid():
         raise _foreign(path, "owner", os.geteuid(), uid)
-    if stat.S_IMODE(mode) != _MODE:
-        raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(mode)))
+    raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(mode)))
 
 
 def _refusal(path: str | Path, error: OSError) -> Exception:

@@ -6,7 +6,6 @@ import hmac
 import os
 import re
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,9 +31,8 @@ from shmepoch.memory.files import (
     create_unnamed,
     link,
     map_shared,
-    open_locked,
+    open_held,
     open_owned,
-    require_owned,
     unlink,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
@@ -43,6 +41,7 @@ from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
 from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
 
+#: pathlib would take longer to join a path than the kernel to open it.
 _SHM_DIR: Final = str(SHM_DIR)
 _NAMESPACE_LIMIT: Final = 64
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -73,11 +72,6 @@ def list_sessions(namespace: str) -> Iterator[SessionId]:
 
 def _segment_name(namespace: str, session_id: SessionId) -> str:
     return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
-
-
-def _segment_file(name: str) -> str:
-    # pathlib would take longer to join it than the kernel to open it.
-    return f"{_SHM_DIR}/{name}"
 
 
 class Lock(Protocol):
@@ -254,8 +248,7 @@ class SharedSegment(Segment):
         require: Callable[[Header], None] | None,
     ) -> SharedSegment:
         name = _segment_name(namespace, session_id)
-        path = _segment_file(name)
-        fd, size = _open_present(path)
+        fd, size, memory = open_held(f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE)
         try:
             if size < at.PAGE:
                 raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
@@ -264,7 +257,7 @@ class SharedSegment(Segment):
             layout = header.check(name, size, session_id)
             if require is not None:
                 require(header)
-            return cls(namespace, name, fd, map_shared(fd, size, path), layout, header)
+            return cls(namespace, name, fd, memory or map_shared(fd, size), layout, header)
         except BaseException:
             os.close(fd)
             raise
@@ -360,10 +353,8 @@ class SharedSegment(Segment):
     def _attach_again(self) -> None:
         fd = -1
         try:
-            path = _segment_file(self.name)
-            fd, _ = _open_present(path)
-            other = map_shared(fd, at.PAGE, path)
-            if other.read(at.EPOCH_ID_AT, at.ID_SIZE) != self.epoch_id.bytes:
+            fd, _, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE)
+            if os.pread(fd, at.ID_SIZE, at.EPOCH_ID_AT) != self.epoch_id.bytes:
                 raise self.closed_error()
         except FileNotFoundError:
             raise EpochGone(self.session_id, self.epoch_id, self.name) from None
@@ -428,26 +419,6 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
         return True
     finally:
         os.close(fd)
-
-
-def _open_present(path: str) -> tuple[int, int]:
-    """Open a segment and hold its presence byte: its descriptor and its size.
-
-    Raises `FileNotFoundError` if it is not there. The presence byte comes before the last look at
-    the name, that is, at how many the file has: from then on nobody may remove it.
-    """
-    while True:
-        fd, present, mode, uid, links, size = open_locked(path, at.PRESENCE_BYTE)
-        try:
-            require_owned(path, mode, uid)
-        except BaseException:
-            os.close(fd)
-            raise
-        if present and links > 0:
-            return fd, size
-        # Not granted while somebody removes it, which takes two system calls: look again.
-        os.close(fd)
-        time.sleep(0.0001)
 
 
 #: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import mmap
 import os
 import signal
@@ -333,25 +334,15 @@ def test_a_mapping_holds_no_lock(fds: tuple[int, int]) -> None:
     assert len(memory) == SIZE
 
 
-def test_a_path_is_a_hint(tmp_path: Path) -> None:
-    mine, other, link = tmp_path / "mine", tmp_path / "other", tmp_path / "link"
-    for path in (mine, other):
-        path.write_bytes(path.name.encode().ljust(SIZE, b"."))
-    link.symlink_to(other)
-    with open(mine, "rb+") as file:
-        for path in (mine, other, link, tmp_path, tmp_path / "missing"):
-            assert Memory(file.fileno(), SIZE, str(path)).read(0, 8) == b"mine...."
-
-
 def test_no_descriptor_is_left_open(fds: tuple[int, int]) -> None:
     before = os.listdir("/proc/self/fd")
     Memory(fds[0], SIZE)
-    Memory(fds[0], SIZE, "/dev/null")
     for size in (0, sys.maxsize):
         with pytest.raises((OSError, ValueError)):
             Memory(fds[0], size)
     with pytest.raises(FileNotFoundError):
         Memory.open_locked("/dev/shm/shmepoch.missing", 0)
+    os.close(Memory.open_locked(__file__, 0)[0])
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -797,9 +788,11 @@ def test_a_file_is_opened_and_locked_in_one(fds: tuple[int, int], tmp_path: Path
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     path.chmod(0o640)
-    one, locked, mode, uid, links, size = Memory.open_locked(path, 5)
+    one, locked, mode, uid, links, size, memory = Memory.open_locked(path, 5)
     assert locked
     assert (mode, uid, links, size) == (stat.S_IFREG | 0o640, os.geteuid(), 1, 5)
+    assert memory is not None
+    assert bytes(memory) == b"12345"
     two, locked, *_ = Memory.open_locked(str(path), 5)
     assert locked
     assert is_locked(one, 5)
@@ -809,12 +802,48 @@ def test_a_file_is_opened_and_locked_in_one(fds: tuple[int, int], tmp_path: Path
     two, locked, *_ = Memory.open_locked(path, 5)
     assert not locked
     os.link(path, tmp_path / "second name")
-    three, locked, _, _, links, _ = Memory.open_locked(path, 4)
+    three, locked, _, _, links, *_ = Memory.open_locked(path, 4)
     assert locked
     assert links == 2
     for fd in (one, two, three):
         assert not os.get_inheritable(fd)
         os.close(fd)
+    four, locked, *_ = Memory.open_locked(path, 5)
+    assert try_lock(four, 5, False), "the memory holds no lock"
+    os.close(four)
+
+
+def test_what_cannot_be_mapped_can_be_opened(tmp_path: Path) -> None:
+    empty, pipe = tmp_path / "empty", tmp_path / "pipe"
+    empty.touch()
+    os.mkfifo(pipe)
+    for path in (empty, pipe, "/dev/zero"):
+        fd, *_, memory = Memory.open_locked(path, 0)
+        assert memory is None
+        os.close(fd)
+
+
+def test_what_is_opened_is_what_is_mapped(tmp_path: Path) -> None:
+    """However often the name comes to lead to another file meanwhile."""
+    name = tmp_path / "name"
+    name.write_bytes(bytes(SIZE))
+    child = os.fork()
+    if child == 0:
+        try:
+            for number in itertools.count():
+                other = tmp_path / "other"
+                other.write_bytes(number.to_bytes(8, "little").ljust(SIZE, b"."))
+                other.rename(name)
+        finally:
+            os._exit(1)
+    try:
+        for _ in range(20_000):
+            fd, *_, memory = Memory.open_locked(name, 0)
+            assert memory is None or memory.read(0, 8) == os.pread(fd, 8, 0)
+            os.close(fd)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -1029,7 +1058,6 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         memory.store(8, 0)
         Cell(memory, 0, 8, closed)
         Memory(fds[0], SIZE)
-        Memory(fds[0], SIZE, "/dev/null")
         with_errors(Memory, fds[0], 0)
         os.close(Memory.open_locked("/dev/null", 0)[0])
         with_errors(Memory.open_locked, "/dev/shm/shmepoch.missing", 0)

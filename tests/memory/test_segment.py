@@ -19,6 +19,7 @@ from shmepoch.errors import (
     WitnessMismatch,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory import files
 from shmepoch.memory import layout as at
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import OpsLifecycleConfig
@@ -190,6 +191,19 @@ def test_all_attachments_are_of_one_memory(
     assert other.layout.config == SMALL
     segment.memory.store(at.CURSORS_AT, 2**64 - 1)
     assert other.memory.load(at.CURSORS_AT) == 2**64 - 1
+
+
+def test_a_name_that_moves_on_while_it_is_opened(
+    segment: SharedSegment, attach: Callable[[], SharedSegment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_held(path: str, byte: int) -> tuple[int, int, None]:
+        return *files.open_held(path, byte)[:2], None
+
+    monkeypatch.setattr("shmepoch.memory.segment.open_held", open_held)
+    other = attach()
+    segment.memory.store(at.CURSORS_AT, 5)
+    assert other.memory.load(at.CURSORS_AT) == 5
+    assert len(other.memory) == len(segment.memory)
 
 
 def test_a_handle_names_one_epoch(segment: SharedSegment, allocate: Allocate) -> None:
