@@ -27,12 +27,13 @@ STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(
     ext_modules=[
         Extension(
-            "shmepoch.memory._native",
-            ["shmepoch/memory/_native.c"],
+            name,
+            [name.replace(".", "/") + ".c"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=STABLE_ABI,
         )
+        for name in ("shmepoch.memory._native", "shmepoch._identifier")
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
 )

@@ -1,7 +1,7 @@
 """Identifiers: typed, time-ordered names for sessions, epochs, operations, runs and waits.
 
-An identifier keeps the sixteen bytes of its UUID: that is what lies in shared memory and
-what compares, sorts and hashes fastest. The text and the `uuid.UUID` are made on request.
+An identifier keeps the sixteen bytes of its UUID: that is what lies in shared memory. The text and
+the `uuid.UUID` are made on request.
 """
 
 from __future__ import annotations
@@ -12,37 +12,34 @@ from typing import Final, Self
 
 from uuid_utils import uuid7
 
+from shmepoch._identifier import Identifier
+
 __all__ = ["OperationId", "RunId", "RuntimeEpochId", "SessionId", "WaitRequestId"]
 
 _TEXT: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
 
-class _Id:
+class _Id(Identifier):
     """What every identifier has in common; never instantiated itself."""
 
-    __slots__ = ("_bytes",)
-    _bytes: bytes
+    __slots__ = ()
 
     @classmethod
     def new(cls) -> Self:
         """A fresh identifier (UUID v7: later ones sort after earlier ones)."""
-        return cls.from_bytes(uuid7().bytes)
+        return cls(uuid7().bytes)
 
     @classmethod
     def from_uuid(cls, value: uuid.UUID) -> Self:
         """The identifier that names the same thing as `value`; `TypeError` for anything else."""
         if not isinstance(value, uuid.UUID):
             raise TypeError(f"{cls.__name__}.from_uuid takes a uuid.UUID, not {value!r}")
-        return cls.from_bytes(value.bytes)
+        return cls(value.bytes)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The identifier whose UUID has these sixteen bytes; `ValueError` for another length."""
-        if len(raw) != 16:
-            raise ValueError(f"{cls.__name__} takes 16 bytes, not {len(raw)}: {raw!r}")
-        self = cls.__new__(cls)
-        self._bytes = raw
-        return self
+        return cls(raw)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -56,55 +53,22 @@ class _Id:
                 f"not a {cls.__name__}: {text!r}; "
                 "it is written as a hyphenated UUID, such as 0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"
             )
-        return cls.from_bytes(bytes.fromhex(text.replace("-", "")))
-
-    @property
-    def bytes(self) -> bytes:
-        """The sixteen bytes of the UUID, most significant first."""
-        return self._bytes
+        return cls(bytes.fromhex(text.replace("-", "")))
 
     @property
     def uuid(self) -> uuid.UUID:
         """The same name as a `uuid.UUID`."""
-        return uuid.UUID(bytes=self._bytes)
+        return uuid.UUID(bytes=self.bytes)
 
     def __str__(self) -> str:
-        digits = self._bytes.hex()
+        digits = self.bytes.hex()
         return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}('{self}')"
 
-    def __hash__(self) -> int:
-        return hash(self._bytes)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._bytes == other._bytes
-
-    def __lt__(self, other: Self) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._bytes < other._bytes
-
-    def __le__(self, other: Self) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._bytes <= other._bytes
-
-    def __gt__(self, other: Self) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._bytes > other._bytes
-
-    def __ge__(self, other: Self) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._bytes >= other._bytes
-
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self).from_bytes, (self._bytes,)
+        return type(self), (self.bytes,)
 
 
 class SessionId(_Id):

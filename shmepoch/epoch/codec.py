@@ -10,31 +10,27 @@ from typing import Self, TypeVar
 
 import msgspec
 
+from shmepoch._identifier import decode, encode
 from shmepoch.errors import RecordInvalid
 from shmepoch.ids import _Id
 
 T = TypeVar("T")
 
 
+# Identifiers are the only types of a record that msgspec does not know by itself.
+
+
 def _id_to_text(value: object) -> str:
-    if isinstance(value, _Id):
-        return str(value)
-    raise NotImplementedError(f"{type(value).__name__} is not part of a record: {value!r}")
+    encode(value)  # refuses what is no identifier
+    return str(value)
 
 
-def _id_to_bytes(value: object) -> bytes:
-    if isinstance(value, _Id):
-        return value.bytes
-    raise NotImplementedError(f"{type(value).__name__} is not part of a record: {value!r}")
-
-
-def _id_from_wire(kind: type[_Id], value: object) -> _Id:
-    # Identifiers are the only types of a record that msgspec does not know by itself.
-    return kind.from_bytes(value) if type(value) is bytes else kind.parse(value)  # type: ignore[arg-type]
+def _id_from_text(kind: type[_Id], value: str) -> _Id:
+    return kind.parse(value)
 
 
 _json_encoder = msgspec.json.Encoder(enc_hook=_id_to_text)
-_wire_encoder = msgspec.msgpack.Encoder(enc_hook=_id_to_bytes)
+_wire_encoder = msgspec.msgpack.Encoder(enc_hook=encode)
 
 #: Encodes a record for shared memory.
 to_wire = _wire_encoder.encode
@@ -42,7 +38,7 @@ to_wire = _wire_encoder.encode
 
 def wire_decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
     """A decoder for what `to_wire` wrote of a `kind`."""
-    return msgspec.msgpack.Decoder(kind, dec_hook=_id_from_wire)
+    return msgspec.msgpack.Decoder(kind, dec_hook=decode)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -61,6 +57,6 @@ class Record(msgspec.Struct, frozen=True):
 def decode_json(kind: type[T], data: bytes | str) -> T:
     """Read one JSON value of type `kind`; `RecordInvalid` names the field that is wrong."""
     try:
-        return msgspec.json.decode(data, type=kind, dec_hook=_id_from_wire)
+        return msgspec.json.decode(data, type=kind, dec_hook=_id_from_text)
     except (msgspec.DecodeError, ValueError) as error:
         raise RecordInvalid(getattr(kind, "__name__", str(kind)), str(error)) from error

@@ -28,6 +28,7 @@ from shmepoch.memory.segment import Segment
 T = TypeVar("T")
 
 _HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
+_RANDOM_HALF: Final = struct.Struct("=8xQ").unpack
 #: What a slot's word has the numbers of: the statuses of operations that have not ended.
 STATUSES: Final = (
     OperationStatus.ABSENT,
@@ -431,4 +432,4 @@ class OperationTable:
 
 def fingerprint_of(raw: bytes) -> int:
     """The random half of a UUID v7; never 0, which marks a free slot."""
-    return int.from_bytes(raw[8:], "little") or 1
+    return int(_RANDOM_HALF(raw)[0]) or 1

@@ -1,0 +1,204 @@
+/* Sixteen bytes with a kind: what every identifier is, compared, hashed and written natively.
+ *
+ * Each operation's id is compared, hashed, written and read a dozen times between its registration
+ * and its completion; in Python that was an eighth of what all of it takes.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define LENGTH 16
+
+/* Immutable, and holds nothing but bytes: no cycle goes through it, and it needs no lock. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *raw;
+} Identifier;
+
+typedef struct {
+    PyTypeObject *type;
+} ModuleState;
+
+static PyObject *
+refuse(PyObject *error, PyTypeObject *type, const char *why, PyObject *value)
+{
+    PyObject *name = PyObject_GetAttrString((PyObject *)type, "__name__");
+    if (name != NULL) {
+        PyErr_Format(error, "%U %s: %R", name, why, value);
+        Py_DECREF(name);
+    }
+    return NULL;
+}
+
+static PyObject *
+make(PyTypeObject *type, PyObject *raw)
+{
+    if (!PyBytes_Check(raw)) {
+        return refuse(PyExc_TypeError, type, "takes bytes, not", raw);
+    }
+    if (PyBytes_Size(raw) != LENGTH) {
+        char why[64];
+        PyOS_snprintf(why, sizeof why, "takes 16 bytes, not %zd", PyBytes_Size(raw));
+        return refuse(PyExc_ValueError, type, why, raw);
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Identifier *self = (Identifier *)allocate(type, 0);
+    if (self != NULL) {
+        /* Another kind of bytes may compare and hash in another way. */
+        self->raw = PyBytes_CheckExact(raw)
+                        ? Py_NewRef(raw)
+                        : PyBytes_FromStringAndSize(PyBytes_AsString(raw), LENGTH);
+        if (self->raw == NULL) {
+            Py_CLEAR(self);
+        }
+    }
+    return (PyObject *)self;
+}
+
+static PyObject *
+identifier_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"", NULL};
+    PyObject *raw;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", keywords, &raw)) {
+        return NULL;
+    }
+    return make(type, raw);
+}
+
+static void
+identifier_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    Py_CLEAR(((Identifier *)object)->raw);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *
+identifier_compare(PyObject *one, PyObject *other, int operation)
+{
+    /* An identifier of a session is never one of an operation, whatever its bytes. */
+    if (Py_TYPE(one) != Py_TYPE(other)) {
+        Py_RETURN_NOTIMPLEMENTED;
+    }
+    return PyObject_RichCompare(((Identifier *)one)->raw, ((Identifier *)other)->raw, operation);
+}
+
+static Py_hash_t
+identifier_hash(PyObject *object)
+{
+    return PyObject_Hash(((Identifier *)object)->raw);
+}
+
+static PyObject *
+identifier_bytes(PyObject *object, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(((Identifier *)object)->raw);
+}
+
+static PyGetSetDef identifier_getters[] = {
+    {"bytes", identifier_bytes, NULL, "The sixteen bytes of the UUID, most significant first.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot identifier_slots[] = {
+    {Py_tp_doc, "Identifier(raw): sixteen bytes that equal only those of the same subclass."},
+    {Py_tp_new, identifier_new},
+    {Py_tp_dealloc, identifier_dealloc},
+    {Py_tp_richcompare, identifier_compare},
+    {Py_tp_hash, identifier_hash},
+    {Py_tp_getset, identifier_getters},
+    {0, NULL},
+};
+
+static PyType_Spec identifier_spec = {
+    .name = "shmepoch._identifier.Identifier",
+    .basicsize = sizeof(Identifier),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = identifier_slots,
+};
+
+/* encode(value) -> its bytes, if it is an identifier */
+static PyObject *
+encode(PyObject *module, PyObject *value)
+{
+    ModuleState *state = PyModule_GetState(module);
+    if (PyObject_TypeCheck(value, state->type)) {
+        return identifier_bytes(value, NULL);
+    }
+    return refuse(PyExc_NotImplementedError, Py_TYPE(value), "is not part of a record", value);
+}
+
+/* decode(kind, raw) -> kind(raw), if that is a kind of identifier */
+static PyObject *
+decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    ModuleState *state = PyModule_GetState(module);
+    if (nargs != 2) {
+        return PyErr_Format(PyExc_TypeError, "decode takes 2 arguments, not %zd", nargs);
+    }
+    if (!PyType_Check(args[0]) || !PyType_IsSubtype((PyTypeObject *)args[0], state->type)) {
+        return PyErr_Format(PyExc_TypeError, "%R is no kind of identifier", args[0]);
+    }
+    return make((PyTypeObject *)args[0], args[1]);
+}
+
+static PyMethodDef module_methods[] = {
+    {"encode", encode, METH_O, NULL},
+    {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+module_exec(PyObject *module)
+{
+    ModuleState *state = PyModule_GetState(module);
+    state->type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &identifier_spec, NULL);
+    return state->type == NULL ? -1 : PyModule_AddType(module, state->type);
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_VISIT(state->type);
+    return 0;
+}
+
+static int
+module_clear(PyObject *module)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_CLEAR(state->type);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmepoch._identifier",
+    .m_doc = "Sixteen bytes with a kind.",
+    .m_size = sizeof(ModuleState),
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__identifier(void)
+{
+    return PyModuleDef_Init(&module_definition);
+}
