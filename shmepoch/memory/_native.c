@@ -1370,6 +1370,20 @@ fingerprint_at(const Transitions *self, Py_ssize_t index)
     return word_of(self, self->fingerprints + index * WORD);
 }
 
+/* The first slot from `index` on that has this fingerprint, or the number of slots. The column is as
+ * long as the table, so what the loop needs is loaded once and not, beside atomics, each time. */
+static Py_ssize_t
+next_slot(const Transitions *self, uint64_t fingerprint, Py_ssize_t index)
+{
+    const word_t *column = word_at(self->memory, self->fingerprints);
+    const Py_ssize_t slots = self->slots;
+    while (index < slots
+           && atomic_load_explicit(&column[index], memory_order_relaxed) != fingerprint) {
+        index++;
+    }
+    return index;
+}
+
 /* Whether a slot holds the operation with this id, as far as the registry does. */
 static bool
 holds(const Transitions *self, const Words *words, Py_ssize_t index, const uint64_t *id)
@@ -1391,13 +1405,15 @@ find_slot(Transitions *self, const Words *words, uint64_t fingerprint, const uin
         && holds(self, words, *hint, id)) {
         return *hint;
     }
-    for (Py_ssize_t i = 0; i < self->slots; i++) {
-        if (fingerprint_at(self, i) == fingerprint && holds(self, words, i, id)) {
-            *hint = (uint32_t)i;
-            return i;
-        }
+    Py_ssize_t index = next_slot(self, fingerprint, 0);
+    while (index < self->slots && !holds(self, words, index, id)) {
+        index = next_slot(self, fingerprint, index + 1);
     }
-    return -1;
+    if (index == self->slots) {
+        return -1;
+    }
+    *hint = (uint32_t)index;
+    return index;
 }
 
 static uint64_t
@@ -1474,16 +1490,10 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         || words.active >= (uint64_t)self->max_operations) {
         Py_RETURN_NONE;
     }
-    Py_ssize_t index = self->slots; /* the first free one */
-    for (Py_ssize_t i = 0; i < self->slots; i++) {
-        const uint64_t found = fingerprint_at(self, i);
-        if (found == fingerprint && holds(self, &words, i, id)) {
-            Py_RETURN_NONE;
-        }
-        if (found == FREE && index == self->slots) {
-            index = i;
-        }
+    if (find_slot(self, &words, fingerprint, id) >= 0) {
+        Py_RETURN_NONE;
     }
+    Py_ssize_t index = next_slot(self, FREE, 0);
     if (!reclaim(self, &words, &index) || index == self->slots) {
         Py_RETURN_NONE;
     }
