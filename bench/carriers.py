@@ -29,7 +29,7 @@ _BATCH: Final = 100
 #: How long a reader that must poll sleeps in between.
 _POLL_S: Final = 500e-6
 #: Readers that lag behind by all records of a sample still find them.
-_ROOM: Final = OpsLifecycleConfig(max_completed=5_000, feed_bytes=16 * 1024 * 1024)
+_ROOM: Final = OpsLifecycleConfig(max_completed=1_000, feed_bytes=16 * 1024 * 1024)
 #: The same for iceoryx2, whose writers wait when so many have not been read.
 _QUEUED: Final = 1_000
 _MOST_WRITERS: Final = 4
