@@ -92,10 +92,9 @@ def _processes(namespace: str) -> frozenset[psutil.Process]:
     mark = f"SHMEPOCH_NAMESPACE={namespace}\0".encode()
     helpers = _helper_pids()
     found = {child for child in me.children(recursive=True) if child.pid not in helpers}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for pid in set(psutil.pids()) - helpers - {me.pid}:
         with contextlib.suppress(OSError, psutil.NoSuchProcess):  # ended, or another user's
-            pid = int(environ.parent.name)
-            if mark in environ.read_bytes() and pid not in helpers | {me.pid}:
+            if mark in Path(f"/proc/{pid}/environ").read_bytes():
                 found.add(psutil.Process(pid))
     return frozenset(found)
 
