@@ -10,6 +10,7 @@ from typing import TypeVar
 from shmepoch.epoch.operations import OperationKind, OperationResult, OperationSpec
 from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory.files import SHM_DIR
+from shmepoch.memory.segment import SharedSegment
 
 T = TypeVar("T")
 
@@ -31,6 +32,11 @@ def segments_in(namespace: str) -> list[Path]:
 def names_in(namespace: str) -> list[str]:
     """The names of what the namespace has in shared memory."""
     return [path.name for path in segments_in(namespace)]
+
+
+def mappings(segment: SharedSegment) -> int:
+    """How many times this process has the segment mapped."""
+    return Path("/proc/self/maps").read_text().count(segment.name)
 
 
 def empty_shared_memory(namespace: str) -> None:

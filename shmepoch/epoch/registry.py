@@ -92,7 +92,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._config = segment.layout.config
         self._feed = SegmentFeed(segment)
         self._table = OperationTable(segment, self._feed)
-        self._wait_all = WaitAll(self)
+        self._wait_all = WaitAll()
 
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
@@ -463,10 +463,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
     ) -> WaitAllResult:
-        return self._wait_all.wait(run_id, ids, timeout)
+        return self._wait_all.wait(self, run_id, ids, timeout)
 
     async def all_ended(self, run_id: RunId, ids: Sequence[OperationId]) -> WaitAllResult:
-        return await self._wait_all.wait_async(run_id, ids)
+        return await self._wait_all.wait_async(self, run_id, ids)
 
     def locate(self, id: OperationId, words: Words | None = None) -> Slot:
         """Where an operation lies; `NotFound` if the registry does not hold it."""

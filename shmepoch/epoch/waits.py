@@ -102,23 +102,29 @@ class OperationCompletionWatch:
 
 
 class WaitAll:
-    """The one barrier of a registry handle."""
+    """The one barrier of a registry handle, which it does not hold: a handle that is let go of
+    goes at once, with the mapping that it keeps."""
 
-    def __init__(self, registry: RuntimeOpsLifecycleRegistry) -> None:
-        self._registry = registry
+    def __init__(self) -> None:
         self._active = threading.Lock()
 
     def wait(
-        self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None
+        self,
+        registry: RuntimeOpsLifecycleRegistry,
+        run_id: RunId,
+        ids: Sequence[OperationId],
+        timeout: float | None,
     ) -> WaitAllResult:
         deadline = _deadline(timeout)
         with self._one_at_a_time():
-            outcomes = [pending.wait(deadline) for pending in self._locate(ids)]
+            outcomes = [pending.wait(deadline) for pending in _locate(registry, ids)]
         return _satisfied(run_id, ids, outcomes)
 
-    async def wait_async(self, run_id: RunId, ids: Sequence[OperationId]) -> WaitAllResult:
+    async def wait_async(
+        self, registry: RuntimeOpsLifecycleRegistry, run_id: RunId, ids: Sequence[OperationId]
+    ) -> WaitAllResult:
         with self._one_at_a_time():
-            outcomes = [await pending.wait_async() for pending in self._locate(ids)]
+            outcomes = [await pending.wait_async() for pending in _locate(registry, ids)]
         return _satisfied(run_id, ids, outcomes)
 
     @contextmanager
@@ -130,14 +136,15 @@ class WaitAll:
         finally:
             self._active.release()
 
-    def _locate(self, ids: Sequence[OperationId]) -> list[_Pending]:
-        seen: set[OperationId] = set()
-        for id in ids:
-            if id in seen:
-                raise DuplicateWaitOperation(id)
-            seen.add(id)
-        # One that has ended already may lie anywhere in the feed should its slot pass on meanwhile.
-        return [_Pending(self._registry, self._registry.locate(id), 0) for id in ids]
+
+def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[_Pending]:
+    seen: set[OperationId] = set()
+    for id in ids:
+        if id in seen:
+            raise DuplicateWaitOperation(id)
+        seen.add(id)
+    # One that has ended already may lie anywhere in the feed should its slot pass on meanwhile.
+    return [_Pending(registry, registry.locate(id), 0) for id in ids]
 
 
 def _satisfied(

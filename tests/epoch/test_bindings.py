@@ -39,6 +39,7 @@ from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from tests.epoch.operations import end, spec
+from tests.support import mappings
 
 
 @pytest.fixture
@@ -359,6 +360,32 @@ def test_a_segment_of_cursors_only_makes_no_bindings(namespace: str) -> None:
     segment.unlink()
     segment.close()
     assert left == []
+
+
+def test_bindings_that_are_let_go_of_leave_no_mapping(namespace: str) -> None:
+    segment = SharedSegment.allocate(
+        namespace,
+        OpsLifecycleConfig(),
+        session_id=SessionId.new(),
+        epoch_id=RuntimeEpochId.new(),
+    )
+    segment.publish()
+    gc.collect()
+    gc.disable()  # at once, and not when it comes by
+    try:
+        mapped = mappings(segment)
+        found = SessionRuntimeBindings.of_segment(
+            SharedSegment.attach(namespace, segment.session_id)
+        )
+        end(found.ops_lifecycle)
+        assert mappings(segment) == mapped + 1
+        found.close()
+        del found
+        assert mappings(segment) == mapped
+    finally:
+        gc.enable()
+        segment.unlink()
+        segment.close()
 
 
 def test_what_was_closed_is_no_longer_changed(

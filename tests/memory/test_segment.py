@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -32,7 +31,7 @@ from shmepoch.memory.segment import (
     resolve_namespace,
     segment_path,
 )
-from tests.support import names_in
+from tests.support import mappings, names_in
 
 Allocate = Callable[..., SharedSegment]
 
@@ -426,16 +425,12 @@ def test_an_attachment_that_is_let_go_of_leaves_at_once(segment: SharedSegment) 
     gc.collect()
     gc.disable()
     try:
-        mapped = _mappings(segment)
+        mapped = mappings(segment)
         other = SharedSegment.attach(segment.namespace, segment.session_id)
         assert other.try_own()
-        assert _mappings(segment) == mapped + 1
+        assert mappings(segment) == mapped + 1
         del other
         assert not segment.owned
-        assert _mappings(segment) == mapped
+        assert mappings(segment) == mapped
     finally:
         gc.enable()
-
-
-def _mappings(segment: SharedSegment) -> int:
-    return Path("/proc/self/maps").read_text().count(segment.name)
