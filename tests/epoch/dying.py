@@ -102,6 +102,19 @@ def start(
 
     It exits with 0 if it lives through the act, and with 1 if the act raises.
     """
+
+    def act_dying(segment: SharedSegment) -> None:
+        memory: Any = DyingMemory(segment.memory, death)
+        segment.waiters._memory = memory
+        segment.waiters._waits._memory = memory  # type: ignore[attr-defined]
+        segment.memory = memory  # type: ignore[misc]
+        act(RuntimeOpsLifecycleRegistry(segment))
+
+    return attached(namespace, parent, act_dying)
+
+
+def attached(namespace: str, parent: SharedSegment, act: Callable[[SharedSegment], object]) -> int:
+    """The pid of a forked process that attaches to `parent`'s segment for itself and acts on it."""
     pid = os.fork()
     if pid:
         return pid
@@ -109,11 +122,7 @@ def start(
     try:
         segment = SharedSegment.attach(namespace, parent.session_id)
         segment.join(Role.WORKER)
-        memory: Any = DyingMemory(segment.memory, death)
-        segment.waiters._memory = memory
-        segment.waiters._waits._memory = memory  # type: ignore[attr-defined]
-        segment.memory = memory  # type: ignore[misc]
-        act(RuntimeOpsLifecycleRegistry(segment))
+        act(segment)
         status = 0
     except BaseException:
         traceback.print_exc()

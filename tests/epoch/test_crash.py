@@ -29,8 +29,9 @@ from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment
 from tests.epoch.deadline import DEADLINE_S, run
-from tests.epoch.dying import Death, start, survived
+from tests.epoch.dying import Death, attached, start, survived
 from tests.epoch.operations import CHILD, UPDATE, Registry, end, result, spec
+from tests.epoch.stepping import Stepped, images
 from tests.support import eventually
 
 CONFIG = OpsLifecycleConfig(max_operations=6, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
@@ -210,9 +211,11 @@ class Survivor:
         self._image = os.pread(self.segment.fd, self.segment.layout.size, 0)
         self.before = State.of(self.registry)
 
-    def put_back(self) -> None:
-        """Start over; with a new registry, since time has gone backwards for the old one."""
-        assert os.pwrite(self.segment.fd, self._image, 0) == len(self._image)
+    def put_back(self, image: bytes | None = None) -> None:
+        """Start over; with a new registry, since time has gone backwards for the old one. Or go on
+        where the memory was like `image`."""
+        image = image or self._image
+        assert os.pwrite(self.segment.fd, image, 0) == len(image)
         self.registry = Registry(self.segment)
 
     def start(self, death: Death) -> int:
@@ -267,27 +270,69 @@ def test_killed_before_any_store(
     survive: Survive, name: str, heal: Callable[[Registry], None]
 ) -> None:
     survivor = survive(name)
-    before = survivor.before
     assert survived(survivor.start(Death(0)))
     after = State.of(survivor.registry)
-    assert after != before
+    assert after != survivor.before
     seen = []
     for n in count(1):
         survivor.put_back()
         lived = survived(survivor.start(Death(n)))
-        registry = survivor.registry
-        found = State.of(registry)  # what a reader sees, before anybody has repaired anything
-        committed = found == after
-        assert committed or found == before.without_oldest(len(found.entries)), f"at store {n}"
-        heal(registry)
-        registry.check()
-        healed = State.of(registry)
-        assert healed.entries == found.entries[len(found.entries) - len(healed.entries) :]
-        assert healed.operations <= found.operations
-        check_again(survivor, committed=committed)
-        seen.append(committed)
+        seen.append(check_survivor(survivor, after, heal, n))
         if lived:
             break
+    assert seen == sorted(seen), "committed, then not, as it goes further"
+    assert set(seen) == {False, True}
+
+
+def check_survivor(
+    survivor: Survivor, after: State, heal: Callable[[Registry], None], n: int
+) -> bool:
+    """Whether the transition that was broken off is found committed; it is, or never was."""
+    registry = survivor.registry
+    found = State.of(registry)  # what a reader sees, before anybody has repaired anything
+    committed = found == after
+    entries = len(found.entries)
+    assert committed or found == survivor.before.without_oldest(entries), f"at store {n}"
+    heal(registry)
+    registry.check()
+    healed = State.of(registry)
+    assert healed.entries == found.entries[len(found.entries) - len(healed.entries) :]
+    assert healed.operations <= found.operations
+    check_again(survivor, committed=committed)
+    return committed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "register",
+        "register in a slot given back",
+        "start",
+        "fail provisioning",
+        "complete",
+        "complete after others",
+        "complete around the end of the ring",
+    ],
+)
+def test_killed_after_any_instruction_of_a_native_transition(survive: Survive, name: str) -> None:
+    """As if it had been killed there: what it goes through is put back, one by one."""
+    survivor = survive(name)
+
+    def act(segment: SharedSegment) -> None:
+        registry: Any = Registry(segment)
+        registry._begin = None  # what goes word by word would need it
+        registry._common._native = Stepped(registry._common._native)
+        survivor.case.act(registry)
+
+    segment = survivor.segment
+    passed = images(attached(survivor.namespace, segment, act), segment.fd, segment.layout.size)
+    survivor.put_back(passed[-1])
+    after = State.of(survivor.registry)
+    assert after != survivor.before
+    seen = []
+    for n, image in enumerate(passed):
+        survivor.put_back(image)
+        seen.append(check_survivor(survivor, after, next_transition, n))
     assert seen == sorted(seen), "committed, then not, as it goes further"
     assert set(seen) == {False, True}
 
