@@ -14,6 +14,7 @@ from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.past import operation_id
 from shmepoch.epoch.operations import OperationStatus, status_of
 from shmepoch.ids import SessionId
+from shmepoch.memory.segment import segment_path
 from tests.cli.running import (
     agent_of,
     ended,
@@ -27,7 +28,7 @@ from tests.cli.running import (
     waiting,
     waits,
 )
-from tests.cli.stored import applied, commands, history, ran, until_ran, with_status
+from tests.cli.stored import applied, commands, history, ran, sessions, until_ran, with_status
 from tests.support import empty_shared_memory, eventually, segments_in
 
 _ROOT = Path(__file__).parents[2]
@@ -395,4 +396,30 @@ def test_the_ends_that_finish_a_command_are_in_the_history(namespace: str, tmp_p
     statuses = sorted(status_of(item.entry.terminal_outcome) for item in history(store))
     assert statuses == sorted(_FINISHED)
     assert json.loads(done.stdout)["finished_before"] == 0
+    nothing_left(namespace)
+
+
+def test_what_a_child_left_running_is_run_again(namespace: str, tmp_path: Path) -> None:
+    """Also when it is killed while the next run waits for it to end."""
+    store, flag = tmp_path / "store", tmp_path / "flag"
+    stdin = f"[ -e {flag} ] || {waits(tmp_path)}; true\n"
+    arguments = ("-", "--json", "--store", store, "--workers", 1)
+    with started(*arguments, stdin=stdin) as process:
+        (command,) = waiting(tmp_path)
+        (worker,) = (one for one in command.parents() if one.ppid() == process.pid)
+        worker.suspend()
+        process.kill()
+        process.wait()
+    flag.touch()
+    with started(*arguments, "--resume", stdin=stdin) as process:
+        (session,) = sessions(store)
+        mapped, name = Path(f"/proc/{process.pid}/maps"), segment_path(namespace, session).name
+        eventually(lambda: name in mapped.read_text(), within=60)
+        worker.kill()
+        command.kill()
+        status, out, err = ended(process)
+    assert status == 0, err
+    figures = summary(out)
+    assert (figures["completed"], figures["terminated"], figures["retried"]) == (1, 1, 1)
+    assert figures["notices"]["lost"] == 0
     nothing_left(namespace)
