@@ -7,6 +7,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdint.h>
+#include <string.h>
+
 #define LENGTH 16
 
 /* Immutable, and holds nothing but bytes: no cycle goes through it, and it needs no lock. */
@@ -98,8 +101,19 @@ identifier_bytes(PyObject *object, void *Py_UNUSED(closure))
     return Py_NewRef(((Identifier *)object)->raw);
 }
 
+/* What ids are searched by in shared memory. Zero is left to whatever holds no id. */
+static PyObject *
+identifier_fingerprint(PyObject *object, void *Py_UNUSED(closure))
+{
+    uint64_t random_half;
+    memcpy(&random_half, PyBytes_AsString(((Identifier *)object)->raw) + LENGTH - sizeof random_half,
+           sizeof random_half);
+    return PyLong_FromUnsignedLongLong(random_half != 0 ? random_half : 1);
+}
+
 static PyGetSetDef identifier_getters[] = {
     {"bytes", identifier_bytes, NULL, "The sixteen bytes of the UUID, most significant first.", NULL},
+    {"fingerprint", identifier_fingerprint, NULL, "The random half of a UUID v7; never 0.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -28,7 +28,6 @@ from shmepoch.memory.segment import Segment
 T = TypeVar("T")
 
 _HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
-_RANDOM_HALF: Final = struct.Struct("=8xQ").unpack
 #: What a slot's word has the numbers of: the statuses of operations that have not ended.
 STATUSES: Final = (
     OperationStatus.ABSENT,
@@ -113,7 +112,7 @@ class OperationView(msgspec.Struct, frozen=True):
     detail: Detail
 
 
-class EncodedSpec(NamedTuple):
+class EncodedSpec(msgspec.Struct, frozen=True, gc=False):
     """A spec as its slot holds it, and as it will be read from there."""
 
     data: bytes
@@ -177,8 +176,7 @@ class OperationTable:
     def find(self, id: OperationId, words: Words | None = None) -> Slot | None:
         """The slot of an operation that the registry holds."""
         words = words or self.words()
-        memory, layout, key = self._memory, self._layout, id.bytes
-        fingerprint = fingerprint_of(key)
+        memory, layout, key, fingerprint = self._memory, self._layout, id.bytes, id.fingerprint
         index = -1
         while True:
             index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
@@ -313,7 +311,7 @@ class OperationTable:
         )
         lanes = bytes(at.SLOT_SPEC - _HEADER.size)
         memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + spec.data)
-        memory.store(self._layout.fingerprint(index), fingerprint_of(key))
+        memory.store(self._layout.fingerprint(index), spec.spec.id.fingerprint)
         memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
 
     def change(self, slot: Slot, status: OperationStatus, detail: Detail | None) -> None:
@@ -406,7 +404,8 @@ class OperationTable:
             if slot.id in seen:
                 raise SegmentCorrupted(name, f"{field}.id", "held once", slot.id.hex())
             seen.add(slot.id)
-            if memory.load(layout.fingerprint(slot.number)) != fingerprint_of(slot.id):
+            fingerprint = OperationId.from_bytes(slot.id).fingerprint
+            if memory.load(layout.fingerprint(slot.number)) != fingerprint:
                 raise SegmentCorrupted(name, f"{field}.fingerprint", "that of its id", "another")
             uncommitted = self._raw(slot.number).terminal_seq
             if uncommitted > watermark:
@@ -428,8 +427,3 @@ class OperationTable:
                 )
         if live != words.active:
             raise SegmentCorrupted(name, "registrations", f"{live} operations live", words.active)
-
-
-def fingerprint_of(raw: bytes) -> int:
-    """The random half of a UUID v7; never 0, which marks a free slot."""
-    return int(_RANDOM_HALF(raw)[0]) or 1

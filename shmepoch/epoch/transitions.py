@@ -16,7 +16,6 @@ from shmepoch.epoch.table import (
     Detail,
     EncodedSpec,
     OperationTable,
-    fingerprint_of,
 )
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
@@ -50,10 +49,10 @@ class CommonTransitions:
 
     def register(self, encoded: EncodedSpec) -> bool:
         """Enter an operation; whether it was done."""
-        key = encoded.spec.id.bytes
+        id = encoded.spec.id
         birth = self._native.register(
-            fingerprint_of(key),
-            key,
+            id.fingerprint,
+            id.bytes,
             self._segment.participant,
             time.time_ns() // 1_000_000,
             time.monotonic_ns(),
@@ -68,15 +67,16 @@ class CommonTransitions:
 
     def start(self, id: OperationId) -> bool:
         """The operation runs from now on; whether it was done."""
-        key, now_ms = id.bytes, time.time_ns() // 1_000_000
+        now_ms = time.time_ns() // 1_000_000
         detail = to_wire(Detail(started_at_ms=now_ms))
-        fingerprint = fingerprint_of(key)
-        return bool(self._native.start(fingerprint, key, _PROVISIONING, _RUNNING, now_ms, detail))
+        started = self._native.start(
+            id.fingerprint, id.bytes, _PROVISIONING, _RUNNING, now_ms, detail
+        )
+        return bool(started)
 
     def end(self, id: OperationId, action: Action, outcome: msgspec.Raw) -> CompletionSeq:
         """End an operation; its sequence if it was done, else 0."""
-        key = id.bytes
-        found = self._native.look(fingerprint_of(key), key, _ALLOWED[action])
+        found = self._native.look(id.fingerprint, id.bytes, _ALLOWED[action])
         if found is None:
             return 0
         seq, slot, birth, created_ms, created_mono_ns, detail = found

@@ -30,6 +30,12 @@ def test_it_is_its_bytes() -> None:
     assert hash(Kind(RAW)) == hash(RAW)
 
 
+def test_its_fingerprint_is_its_random_half() -> None:
+    assert Kind(RAW).fingerprint == int.from_bytes(RAW[8:], sys.byteorder)
+    assert Kind(RAW[:8] + b"\xff" * 8).fingerprint == 2**64 - 1
+    assert Kind(RAW[:8] + bytes(8)).fingerprint == 1, "0 marks a free slot"
+
+
 @pytest.mark.parametrize("raw", [None, 5, "0123456789abcdef", bytearray(RAW), [*RAW]], ids=repr)
 def test_other_than_bytes_is_refused_and_shown(raw: Any) -> None:
     for make in (Kind, partial(decode, Kind)):
@@ -104,6 +110,7 @@ def test_nothing_is_leaked() -> None:
         id = decode(Kind, bytes(bytearray(RAW)))
         assert {id: 1}[Kind(encode(id))]
         assert id < Kind(b"\xff" * 16)
+        assert id.fingerprint > 1
         for arguments in refused:
             with suppress(TypeError, ValueError):
                 decode(*arguments)
