@@ -429,7 +429,23 @@ memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 }
 
 /* The index of the first of `count` adjacent words, from `start` on, that holds `value`, or -1.
- * Relaxed: a column is searched under the writer lock, or the hit is verified by its reader. */
+ * Relaxed: a column is searched under the writer lock, or the hit is verified by its reader. Where it
+ * lies is loaded once: the compiler would load it again beside each atomic load. */
+static Py_ssize_t
+find_word(const Memory *self, Py_ssize_t offset, Py_ssize_t count, uint64_t value, Py_ssize_t start)
+{
+    if (start >= count) {
+        return -1;
+    }
+    const word_t *column = word_at(self, offset);
+    for (Py_ssize_t i = start; i < count; i++) {
+        if (atomic_load_explicit(&column[i], memory_order_relaxed) == value) {
+            return i;
+        }
+    }
+    return -1;
+}
+
 static PyObject *
 memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -448,12 +464,7 @@ memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     if (start < 0) {
         return PyErr_Format(PyExc_IndexError, "a search starts at 0 or above, not %zd", start);
     }
-    for (Py_ssize_t i = start; i < count; i++) {
-        if (atomic_load_explicit(word_at(self, offset + i * WORD), memory_order_relaxed) == value) {
-            return PyLong_FromSsize_t(i);
-        }
-    }
-    return PyLong_FromLong(-1);
+    return PyLong_FromSsize_t(find_word(self, offset, count, value, start));
 }
 
 /* --- Memory: bytes --------------------------------------------------------------------------- */
@@ -1370,18 +1381,11 @@ fingerprint_at(const Transitions *self, Py_ssize_t index)
     return word_of(self, self->fingerprints + index * WORD);
 }
 
-/* The first slot from `index` on that has this fingerprint, or the number of slots. The column is as
- * long as the table, so what the loop needs is loaded once and not, beside atomics, each time. */
+/* The first slot from `start` on that has this fingerprint, or -1. */
 static Py_ssize_t
-next_slot(const Transitions *self, uint64_t fingerprint, Py_ssize_t index)
+next_slot(const Transitions *self, uint64_t fingerprint, Py_ssize_t start)
 {
-    const word_t *column = word_at(self->memory, self->fingerprints);
-    const Py_ssize_t slots = self->slots;
-    while (index < slots
-           && atomic_load_explicit(&column[index], memory_order_relaxed) != fingerprint) {
-        index++;
-    }
-    return index;
+    return find_word(self->memory, self->fingerprints, self->slots, fingerprint, start);
 }
 
 /* Whether a slot holds the operation with this id, as far as the registry does. */
@@ -1406,13 +1410,12 @@ find_slot(Transitions *self, const Words *words, uint64_t fingerprint, const uin
         return *hint;
     }
     Py_ssize_t index = next_slot(self, fingerprint, 0);
-    while (index < self->slots && !holds(self, words, index, id)) {
+    while (index >= 0 && !holds(self, words, index, id)) {
         index = next_slot(self, fingerprint, index + 1);
     }
-    if (index == self->slots) {
-        return -1;
+    if (index >= 0) {
+        *hint = (uint32_t)index;
     }
-    *hint = (uint32_t)index;
     return index;
 }
 
@@ -1440,7 +1443,7 @@ parse_id(PyObject *fingerprint, PyObject *id, uint64_t *parsed_fingerprint, uint
 }
 
 /* Gives back the slots of operations that are not retained any more; `lowest` becomes the first of
- * them, if it is below. */
+ * them, if it is below or -1. */
 static bool
 reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
 {
@@ -1456,7 +1459,9 @@ reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
         }
         if (word_of(self, slot_at(self, (Py_ssize_t)index) + self->terminal_seq) == seq) {
             publish(self, self->fingerprints + (Py_ssize_t)index * WORD, FREE);
-            *lowest = (Py_ssize_t)index < *lowest ? (Py_ssize_t)index : *lowest;
+            if (*lowest < 0 || (Py_ssize_t)index < *lowest) {
+                *lowest = (Py_ssize_t)index;
+            }
         }
     }
     if (words->floor > words->reclaimed) {
@@ -1494,7 +1499,7 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         Py_RETURN_NONE;
     }
     Py_ssize_t index = next_slot(self, FREE, 0);
-    if (!reclaim(self, &words, &index) || index == self->slots) {
+    if (!reclaim(self, &words, &index) || index < 0) {
         Py_RETURN_NONE;
     }
     self->hints[fingerprint % HINTS] = (uint32_t)index;
