@@ -105,17 +105,22 @@ class AlreadyPeerReady(ShmepochError):
 
 
 class MaxConcurrentExceeded(ShmepochError):
-    """As many operations are running as the registry allows."""
+    """As many operations are running as the registry allows, or with those `entering` too many."""
 
     limit: int
     active: int
+    entering: int
 
-    def __init__(self, limit: int, active: int, *, setting: str = "max_concurrent") -> None:
+    def __init__(
+        self, limit: int, active: int, *, entering: int = 1, setting: str = "max_concurrent"
+    ) -> None:
+        together = f", {entering} were to be registered together" if entering > 1 else ""
         super().__init__(
-            f"{active} operations have not ended and the limit is {limit}; "
+            f"{active} operations have not ended{together} and the limit is {limit}; "
             f"end some first, or create the epoch with a larger {setting}",
             limit=limit,
             active=active,
+            entering=entering,
             setting=setting,
         )
 

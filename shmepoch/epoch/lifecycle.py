@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from shmepoch.epoch.completions import CompletionFeed, CompletionSeq
@@ -38,8 +38,22 @@ class OpsLifecycleRegistry(Protocol):
         """
         ...
 
+    def register_operations(self, specs: Iterable[OperationSpec]) -> None:
+        """Enter new operations, in provisioning: all of them in one commit, or none.
+
+        Raises what `register_operation` does.
+        """
+        ...
+
     def provisioning_succeeded(self, id: OperationId) -> None:
         """The operation runs from now on."""
+        ...
+
+    def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
+        """The operations run from now on, if all of them may; else none.
+
+        They start one by one: of a process that is killed meanwhile, some may have.
+        """
         ...
 
     def provisioning_failed(self, id: OperationId, error: str) -> None:
@@ -64,6 +78,13 @@ class OpsLifecycleRegistry(Protocol):
 
     def complete_operation(self, id: OperationId, result: OperationResult) -> None:
         """The operation ends as `Completed`."""
+        ...
+
+    def complete_operations(self, results: Iterable[OperationResult]) -> None:
+        """The operations end as `Completed`, in this order: all of them in one commit, or none.
+
+        Readers get them together. Raises `PayloadTooLarge` if the feed cannot hold them together.
+        """
         ...
 
     def fail_operation(self, id: OperationId, error: str) -> None:

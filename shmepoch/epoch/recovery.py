@@ -84,7 +84,7 @@ def _restore_operation(
     birth: int,
     seq: int,
 ) -> int:
-    index = table.free_slot(table.words())
+    index = table.free_slot()
     table.fill(index, birth, encode_spec(spec), operation.created_at_ms, 0)
     slot = table.slot(index)
     table.change(slot, OperationStatus.RUNNING, Detail.of(operation))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 import msgspec
 
@@ -69,6 +69,8 @@ from shmepoch.memory.segment import Segment
 _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wire_decoder(
     OperationTerminalOutcome  # type: ignore[arg-type] # a union is no class
 )
+#: An operation that is to end, and the outcome that it is to have.
+_Ending: TypeAlias = tuple[OperationView, msgspec.Raw]
 _progress_decoder: Final = wire_decoder(OperationProgressUpdate)
 _peer_decoder: Final = wire_decoder(OperationPeerHandle)
 
@@ -118,28 +120,45 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         with self._segment.writer:
             if self._is_native and self._common.register(encoded):
                 return
-            words = self._begin()
-            if self._table.find(spec.id, words) is not None:
-                raise AlreadyRegistered(spec.id)
-            self._admit(words.active)
-            self._enter(encoded, words, _now_ms())
+            self._register([encoded])
 
-    def _admit(self, active: int) -> None:
+    def register_operations(self, specs: Iterable[OperationSpec]) -> None:
+        encoded = [encode_spec(spec) for spec in specs]
+        with self._segment.writer:
+            if self._is_native and self._common.register_all(encoded):
+                return
+            self._register(encoded)
+
+    def _register(self, specs: Sequence[EncodedSpec]) -> None:
+        words = self._begin()
+        seen: set[OperationId] = set()
+        for spec in specs:
+            id = spec.spec.id
+            if id in seen or self._table.find(id, words) is not None:
+                raise AlreadyRegistered(id)
+            seen.add(id)
+        self._admit(words.active, len(specs))
+        self._enter(specs, words, _now_ms())
+
+    def _admit(self, active: int, entering: int) -> None:
         config = self._config
-        if config.max_concurrent is not None and active >= config.max_concurrent:
-            raise MaxConcurrentExceeded(config.max_concurrent, active)
-        if active >= config.max_operations:
-            raise MaxConcurrentExceeded(config.max_operations, active, setting="max_operations")
+        for setting, limit in (
+            ("max_concurrent", config.max_concurrent),
+            ("max_operations", config.max_operations),
+        ):
+            if limit is not None and active + entering > limit:
+                raise MaxConcurrentExceeded(limit, active, entering=entering, setting=setting)
 
-    def _enter(self, spec: EncodedSpec, words: Words, created_ms: int) -> int:
-        memory, birth = self._memory, words.registrations + 1
-        index = self._table.free_slot(words)
+    def _enter(self, specs: Sequence[EncodedSpec], words: Words, created_ms: int) -> None:
+        memory, births, now_ns = self._memory, words.registrations, time.monotonic_ns()
+        self._table.reclaim(words)
         memory.store(at.INTENT_AT, 1)
-        self._table.fill(index, birth, spec, created_ms, time.monotonic_ns())
-        memory.store(at.REGISTRATIONS_AT, birth)
+        for birth, spec in enumerate(specs, births + 1):
+            self._table.fill(self._table.free_slot(), birth, spec, created_ms, now_ns)
+        memory.store(at.REGISTRATIONS_AT, births + len(specs))
         memory.store(at.INTENT_AT, 0)
-        self._table.remember(birth, spec.spec)
-        return index
+        for birth, spec in enumerate(specs, births + 1):
+            self._table.remember(birth, spec.spec)
 
     # --- transitions that do not end an operation ---------------------------------------------
 
@@ -147,13 +166,15 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         with self._segment.writer:
             if self._is_native and self._common.start(id):
                 return
+        self._change(id, Action.PROVISIONING_SUCCEEDED, _started)
 
-        def started(view: OperationView) -> Detail:
-            return msgspec.structs.replace(
-                view.detail, started_at_ms=max(_now_ms(), view.slot.created_at_ms)
-            )
-
-        self._change(id, Action.PROVISIONING_SUCCEEDED, started)
+    def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
+        ids, action = list(ids), Action.PROVISIONING_SUCCEEDED
+        with self._segment.writer:
+            if self._is_native and self._common.start_all(ids):
+                return
+            for view in self._require_all(ids, action, self._begin()):
+                self._table.change(view.slot, OperationStatus.RUNNING, _started(view))
 
     def peer_ready(self, id: OperationId, handle: OperationPeerHandle) -> None:
         encode_checked(handle, _peer_decoder)
@@ -196,13 +217,29 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.ABORT_PROVISIONING, Aborted(reason))
 
     def complete_operation(self, id: OperationId, result: OperationResult) -> None:
-        if not isinstance(result, OperationResult):
-            raise RecordInvalid("OperationResult", f"it is {result!r}")
+        outcome = _completed(result)
         if result.id != id:
             raise RecordInvalid(
                 "OperationResult", f"its id is {result.id} and the operation's is {id}"
             )
-        self._end(id, Action.COMPLETE_OPERATION, Completed(result))
+        self._end(id, Action.COMPLETE_OPERATION, outcome)
+
+    def complete_operations(self, results: Iterable[OperationResult]) -> None:
+        action = Action.COMPLETE_OPERATION
+        completed = [_completed(result) for result in results]
+        outcomes = [(outcome.result.id, _encode_outcome(outcome)) for outcome in completed]
+        if self._is_native and not self._config.store_wait_ms:
+            with self._segment.writer:
+                ended = self._common.end_all(outcomes, action)
+            if ended:
+                self._segment.waiters.notify()
+                return
+
+        def allowed(words: Words) -> list[_Ending]:
+            views = self._require_all([id for id, _ in outcomes], action, words)
+            return [(view, outcome) for view, (_, outcome) in zip(views, outcomes, strict=True)]
+
+        self._end_all(allowed)
 
     def fail_operation(self, id: OperationId, error: str) -> None:
         self._end(id, Action.FAIL_OPERATION, Failed(error))
@@ -214,9 +251,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self._end_all(
-            lambda words: self._live(words, lambda _: True), _encode_outcome(Terminated(reason))
-        )
+        self._terminate(lambda _: True, reason)
 
     def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose
@@ -224,10 +259,14 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
         Where others would wait for the store, this raises `StoreBehind` at once.
         """
+        return self._terminate(ended, reason, store_wait_ms=0)
+
+    def _terminate(
+        self, whose: Callable[[int], bool], reason: str, store_wait_ms: int | None = None
+    ) -> int:
+        outcome = _encode_outcome(Terminated(reason))
         return self._end_all(
-            lambda words: self._live(words, ended),
-            _encode_outcome(Terminated(reason)),
-            store_wait_ms=0,
+            lambda words: [(view, outcome) for view in self._live(words, whose)], store_wait_ms
         )
 
     def _live(self, words: Words, whose: Callable[[int], bool]) -> list[OperationView]:
@@ -248,18 +287,15 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 self._segment.waiters.notify()
                 return
 
-        def allowed(words: Words) -> list[OperationView]:
+        def allowed(words: Words) -> list[_Ending]:
             view = self._require(id, words)
             self._guard(view, action)
-            return [view]
+            return [(view, encoded)]
 
-        self._end_all(allowed, encoded)
+        self._end_all(allowed)
 
     def _end_all(
-        self,
-        find: Callable[[Words], Sequence[OperationView]],
-        outcome: msgspec.Raw,
-        store_wait_ms: int | None = None,
+        self, find: Callable[[Words], Sequence[_Ending]], store_wait_ms: int | None = None
     ) -> int:
         """End, in one commit, what `find` finds under the writer lock; how many there were.
 
@@ -271,14 +307,14 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         while True:
             with self._segment.writer:
                 words = self._begin()
-                views = find(words)
-                awaited = self._commit(views, outcome, words)
+                endings = find(words)
+                awaited = self._commit(endings, words)
             if not awaited:
                 break
             self._await_store(awaited, deadline, wait_ms)
-        if views:
+        if endings:
             self._segment.waiters.notify()
-        return len(views)
+        return len(endings)
 
     def _await_store(self, seq: CompletionSeq, deadline: float, wait_ms: int) -> None:
         try:
@@ -292,20 +328,18 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 waited_ms=wait_ms,
             ) from None
 
-    def _commit(
-        self, views: Sequence[OperationView], outcome: msgspec.Raw, words: Words
-    ) -> CompletionSeq:
-        """End all of `views` by one store of the watermark: 0. Or else, with nothing done, the
+    def _commit(self, endings: Sequence[_Ending], words: Words) -> CompletionSeq:
+        """End all of `endings` by one store of the watermark: 0. Or else, with nothing done, the
         sequence up to which a store has to come first."""
-        if not views:
+        if not endings:
             return 0
         memory, now_ns = self._memory, time.monotonic_ns()
-        first, last = words.watermark + 1, words.watermark + len(views)
+        first, last = words.watermark + 1, words.watermark + len(endings)
         encoded = [
             encode_entry(
                 seq, view.spec, outcome, view.detail.started_at_ms or view.slot.created_at_ms
             )
-            for seq, view in enumerate(views, first)
+            for seq, (view, outcome) in enumerate(endings, first)
         ]
         size = sum(map(len, encoded)) + len(encoded) * at.WORD
         if size > self._feed.payload_limit:
@@ -319,7 +353,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 return awaited
         self._feed.drop_through(dropped)
         memory.store(at.INTENT_AT, 1)
-        for seq, (view, data) in enumerate(zip(views, encoded, strict=True), first):
+        for seq, ((view, _), data) in enumerate(zip(endings, encoded, strict=True), first):
             position = self._feed.put(seq, position, data, view.slot.number)
             elapsed_ns = max(0, now_ns - view.slot.created_mono_ns)
             self._table.end(view.slot, seq, elapsed_ns // 1_000_000)
@@ -364,6 +398,19 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def _require(self, id: OperationId, words: Words) -> OperationView:
         return self._table.view_locked(self.locate(id, words))
+
+    def _require_all(
+        self, ids: Sequence[OperationId], action: Action, words: Words
+    ) -> list[OperationView]:
+        """Several that `action` is allowed for, before any is changed."""
+        views: dict[OperationId, OperationView] = {}
+        for id in ids:
+            view = self._require(id, words)
+            target = self._guard(view, action)
+            if id in views:  # refused as if the first time had been done already
+                raise InvalidTransition(id, target or view.slot.status, action)
+            views[id] = view
+        return list(views.values())
 
     def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
         """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
@@ -534,9 +581,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         for operation in snapshot.operations:
             if not operation.status.is_terminal and operation.id in specs:
                 spec = specs[operation.id]
-                index = self._enter(encode_spec(spec), self._table.words(), operation.created_at_ms)
+                self._enter([encode_spec(spec)], self._table.words(), operation.created_at_ms)
                 self._table.change(
-                    self._table.slot(index), OperationStatus.RUNNING, Detail.of(operation)
+                    self.locate(spec.id), OperationStatus.RUNNING, Detail.of(operation)
                 )
 
     # --- audit --------------------------------------------------------------------------------
@@ -551,6 +598,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._repair()
             self._feed.check()
             self._table.check()
+
+
+def _started(view: OperationView) -> Detail:
+    started_at_ms = max(_now_ms(), view.slot.created_at_ms)
+    return msgspec.structs.replace(view.detail, started_at_ms=started_at_ms)
+
+
+def _completed(result: OperationResult) -> Completed:
+    if not isinstance(result, OperationResult):
+        raise RecordInvalid("OperationResult", f"it is {result!r}")
+    return Completed(result)
 
 
 def _encode_outcome(outcome: OperationTerminalOutcome) -> msgspec.Raw:

@@ -283,9 +283,8 @@ class OperationTable:
 
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
-    def free_slot(self, words: Words) -> int:
-        """The index of a slot that holds nothing any more; -1 if there is none."""
-        self._reclaim(words)
+    def free_slot(self) -> int:
+        """The index of a slot that holds nothing; -1 if there is none."""
         return self._memory.find(self._layout.fingerprints, self._layout.slots, 0, 0)
 
     def fill(
@@ -353,7 +352,7 @@ class OperationTable:
         for slot in self.held():
             self.count_watcher(slot, participant, -0xFFFF)
 
-    def _reclaim(self, words: Words) -> None:
+    def reclaim(self, words: Words) -> None:
         """Give back the slots of operations that are not retained any more."""
         memory = self._memory
         done, floor = words.reclaimed, self.floor(words)

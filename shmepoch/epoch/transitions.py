@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -65,10 +66,48 @@ class CommonTransitions:
         self._table.remember(birth, encoded.spec)
         return True
 
+    def register_all(self, encoded: Sequence[EncodedSpec]) -> bool:
+        """Enter operations in one commit; whether it was done."""
+        ids = [each.spec.id for each in encoded]
+        if len(set(ids)) < len(ids):
+            return False
+        first = self._native.register_all(
+            tuple([(each.spec.id.fingerprint, each.spec.id.bytes, each.data) for each in encoded]),
+            self._segment.participant,
+            time.time_ns() // 1_000_000,
+            time.monotonic_ns(),
+            _PROVISIONING,
+            self._limit,
+        )
+        if first is None:
+            return False
+        for birth, each in enumerate(encoded, first):
+            self._table.remember(birth, each.spec)
+        return True
+
     def start(self, id: OperationId) -> bool:
         """The operation runs from now on; whether it was done."""
         now_ms = time.time_ns() // 1_000_000
-        detail = to_wire(Detail(started_at_ms=now_ms))
+        return self._start(id, now_ms, to_wire(Detail(started_at_ms=now_ms)))
+
+    def start_all(self, ids: Sequence[OperationId]) -> bool:
+        """The operations run from now on; whether it was done."""
+        now_ms = time.time_ns() // 1_000_000
+        for id in ids:
+            found = self._native.look(
+                id.fingerprint, id.bytes, _ALLOWED[Action.PROVISIONING_SUCCEEDED]
+            )
+            if found is None:
+                return False
+            *_, created_ms, _, _ = found
+            if created_ms > now_ms:
+                return False
+        if len(set(ids)) < len(ids):
+            return False
+        started = to_wire(Detail(started_at_ms=now_ms))
+        return all(self._start(id, now_ms, started) for id in ids)
+
+    def _start(self, id: OperationId, now_ms: int, detail: bytes) -> bool:
         started = self._native.start(
             id.fingerprint, id.bytes, _PROVISIONING, _RUNNING, now_ms, detail
         )
@@ -84,6 +123,22 @@ class CommonTransitions:
         data = encode_entry(seq, self._table.spec(slot, birth), outcome, started_ms)
         elapsed_ns = max(0, time.monotonic_ns() - created_mono_ns)
         return seq if self._native.end(seq, slot, elapsed_ns // 1_000_000, data) else 0
+
+    def end_all(self, outcomes: Sequence[tuple[OperationId, msgspec.Raw]], action: Action) -> bool:
+        """End operations in one commit; whether it was done."""
+        now_ns, endings, first = time.monotonic_ns(), [], 0
+        for ahead, (id, outcome) in enumerate(outcomes):
+            found = self._native.look(id.fingerprint, id.bytes, _ALLOWED[action])
+            if found is None:
+                return False
+            first, slot, birth, created_ms, created_mono_ns, detail = found
+            started_ms = self._table.detail(slot, detail).started_at_ms or created_ms
+            spec = self._table.spec(slot, birth)
+            data = encode_entry(first + ahead, spec, outcome, started_ms)
+            endings.append((slot, max(0, now_ns - created_mono_ns) // 1_000_000, data))
+        if len({slot for slot, _, _ in endings}) < len(endings):
+            return False
+        return bool(self._native.end_all(first, tuple(endings)))
 
 
 def facts(layout: Layout) -> Any:

@@ -1442,10 +1442,9 @@ parse_id(PyObject *fingerprint, PyObject *id, uint64_t *parsed_fingerprint, uint
     return true;
 }
 
-/* Gives back the slots of operations that are not retained any more; `lowest` becomes the first of
- * them, if it is below or -1. */
+/* Gives back the slots of operations that are not retained any more. */
 static bool
-reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
+reclaim(const Transitions *self, const Words *words)
 {
     for (uint64_t seq = words->reclaimed + 1; seq <= words->floor; seq++) {
         const uint64_t index =
@@ -1459,9 +1458,6 @@ reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
         }
         if (word_of(self, slot_at(self, (Py_ssize_t)index) + self->terminal_seq) == seq) {
             publish(self, self->fingerprints + (Py_ssize_t)index * WORD, FREE);
-            if (*lowest < 0 || (Py_ssize_t)index < *lowest) {
-                *lowest = (Py_ssize_t)index;
-            }
         }
     }
     if (words->floor > words->reclaimed) {
@@ -1470,43 +1466,81 @@ reclaim(const Transitions *self, const Words *words, Py_ssize_t *lowest)
     return true;
 }
 
-/* register(fingerprint, id, participant, created_ms, created_mono, spec, status, limit)
- *
- * Enters an operation in a free slot; its registration's number. */
-static PyObject *
-transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
-{
-    Transitions *self = (Transitions *)object;
-    uint64_t fingerprint, id[2], participant, created_ms, created_mono, status, limit;
+/* An operation that is to be registered, and the slot that was found for it. */
+typedef struct {
+    uint64_t fingerprint, id[2];
     char *spec;
-    Py_ssize_t length;
-    Words words;
-    if (!check_arity("register", nargs, 8) || !parse_id(args[0], args[1], &fingerprint, id)
-        || !as_u64(args[2], &participant) || !as_u64(args[3], &created_ms)
-        || !as_u64(args[4], &created_mono) || PyBytes_AsStringAndSize(args[5], &spec, &length) < 0
-        || !as_u64(args[6], &status) || !as_u64(args[7], &limit)) {
-        return NULL;
+    Py_ssize_t length, slot;
+} Entrant;
+
+/* What is the same of all that are registered together. */
+typedef struct {
+    uint64_t participant, created_ms, created_mono, status, limit;
+} Entry;
+
+static bool
+parse_entrant(const Transitions *self, PyObject *fingerprint, PyObject *id, PyObject *spec,
+              Entrant *entrant)
+{
+    if (!parse_id(fingerprint, id, &entrant->fingerprint, entrant->id)
+        || PyBytes_AsStringAndSize(spec, &entrant->spec, &entrant->length) < 0) {
+        return false;
     }
-    if (length > self->detail - self->spec || status == FREE || status > STATUS_MASK) {
-        PyErr_SetString(PyExc_ValueError, "a spec that is no longer than its room, and a status");
-        return NULL;
+    if (entrant->length > self->detail - self->spec) {
+        PyErr_SetString(PyExc_ValueError, "a spec that is no longer than its room");
+        return false;
     }
-    if (!load_words(self, &words) || words.active >= limit
-        || words.active >= (uint64_t)self->max_operations) {
-        Py_RETURN_NONE;
+    return true;
+}
+
+static bool
+parse_entry(PyObject *const *times, PyObject *status, PyObject *limit, Entry *entry)
+{
+    if (!as_u64(times[0], &entry->participant) || !as_u64(times[1], &entry->created_ms)
+        || !as_u64(times[2], &entry->created_mono) || !as_u64(status, &entry->status)
+        || !as_u64(limit, &entry->limit)) {
+        return false;
     }
-    if (find_slot(self, &words, fingerprint, id) >= 0) {
-        Py_RETURN_NONE;
+    if (entry->status == FREE || entry->status > STATUS_MASK) {
+        PyErr_SetString(PyExc_ValueError, "the status of an operation that has not ended");
+        return false;
     }
-    Py_ssize_t index = next_slot(self, FREE, 0);
-    if (!reclaim(self, &words, &index) || index < 0) {
-        Py_RETURN_NONE;
+    return true;
+}
+
+/* Finds a free slot for each; false if one of them is held already, or there is no room for all. */
+static bool
+find_places(Transitions *self, const Words *words, uint64_t limit, Entrant *entrants,
+            Py_ssize_t count)
+{
+    const uint64_t active = words->active + (uint64_t)count;
+    if (active > limit || active > (uint64_t)self->max_operations) {
+        return false;
     }
-    self->hints[fingerprint % HINTS] = (uint32_t)index;
-    const Py_ssize_t at = slot_at(self, index);
-    const uint64_t birth = words.registrations + 1;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (find_slot(self, words, entrants[i].fingerprint, entrants[i].id) >= 0) {
+            return false;
+        }
+    }
+    if (!reclaim(self, words)) {
+        return false;
+    }
+    Py_ssize_t slot = -1;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        slot = next_slot(self, FREE, slot + 1);
+        if (slot < 0) {
+            return false;
+        }
+        entrants[i].slot = slot;
+    }
+    return true;
+}
+
+static void
+fill_slot(const Transitions *self, const Entrant *entrant, const Entry *entry, uint64_t birth)
+{
+    const Py_ssize_t at = slot_at(self, entrant->slot);
     const uint64_t going = next_word(word_of(self, at), FREE, 0);
-    publish(self, self->intent, 1);
     publish(self, at, going); /* readers of what was here before see that it is going */
     atomic_thread_fence(memory_order_release);
     const struct {
@@ -1515,13 +1549,13 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     } fields[] = {
         {self->birth, birth},
         {self->terminal_seq, 0},
-        {self->id, id[0]},
-        {self->id + WORD, id[1]},
-        {self->participant, participant},
-        {self->created_ms, created_ms},
-        {self->created_mono, created_mono},
+        {self->id, entrant->id[0]},
+        {self->id + WORD, entrant->id[1]},
+        {self->participant, entry->participant},
+        {self->created_ms, entry->created_ms},
+        {self->created_mono, entry->created_mono},
         {self->elapsed_ms, 0},
-        {self->spec_length, (uint64_t)length},
+        {self->spec_length, (uint64_t)entrant->length},
         {self->detail_length, 0},
         {self->detail_length + WORD, 0},
     };
@@ -1532,12 +1566,97 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     for (Py_ssize_t lane = self->watchers; lane < self->spec; lane += WORD) {
         atomic_store_explicit(word_at(self->memory, at + lane), 0, memory_order_relaxed);
     }
-    copy_in(self->memory, at + self->spec, (const unsigned char *)spec, length);
-    publish(self, self->fingerprints + index * WORD, fingerprint);
-    publish(self, at, next_word(going, status, 0));
-    publish(self, self->registrations, birth);
+    copy_in(self->memory, at + self->spec, (const unsigned char *)entrant->spec, entrant->length);
+    publish(self, self->fingerprints + entrant->slot * WORD, entrant->fingerprint);
+    publish(self, at, next_word(going, entry->status, 0));
+}
+
+/* Registers all of them in one commit; the first one's number, or None. */
+static PyObject *
+enter(Transitions *self, Entrant *entrants, Py_ssize_t count, const Entry *entry)
+{
+    Words words;
+    if (!load_words(self, &words) || !find_places(self, &words, entry->limit, entrants, count)) {
+        Py_RETURN_NONE;
+    }
+    publish(self, self->intent, 1);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        fill_slot(self, &entrants[i], entry, words.registrations + 1 + (uint64_t)i);
+        self->hints[entrants[i].fingerprint % HINTS] = (uint32_t)entrants[i].slot;
+    }
+    publish(self, self->registrations, words.registrations + (uint64_t)count);
     publish(self, self->intent, 0);
-    return from_u64(birth);
+    return from_u64(words.registrations + 1);
+}
+
+/* register(fingerprint, id, participant, created_ms, created_mono, spec, status, limit)
+ *
+ * Enters an operation in a free slot; its registration's number. */
+static PyObject *
+transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    Entrant entrant;
+    Entry entry;
+    if (!check_arity("register", nargs, 8)
+        || !parse_entrant(self, args[0], args[1], args[5], &entrant)
+        || !parse_entry(&args[2], args[6], args[7], &entry)) {
+        return NULL;
+    }
+    return enter(self, &entrant, 1, &entry);
+}
+
+/* Room for one element of each of a tuple's tuples of three, to be freed; NULL with an error set. */
+static void *
+allocate_each(PyObject *tuple, size_t size)
+{
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError, "a tuple of tuples");
+        return NULL;
+    }
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *each = PyTuple_GetItem(tuple, i);
+        if (!PyTuple_Check(each) || PyTuple_Size(each) != 3) {
+            PyErr_SetString(PyExc_TypeError, "a tuple of tuples of three");
+            return NULL;
+        }
+    }
+    void *room = PyMem_Calloc((size_t)count, size);
+    return room != NULL ? room : PyErr_NoMemory();
+}
+
+/* register_all(((fingerprint, id, spec), ...), participant, created_ms, created_mono, status, limit)
+ *
+ * The same for several with different ids; the first one's number. */
+static PyObject *
+transitions_register_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Transitions *self = (Transitions *)object;
+    PyObject *entered = NULL;
+    Entry entry;
+    if (!check_arity("register_all", nargs, 6) || !parse_entry(&args[1], args[4], args[5], &entry)) {
+        return NULL;
+    }
+    Entrant *entrants = allocate_each(args[0], sizeof *entrants);
+    if (entrants == NULL) {
+        return NULL;
+    }
+    const Py_ssize_t count = PyTuple_Size(args[0]);
+    Py_ssize_t parsed = 0;
+    while (parsed < count) {
+        PyObject *each = PyTuple_GetItem(args[0], parsed);
+        if (!parse_entrant(self, PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1),
+                           PyTuple_GetItem(each, 2), &entrants[parsed])) {
+            break;
+        }
+        parsed++;
+    }
+    if (parsed == count) {
+        entered = enter(self, entrants, count, &entry);
+    }
+    PyMem_Free(entrants);
+    return entered;
 }
 
 /* start(fingerprint, id, status, started_status, started_ms, detail) -> True
@@ -1622,26 +1741,58 @@ transitions_look(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
                          (unsigned long long)word_of(self, at + self->created_mono), detail);
 }
 
-/* Where an entry of so many bytes after the watermark begins, and through which sequence older ones
- * have to be dropped for it. */
+/* An operation that is to end, and the entry that says how. */
+typedef struct {
+    uint64_t slot, elapsed_ms;
+    char *data;
+    Py_ssize_t length;
+} Ending;
+
 static bool
-find_room(const Transitions *self, const Words *words, uint64_t length, uint64_t *position,
-          uint64_t *dropped)
+parse_ending(const Transitions *self, PyObject *slot, PyObject *elapsed_ms, PyObject *data,
+             Ending *ending)
+{
+    if (!as_u64(slot, &ending->slot) || !as_u64(elapsed_ms, &ending->elapsed_ms)
+        || PyBytes_AsStringAndSize(data, &ending->data, &ending->length) < 0) {
+        return false;
+    }
+    if (ending->slot >= (uint64_t)self->slots) {
+        PyErr_Format(PyExc_IndexError, "no slot %llu: there are %zd",
+                     (unsigned long long)ending->slot, self->slots);
+        return false;
+    }
+    return true;
+}
+
+/* Where the entries of all of them begin, after the watermark, and through which sequence older ones
+ * have to be dropped for them; false if the ring cannot hold them together. */
+static bool
+find_room(const Transitions *self, const Words *words, const Ending *endings, Py_ssize_t count,
+          uint64_t *position, uint64_t *dropped)
 {
     const Ring *ring = &self->ring;
     const word_t *last = ring_index(self->memory, ring, words->watermark);
     const uint64_t begin = atomic_load_explicit(&last[0], memory_order_relaxed);
     const uint64_t before = atomic_load_explicit(&last[2], memory_order_relaxed) & UINT32_MAX;
-    if (begin % WORD != 0 || begin > LAST_POSITION) {
+    const uint64_t watermark = words->watermark, through = watermark + (uint64_t)count;
+    Py_ssize_t size = 0;
+    if (begin % WORD != 0 || begin > LAST_POSITION || count > ring->capacity) {
         return false;
     }
     *position = begin + (uint64_t)padded((Py_ssize_t)before);
-    *dropped = words->dropped;
-    const uint64_t end = *position + (uint64_t)padded((Py_ssize_t)length);
-    if (words->watermark + 1 - *dropped > (uint64_t)ring->capacity) {
-        *dropped = words->watermark + 1 - (uint64_t)ring->capacity;
+    uint64_t end = *position;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (endings[i].length + WORD > ring->budget - size) {
+            return false;
+        }
+        size += endings[i].length + WORD;
+        end += (uint64_t)padded(endings[i].length);
     }
-    while (*dropped < words->watermark
+    *dropped = words->dropped;
+    if (through - *dropped > (uint64_t)ring->capacity) {
+        *dropped = through - (uint64_t)ring->capacity;
+    }
+    while (*dropped < watermark
            && atomic_load_explicit(&ring_index(self->memory, ring, *dropped + 1)[0],
                                    memory_order_relaxed)
                       + (uint64_t)ring->budget
@@ -1651,48 +1802,92 @@ find_room(const Transitions *self, const Words *words, uint64_t length, uint64_t
     return true;
 }
 
+/* Appends the entries from sequence `first` on, and ends their operations in one commit; True, or
+ * None. */
+static PyObject *
+end_together(const Transitions *self, uint64_t first, const Ending *endings, Py_ssize_t count)
+{
+    uint64_t position, dropped;
+    Words words;
+    if (!load_words(self, &words) || first != words.watermark + 1
+        || !find_room(self, &words, endings, count, &position, &dropped)) {
+        Py_RETURN_NONE;
+    }
+    if (dropped > words.dropped) {
+        publish(self, self->dropped, dropped);
+    }
+    publish(self, self->intent, 1);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const Ending *ending = &endings[i];
+        const Py_ssize_t at = slot_at(self, (Py_ssize_t)ending->slot);
+        const uint64_t seq = first + (uint64_t)i;
+        ring_write(self->memory, &self->ring, seq, position, ending->data, ending->length,
+                   ending->slot);
+        position += (uint64_t)padded(ending->length);
+        publish(self, at + self->elapsed_ms, ending->elapsed_ms);
+        publish(self, at + self->terminal_seq, seq);
+    }
+    publish(self, self->watermark, words.watermark + (uint64_t)count);
+    publish(self, self->intent, 0);
+    Py_RETURN_TRUE;
+}
+
 /* end(seq, slot, elapsed_ms, data) -> True
  *
  * Appends an entry that was made with what `look` said, and ends the operation with it. */
 static PyObject *
 transitions_end(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
-    Transitions *self = (Transitions *)object;
-    uint64_t seq, index, elapsed_ms, position, dropped;
-    char *data;
-    Py_ssize_t length;
-    Words words;
-    if (!check_arity("end", nargs, 4) || !as_u64(args[0], &seq) || !as_u64(args[1], &index)
-        || !as_u64(args[2], &elapsed_ms) || PyBytes_AsStringAndSize(args[3], &data, &length) < 0) {
+    const Transitions *self = (const Transitions *)object;
+    uint64_t seq;
+    Ending ending;
+    if (!check_arity("end", nargs, 4) || !as_u64(args[0], &seq)
+        || !parse_ending(self, args[1], args[2], args[3], &ending)) {
         return NULL;
     }
-    if (index >= (uint64_t)self->slots) {
-        return PyErr_Format(PyExc_IndexError, "no slot %llu: there are %zd",
-                            (unsigned long long)index, self->slots);
+    return end_together(self, seq, &ending, 1);
+}
+
+/* end_all(first, ((slot, elapsed_ms, data), ...)) -> True
+ *
+ * The same for several with different slots, the entry of the first at sequence `first`. */
+static PyObject *
+transitions_end_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    const Transitions *self = (const Transitions *)object;
+    PyObject *ended = NULL;
+    uint64_t first;
+    if (!check_arity("end_all", nargs, 2) || !as_u64(args[0], &first)) {
+        return NULL;
     }
-    if (length + WORD > self->ring.budget || !load_words(self, &words)
-        || seq != words.watermark + 1
-        || !find_room(self, &words, (uint64_t)length, &position, &dropped)) {
-        Py_RETURN_NONE;
+    Ending *endings = allocate_each(args[1], sizeof *endings);
+    if (endings == NULL) {
+        return NULL;
     }
-    const Py_ssize_t at = slot_at(self, (Py_ssize_t)index);
-    if (dropped > words.dropped) {
-        publish(self, self->dropped, dropped);
+    const Py_ssize_t count = PyTuple_Size(args[1]);
+    Py_ssize_t parsed = 0;
+    while (parsed < count) {
+        PyObject *each = PyTuple_GetItem(args[1], parsed);
+        if (!parse_ending(self, PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1),
+                          PyTuple_GetItem(each, 2), &endings[parsed])) {
+            break;
+        }
+        parsed++;
     }
-    publish(self, self->intent, 1);
-    ring_write(self->memory, &self->ring, seq, position, data, length, index);
-    publish(self, at + self->elapsed_ms, elapsed_ms);
-    publish(self, at + self->terminal_seq, seq);
-    publish(self, self->watermark, seq);
-    publish(self, self->intent, 0);
-    Py_RETURN_TRUE;
+    if (parsed == count) {
+        ended = end_together(self, first, endings, count);
+    }
+    PyMem_Free(endings);
+    return ended;
 }
 
 static PyMethodDef transitions_methods[] = {
     {"register", (PyCFunction)(void (*)(void))transitions_register, METH_FASTCALL, NULL},
+    {"register_all", (PyCFunction)(void (*)(void))transitions_register_all, METH_FASTCALL, NULL},
     {"start", (PyCFunction)(void (*)(void))transitions_start, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void (*)(void))transitions_look, METH_FASTCALL, NULL},
     {"end", (PyCFunction)(void (*)(void))transitions_end, METH_FASTCALL, NULL},
+    {"end_all", (PyCFunction)(void (*)(void))transitions_end_all, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -99,6 +99,17 @@ class _Transitions:  # under the writer lock; None: nothing was done, for it is 
         limit: int,
         /,
     ) -> int | None: ...  # the registration's number
+    # Fingerprint, id and spec of several with different ids, in one commit; the first one's number.
+    def register_all(
+        self,
+        entrants: tuple[tuple[int, bytes, bytes], ...],
+        participant: int,
+        created_ms: int,
+        created_mono: int,
+        status: int,
+        limit: int,
+        /,
+    ) -> int | None: ...
     def start(
         self,
         fingerprint: int,
@@ -114,6 +125,10 @@ class _Transitions:  # under the writer lock; None: nothing was done, for it is 
         self, fingerprint: int, id: bytes, statuses: int, /
     ) -> tuple[int, int, int, int, int, bytes] | None: ...
     def end(self, seq: int, slot: int, elapsed_ms: int, data: bytes, /) -> bool | None: ...
+    # Slot, elapsed_ms and data of several with different slots, in one commit.
+    def end_all(
+        self, first: int, endings: tuple[tuple[int, int, bytes], ...], /
+    ) -> bool | None: ...
 
 @final
 class Cell:

@@ -115,6 +115,14 @@ def running(registry: Registry, *ids: OperationId) -> None:
         registry.provisioning_succeeded(id)
 
 
+def registering(registry: Registry, *ids: OperationId) -> None:
+    registry.register_operations([spec("w" * 40, kind=CHILD, id=id) for id in ids])
+
+
+def completing(registry: Registry, *ids: OperationId, size: int = 4) -> None:
+    registry.complete_operations([result(id, "c" * size) for id in ids])
+
+
 def turned_over(registry: Registry) -> None:
     """Slots to give back and none that was never used."""
     for _ in range(9):
@@ -133,6 +141,11 @@ def wrapped(registry: Registry) -> None:
     running(registry, IDS[0])
     for _ in range(6):
         end(registry, "r" * 2200)
+
+
+def wrapped_with_two(registry: Registry) -> None:
+    wrapped(registry)
+    running(registry, IDS[1])
 
 
 def progressed(registry: Registry) -> None:
@@ -154,6 +167,12 @@ CASES = {
     ),
     "register in a slot given back": Case(
         turned_over, lambda r: provisioning(r, IDS[0]), AlreadyRegistered
+    ),
+    "register three": Case(
+        lambda r: running(r, IDS[1]), lambda r: registering(r, *IDS[2:4], IDS[0]), AlreadyRegistered
+    ),
+    "register three in slots given back": Case(
+        turned_over, lambda r: registering(r, *IDS[4:], IDS[0]), AlreadyRegistered
     ),
     "start": Case(
         lambda r: provisioning(r, IDS[0]),
@@ -182,6 +201,15 @@ CASES = {
         wrapped,
         lambda r: r.complete_operation(IDS[0], result(IDS[0], "c" * 1500)),
         InvalidTransition,
+    ),
+    "complete two": Case(
+        lambda r: running(r, *IDS[:4]), lambda r: completing(r, IDS[2], IDS[0]), InvalidTransition
+    ),
+    "complete two after others": Case(
+        turned_over_with_one, lambda r: completing(r, IDS[5], IDS[0]), InvalidTransition
+    ),
+    "complete two around the end of the ring": Case(
+        wrapped_with_two, lambda r: completing(r, *IDS[:2], size=700), InvalidTransition
     ),
     "terminate several": Case(
         lambda r: running(r, *IDS[:4]), lambda r: r.terminate_owner("owner ended")
@@ -307,11 +335,16 @@ def check_survivor(
     [
         "register",
         "register in a slot given back",
+        "register three",
+        "register three in slots given back",
         "start",
         "fail provisioning",
         "complete",
         "complete after others",
         "complete around the end of the ring",
+        "complete two",
+        "complete two after others",
+        "complete two around the end of the ring",
     ],
 )
 def test_killed_after_any_instruction_of_a_native_transition(survive: Survive, name: str) -> None:

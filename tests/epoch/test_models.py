@@ -52,6 +52,8 @@ CONFIG: Final = OpsLifecycleConfig(
 )
 IDS: Final = [OperationId.from_bytes(bytes([i]) * 16) for i in range(1, 9)]
 
+SEVERAL: Final = st.lists(st.sampled_from(IDS), max_size=4)
+
 LIVE: Final = {"provisioning", "running", "retiring"}
 #: For each verb: the statuses that allow it, and the one it leads to (None: it stays).
 MOVES: Final[dict[Action, tuple[set[str], str | None]]] = {
@@ -176,6 +178,44 @@ class RegistryMachine(RuleBasedStateMachine):
             self.registry.register_operation(spec(str(id), kind=kind, id=id))
             self.model.registrations.pop(id, None)  # so that the order is that of registration
             self.model.registrations[id] = Operation(id, kind)
+
+    @rule(ids=SEVERAL)
+    def register_together(self, ids: list[OperationId]) -> None:
+        specs = [spec(str(id), id=id) for id in ids]
+        if len(set(ids)) < len(ids) or set(ids) & set(self.model.held()):
+            with pytest.raises(AlreadyRegistered):
+                self.registry.register_operations(specs)
+        elif len(self.model.live()) + len(ids) > 4:
+            with pytest.raises(MaxConcurrentExceeded):
+                self.registry.register_operations(specs)
+        else:
+            self.registry.register_operations(specs)
+            for id in ids:
+                self.model.registrations.pop(id, None)
+                self.model.registrations[id] = Operation(id, OperationKind.BACKGROUND_TOOL_OP)
+
+    @rule(ids=SEVERAL, ends=st.booleans(), size=st.sampled_from([0, 7, 1500]))
+    def move_together(self, ids: list[OperationId], ends: bool, size: int) -> None:
+        action = Action.COMPLETE_OPERATION if ends else Action.PROVISIONING_SUCCEEDED
+        refusals = [refusal for id in ids if (refusal := self.model.refusal(id, action))]
+        if len(set(ids)) < len(ids):
+            refusals.append(InvalidTransition)
+
+        def act() -> None:
+            if ends:
+                self.registry.complete_operations([result_of(id, "x" * size) for id in ids])
+            else:
+                self.registry.provisionings_succeeded(ids)
+
+        if refusals:
+            with pytest.raises(tuple(refusals)):
+                act()
+            return
+        act()
+        for id in ids:
+            self.model.move(id, action, OperationProgressUpdate("none"))
+        if ends:
+            self.record(ids)
 
     @rule(
         id=st.sampled_from(IDS),

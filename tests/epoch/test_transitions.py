@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from msgspec.structs import replace
@@ -32,7 +32,7 @@ def without_a_word_by_word(registry: Registry, monkeypatch: pytest.MonkeyPatch) 
     def refused(*_: object) -> None:
         raise AssertionError("not the native transition")
 
-    for name in ("_enter", "_change", "_end_all"):
+    for name in ("_enter", "_change", "_require_all", "_end_all"):
         monkeypatch.setattr(registry, name, refused)
 
 
@@ -53,7 +53,30 @@ def live(registry: Registry, n: int, moment: Callable[[int], None] = lambda _: N
         registry.complete_operation(id, result(id, "x" * (n * 37 % 1200)))
 
 
-def test_both_leave_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def live_together(
+    registry: Registry, n: int, moment: Callable[[int], None] = lambda _: None
+) -> None:
+    """The lives of up to four operations, together as far as they go."""
+    moment(0)
+    count = 1 + n % 4
+    ids = [OperationId.from_bytes((8 * n + i).to_bytes(16, "little")) for i in range(count)]
+    registry.register_operations(
+        replace(SPEC, id=id, display_name=f"number {n}" * (i * n % 7)) for i, id in enumerate(ids)
+    )
+    moment(n % 3)
+    if n % 5 == 0 and count > 1:
+        registry.cancel_operation(ids.pop(), None)
+    registry.provisionings_succeeded(ids)
+    moment(n % 11)
+    ids.reverse()
+    registry.complete_operations(result(id, "x" * (n * 37 % 700)) for id in ids)
+
+
+Life: TypeAlias = Callable[[Registry, int, Callable[[int], None]], None]
+
+
+@pytest.mark.parametrize("live", [live, live_together])
+def test_both_leave_the_same_memory(live: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte for byte, over several rounds of the table, the index ring and the byte ring."""
     now = begun = 1_700_000_000_000_000_000
     monkeypatch.setattr(time, "time_ns", lambda: now)
@@ -80,11 +103,12 @@ def test_both_leave_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     one.check()
 
 
-def test_the_common_case_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("live", [live, live_together])
+def test_the_common_case_is_native(live: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     _, registry = epoch()
     without_a_word_by_word(registry, monkeypatch)
     for n in range(1, 50):
-        live(registry, n)
+        live(registry, n, lambda _: None)
     registry.check()
 
 
@@ -95,7 +119,7 @@ LEFT: dict[str, Callable[[Segment], None]] = {
         s.layout.slot(0) + at.SLOT_TERMINAL_SEQ, 1
     ),
     "a registration that was not committed": lambda s: s.memory.store(
-        s.layout.slot(3) + at.SLOT_BIRTH, s.memory.load(at.REGISTRATIONS_AT) + 1
+        s.layout.slot(s.layout.slots - 1) + at.SLOT_BIRTH, s.memory.load(at.REGISTRATIONS_AT) + 1
     ),
 }
 
@@ -104,11 +128,15 @@ LEFT: dict[str, Callable[[Segment], None]] = {
 def test_what_was_left_behind_is_repaired_first(left: str) -> None:
     segment, registry = epoch()
     id, other = OperationId.new(), OperationId.new()
+    several = spec(), spec()
     registry.register_operation(spec(id=id))
     acts: tuple[Callable[[], None], ...] = (
         lambda: registry.provisioning_succeeded(id),
         lambda: registry.register_operation(spec(id=other)),
         lambda: registry.complete_operation(id, result(id)),
+        lambda: registry.register_operations([several[0], several[1]]),
+        lambda: registry.provisionings_succeeded([each.id for each in several]),
+        lambda: registry.complete_operations([result(each.id) for each in several]),
     )
     for act in acts:
         LEFT[left](segment)
@@ -116,7 +144,7 @@ def test_what_was_left_behind_is_repaired_first(left: str) -> None:
         act()
         assert segment.memory.load(at.INTENT_AT) == 0
         registry.check()
-    assert registry.completion_feed().watermark() == 1
+    assert registry.completion_feed().watermark() == 3
 
 
 @pytest.mark.parametrize(
@@ -141,6 +169,9 @@ def test_words_that_contradict_each_other_stop_every_transition(offset: int, val
         lambda: registry.provisioning_succeeded(id),
         lambda: registry.register_operation(spec()),
         lambda: registry.fail_operation(id, "broke"),
+        lambda: registry.register_operations([spec(), spec()]),
+        lambda: registry.provisionings_succeeded([id]),
+        lambda: registry.complete_operations([result(id)]),
     )
     for act in acts:
         with pytest.raises(SegmentCorrupted):
@@ -148,8 +179,31 @@ def test_words_that_contradict_each_other_stop_every_transition(offset: int, val
     assert segment.memory.read(0, segment.layout.size) == before
 
 
+def test_none_starts_alone_though_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, registry = epoch()
+    specs = [spec(), spec()]
+    for each, second in zip(specs, (1_000, 3_000), strict=True):
+        monkeypatch.setattr(time, "time_ns", lambda ms=second * 1_000: ms * 1_000_000)
+        registry.register_operation(each)
+    monkeypatch.setattr(time, "time_ns", lambda: 2_000_000 * 1_000_000)
+    registry.provisionings_succeeded([each.id for each in specs])
+    found = [registry.snapshot(each.id) for each in specs]
+    assert [one and one.started_at_ms for one in found] == [2_000_000, 3_000_000]
+
+
+def one_by_one(registry: Registry, id: OperationId) -> None:
+    registry.provisioning_succeeded(id)
+    registry.complete_operation(id, result(id))
+
+
+def together(registry: Registry, id: OperationId) -> None:
+    registry.provisionings_succeeded([id])
+    registry.complete_operations([result(id)])
+
+
+@pytest.mark.parametrize("act", [one_by_one, together])
 def test_a_clock_that_was_set_back_does_not_turn_time_round(
-    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[Registry, OperationId], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, registry = epoch()
     id = OperationId.new()
@@ -157,8 +211,7 @@ def test_a_clock_that_was_set_back_does_not_turn_time_round(
     monkeypatch.setattr(time, "time_ns", lambda: later)
     registry.register_operation(spec(id=id))
     monkeypatch.setattr(time, "time_ns", lambda: earlier)
-    registry.provisioning_succeeded(id)
-    registry.complete_operation(id, result(id))
+    act(registry, id)
     found = registry.snapshot(id)
     assert found is not None
     assert found.created_at_ms == found.started_at_ms == found.completed_at_ms

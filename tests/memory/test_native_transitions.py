@@ -71,9 +71,11 @@ def test_it_keeps_the_mapping() -> None:
 
 CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "register": (1, ID, 0, 0, 0, b"spec", 1, 4),
+    "register_all": (((1, ID, b"spec"),), 0, 0, 0, 1, 4),
     "start": (1, ID, 1, 2, 0, b"detail"),
     "look": (1, ID, 0b10),
     "end": (1, 0, 0, b"entry"),
+    "end_all": (1, ((0, 0, b"entry"),)),
 }
 
 
@@ -104,6 +106,11 @@ def test_each_argument_of_another_type(native: Any, name: str) -> None:
         ("register", 5, b"x" * (SPEC_LIMIT + 1)),
         ("register", 6, 0),
         ("register", 6, 4),
+        ("register_all", 0, ((1, ID, b"spec"), (0, ID, b"spec"))),
+        ("register_all", 0, ((1, ID, b"spec"), (1, ID[:-1], b"spec"))),
+        ("register_all", 0, ((1, ID, b"spec"), (1, ID, b"x" * (SPEC_LIMIT + 1)))),
+        ("register_all", 4, 0),
+        ("register_all", 4, 4),
         ("start", 0, 0),
         ("start", 1, b""),
         ("start", 2, 4),
@@ -113,6 +120,8 @@ def test_each_argument_of_another_type(native: Any, name: str) -> None:
         ("look", 1, ID * 2),
         ("end", 1, 7),
         ("end", 1, TOP),
+        ("end_all", 1, ((0, 0, b"entry"), (7, 0, b"entry"))),
+        ("end_all", 1, ((TOP, 0, b"entry"),)),
     ],
 )
 def test_values_out_of_range(native: Any, name: str, position: int, value: object) -> None:
@@ -120,6 +129,23 @@ def test_values_out_of_range(native: Any, name: str, position: int, value: objec
     arguments[position] = value
     with pytest.raises((ValueError, IndexError)):
         getattr(native, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", ["register_all", "end_all"])
+@pytest.mark.parametrize(
+    "several", [[], (7,), ((),), ((1, ID),), ((1, ID, b"", 0),), ((None,) * 3,), ((0, 0, "x"),)]
+)
+def test_several_that_are_no_tuple_of_threes(native: Any, name: str, several: object) -> None:
+    arguments = [several if isinstance(one, tuple) else one for one in CALLS[name]]
+    with pytest.raises(TypeError):
+        getattr(native, name)(*arguments)
+
+
+def test_more_entries_than_the_ring_has_room_for(native: Any) -> None:
+    _, capacity, _, budget = SEGMENT.layout.ring
+    assert native.end_all(1, ((0, 0, b""),) * (capacity + 1)) is None
+    assert native.end_all(1, ((0, 0, bytes(budget // 2)),) * 2) is None
+    assert native.end_all(1, ((0, 0, bytes(budget // 2 - 8)),) * 2) is True
 
 
 def test_an_entry_that_does_not_fit_is_not_written(native: Any) -> None:

@@ -97,6 +97,46 @@ def test_one_outcome_stands_however_many_end_an_operation(
         assert all(statuses[id] == status for id, status in refused)
 
 
+def complete_overlapping(
+    bindings: SessionRuntimeBindings, test: Channel, number: int, ids: list[OperationId]
+) -> list[list[OperationId]]:
+    """Try to complete groups of neighbours, each process others; those it completed."""
+    random_, done = random.Random(number), []
+    ready(test)
+    for first in range(len(ids) - 3):
+        group = ids[first : first + random_.randrange(1, 5)]
+        random_.shuffle(group)
+        try:
+            bindings.ops_lifecycle.complete_operations([result(id, f"by {number}") for id in group])
+        except InvalidTransition as error:
+            assert error.id in group
+        else:
+            done.append(group)
+    return done
+
+
+def test_groups_that_overlap_are_completed_whole_or_not_at_all(
+    bindings: SessionRuntimeBindings,
+) -> None:
+    registry = bindings.ops_lifecycle
+    specs = [spec() for _ in range(100)]
+    registry.register_operations(specs)
+    ids = [each.id for each in specs]
+    registry.provisionings_succeeded(ids)
+    with racing(complete_overlapping, bindings, ids) as children:
+        said = [child.result() for child in children]
+    batch = registry.completion_feed().list_since(0)
+    obeys_the_feed(batch, 0)
+    one_entry_each(batch.entries)
+    ended = [entry.operation_id for entry in batch.entries]
+    groups = [group for groups in said for group in groups]
+    assert sorted(ended) == sorted(id for group in groups for id in group)
+    for group in groups:
+        first = ended.index(group[0])
+        assert ended[first : first + len(group)] == group, "one commit, in the order asked for"
+    registry.check()
+
+
 # --- cursors ----------------------------------------------------------------------------------
 
 

@@ -91,6 +91,14 @@ def one_operation(registry: RuntimeOpsLifecycleRegistry, random_: random.Random)
     return id
 
 
+def several_operations(registry: RuntimeOpsLifecycleRegistry, random_: random.Random) -> None:
+    """Lead some operations through their lives together."""
+    specs = [spec("together") for _ in range(random_.randrange(1, 6))]
+    registry.register_operations(specs)
+    registry.provisionings_succeeded(each.id for each in specs)
+    registry.complete_operations(result(each.id, sealed_text(random_, 60)) for each in specs)
+
+
 def work_for_ever(bindings: SessionRuntimeBindings, test: Channel, seed: int) -> None:
     """A worker: some operations at a time, some of them others', until it is killed."""
     random_ = random.Random(seed)
@@ -115,5 +123,7 @@ def work_for_ever(bindings: SessionRuntimeBindings, test: Channel, seed: int) ->
                 case 3:
                     with registry.register_watcher(one_operation(registry, random_)) as watch:
                         watch.wait(60)
+                case 4:
+                    several_operations(registry, random_)
                 case _:
                     one_operation(registry, random_)

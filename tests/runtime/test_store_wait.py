@@ -149,6 +149,24 @@ def test_who_has_waited_long_enough_is_told(
     assert feed.watermark() == watermark + 1
 
 
+def test_several_wait_together(store: WatchedStore, held_up: SessionRuntimeBindings) -> None:
+    fill(held_up)
+    ids = [begin(held_up), begin(held_up)]
+    registry, results = held_up.ops_lifecycle, [result(id, CONTENT) for id in ids]
+    feed = registry.completion_feed()
+    watermark = feed.watermark()
+    with ThreadPoolExecutor() as pool:
+        work = pool.submit(registry.complete_operations, results)
+        eventually(lambda: waiting(work, held_up))
+        assert feed.watermark() == watermark
+        store.gate.set()
+        work.result(60)
+    entries = feed.list_since(watermark).entries
+    assert [entry.operation_id for entry in entries] == ids
+    stored = eventually(lambda: store.list_entries(held_up.epoch_id)[watermark:])
+    assert [entry.operation_id for entry in stored] == ids
+
+
 def test_no_more_is_unstored_than_a_recovery_leaves_out(
     store: WatchedStore, namespace: str
 ) -> None:
