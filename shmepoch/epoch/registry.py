@@ -343,8 +343,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         ]
         size = sum(map(len, encoded)) + len(encoded) * at.WORD
         if size > self._feed.payload_limit:
+            together = f" of {len(endings)} operations together" if len(endings) > 1 else ""
             raise PayloadTooLarge(
-                size, self._feed.payload_limit, what="the outcome", setting="feed_bytes"
+                size, self._feed.payload_limit, what=f"the outcome{together}", setting="feed_bytes"
             )
         position, dropped = self._feed.find_room([len(data) for data in encoded])
         if self._config.store_wait_ms:

@@ -260,6 +260,7 @@ def test_they_fit_together_or_not_at_all(make_epoch: MakeEpoch) -> None:
 
     error = refused(registry, PayloadTooLarge, lambda: complete(limit // 4))
     assert error.limit == limit < error.size
+    assert "the outcome of 4 operations together" in str(error)
     complete(limit // 4 - 300)
     assert len(registry.completion_feed().list_since(0).entries) == 4
 
