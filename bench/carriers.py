@@ -16,23 +16,24 @@ from time import sleep
 from typing import Any, Final
 
 import iceoryx2
+import msgspec
 
-from bench.contestants import SHMEPOCH
+from bench.contestants import BATCH, SHMEPOCH, TOGETHER
 from bench.harness import Skipped
 from bench.iceoryx import Place
 from bench.servers import ServerMissing, nats, redis
-from bench.work import epoch, operate
+from bench.work import epoch, operate, operate_together
 from shmepoch import OpsLifecycleConfig
 
-#: Records that a batch has, with those who can pass on several at once.
-_BATCH: Final = 100
 #: How long a reader that must poll sleeps in between.
 _POLL_S: Final = 500e-6
+_MOST_WRITERS: Final = 4
 #: Readers that lag behind by all records of a sample still find them.
 _ROOM: Final = OpsLifecycleConfig(max_completed=1_000, feed_bytes=16 * 1024 * 1024)
+#: The same for writers that have a batch under way each.
+_ROOM_TOGETHER: Final = msgspec.structs.replace(_ROOM, max_operations=_MOST_WRITERS * BATCH)
 #: The same for iceoryx2, whose writers wait when so many have not been read.
 _QUEUED: Final = 1_000
-_MOST_WRITERS: Final = 4
 
 #: Writes, or reads, so many records.
 Pass = Callable[[int], None]
@@ -52,11 +53,13 @@ class Carrier:
 
 def carriers(stack: ExitStack) -> Iterator[Carrier | Skipped]:
     """Everyone who can be had here; their servers end with `stack`."""
-    at_once = f"seen {_BATCH} at a time"
-    yield Carrier(SHMEPOCH, partial(_shmepoch, stack.enter_context(ExitStack())))
+    at_once = f"seen {BATCH} at a time"
+    yield Carrier(SHMEPOCH, partial(_shmepoch, stack.enter_context(ExitStack()), 1))
+    together = partial(_shmepoch, stack.enter_context(ExitStack()), BATCH)
+    yield Carrier(TOGETHER, together, at_once)
     try:
         port = redis(stack)
-        yield Carrier("Redis stream, pipelined", partial(_redis, port, _BATCH), at_once)
+        yield Carrier("Redis stream, pipelined", partial(_redis, port, BATCH), at_once)
         yield Carrier("Redis stream, one by one", partial(_redis, port, 1))
     except ServerMissing as missing:
         yield Skipped("Redis stream, pipelined", str(missing))
@@ -65,7 +68,7 @@ def carriers(stack: ExitStack) -> Iterator[Carrier | Skipped]:
     except ServerMissing as missing:
         yield Skipped("NATS JetStream, pipelined", str(missing))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    for synchronous, batch in (("normal", _BATCH), ("full", _BATCH), ("normal", 1)):
+    for synchronous, batch in (("normal", BATCH), ("full", BATCH), ("normal", 1)):
         yield Carrier(
             f"SQLite, {synchronous}, {batch} a commit",
             partial(_sqlite, folder, synchronous, batch),
@@ -86,13 +89,17 @@ def _inherited(run: Pass) -> End:
     return lambda: nullcontext(run)
 
 
-def _shmepoch(stack: ExitStack, content: str) -> tuple[End, End]:
+def _shmepoch(stack: ExitStack, batch: int, content: str) -> tuple[End, End]:
     stack.close()  # the epoch of the sample before
-    bindings = epoch(stack, _ROOM)
+    bindings = epoch(stack, _ROOM if batch == 1 else _ROOM_TOGETHER)
 
     def write(count: int) -> None:
-        for _ in range(count):
-            operate(bindings, content)
+        if batch == 1:
+            for _ in range(count):
+                operate(bindings, content)
+        else:
+            for first in range(0, count, batch):
+                operate_together(bindings, content, min(batch, count - first))
 
     def read(count: int) -> None:
         feed = bindings.ops_lifecycle.completion_feed()
@@ -161,8 +168,8 @@ def _nats(port: int, content: str) -> tuple[End, End]:
 
     async def writer(stream: Any) -> Callable[[int], Coroutine[Any, Any, None]]:
         async def write(count: int) -> None:
-            for first in range(0, count, _BATCH):
-                these = range(min(_BATCH, count - first))
+            for first in range(0, count, BATCH):
+                these = range(min(BATCH, count - first))
                 await asyncio.gather(*(stream.publish("records", record) for _ in these))
 
         return write
@@ -175,7 +182,7 @@ def _nats(port: int, content: str) -> tuple[End, End]:
         async def read(count: int) -> None:
             seen = 0
             while seen < count:
-                seen += len(await subscription.fetch(min(_BATCH, count - seen), timeout=30))
+                seen += len(await subscription.fetch(min(BATCH, count - seen), timeout=30))
 
         return read
 

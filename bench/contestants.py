@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+#: Records or operations that a batch has, with those who can pass on several at once.
+BATCH: Final = 100
 SHMEPOCH: Final = "shmepoch"
+TOGETHER: Final = f"{SHMEPOCH}, {BATCH} at a time"
+#: What the plots show as ours.
+OURS: Final = (SHMEPOCH, TOGETHER)
 ATOMICSHM: Final = "atomicshm"
 ATOMICS: Final = "atomics"
 VALUE: Final = "multiprocessing.Value"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from bench.contestants import SHMEPOCH
+from bench.contestants import OURS, SHMEPOCH
 from bench.goals import table
 from bench.harness import Result
 
@@ -100,7 +100,7 @@ def main_table(results: Sequence[Result]) -> str:
     lines = ["| what | contestant | one takes | times shmepoch's |", "| --- | --- | --- | --- |"]
     for result, label in _main(results):
         for name in _from_fast_to_slow(result):
-            who = f"**{name}**" if name == SHMEPOCH else name
+            who = f"**{name}**" if name in OURS else name
             caveat = f" ({result.caveats[name]})" if result.caveats[name] else ""
             lines.append(
                 f"| {label} | {who}{caveat} | {duration(result.median(name))} "
@@ -189,11 +189,11 @@ def _panel(axis: Any, result: Result, names: Sequence[str]) -> None:
     axis.tick_params(axis="y", left=False)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
     for text in axis.get_yticklabels():
-        if text.get_text() == SHMEPOCH:
+        if text.get_text() in OURS:
             text.set_fontweight("bold")
 
 
 def _colour(name: str, result: Result) -> str:
-    if name == SHMEPOCH:
+    if name in OURS:
         return _OURS
     return _FLOOR if result.caveats[name] == "the floor" else _THEIRS

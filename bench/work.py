@@ -38,6 +38,14 @@ def specified(id: OperationId, bindings: SessionRuntimeBindings) -> OperationSpe
     )
 
 
+def operate_together(bindings: SessionRuntimeBindings, content: str, count: int) -> None:
+    """Register, start and complete so many operations, each step of all of them at once."""
+    ids, registry = [OperationId.new() for _ in range(count)], bindings.ops_lifecycle
+    registry.register_operations([specified(id, bindings) for id in ids])
+    registry.provisionings_succeeded(ids)
+    registry.complete_operations([OperationResult(id=id, content=content) for id in ids])
+
+
 def operate(bindings: SessionRuntimeBindings, content: str) -> None:
     """Register, start and complete one operation."""
     id, registry = OperationId.new(), bindings.ops_lifecycle

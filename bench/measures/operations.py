@@ -8,19 +8,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
-from bench.contestants import SHMEPOCH
+from bench.contestants import BATCH, SHMEPOCH, TOGETHER
 from bench.harness import Contestant, Measure
-from bench.loops import calls
-from bench.work import epoch, operate, specified
+from bench.loops import Timed, calls
+from bench.work import epoch, operate, operate_together, specified
 from shmepoch import (
     Completed,
     CompletionEntry,
     OperationId,
     OperationResult,
+    OpsLifecycleConfig,
     SessionRuntimeBindings,
 )
 from shmepoch.epoch.codec import to_wire, wire_decoder
+
+#: A batch of the largest is in the feed at once.
+_ROOM: Final = OpsLifecycleConfig(feed_bytes=16 * 1024 * 1024)
 
 
 def _database(stack: ExitStack, synchronous: str) -> sqlite3.Connection:
@@ -42,22 +47,34 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 def _operations(stack: ExitStack, count: int, content: str) -> Iterator[Contestant]:
     yield Contestant(SHMEPOCH, calls(partial(operate, epoch(stack), content), count))
+    yield Contestant(TOGETHER, _together(epoch(stack, _ROOM), content, count))
     bare = partial(_lock_and_encode, epoch(stack), content)
     yield Contestant("locks and encoding alone", calls(bare, count), "the floor")
+    encoded = partial(_encode, epoch(stack), content)
+    yield Contestant("encoding alone", calls(encoded, count), "the floor of many at a time")
     for synchronous in ("normal", "full"):
         inserted = partial(_insert, _database(stack, synchronous), content)
         yield Contestant(f"SQLite, {synchronous}", calls(inserted, count), "one insert")
 
 
+def _together(bindings: SessionRuntimeBindings, content: str, count: int) -> Timed:
+    batch = calls(partial(operate_together, bindings, content, BATCH), count // BATCH)
+    return lambda: batch() / BATCH
+
+
 def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
     """What three transitions need at least: the kernel's lock, an encoded spec and an entry."""
-    id, writer = OperationId.new(), bindings.shared_segment().writer
+    _encode(bindings, content)
+    writer = bindings.shared_segment().writer
+    for _ in range(3):
+        with writer:
+            pass
+
+
+def _encode(bindings: SessionRuntimeBindings, content: str) -> None:
+    id = OperationId.new()
     spec = specified(id, bindings)
     to_wire(spec)
-    with writer:
-        pass
-    with writer:
-        pass
     entry = CompletionEntry(
         seq=1,
         operation_id=id,
@@ -67,8 +84,6 @@ def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
         completed_at_ms=1,
     )
     to_wire(entry)
-    with writer:
-        pass
 
 
 def _insert(database: sqlite3.Connection, content: str) -> None:
