@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from shmepoch.epoch.codec import Record
+from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Cell
 from shmepoch.memory.layout import Layout
@@ -92,7 +92,7 @@ class EpochCursorState:
             at.CURSORS_AT, at.CURSORS, at.LINE, EpochCursorSnapshot
         ).take
 
-    @cached_property
+    @lazy
     def values(self) -> NDArray[np.uint64]:
         """The cursors as a read-only array, for monitors.
 

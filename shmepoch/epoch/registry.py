@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Final, Self, TypeAlias
 
 import msgspec
@@ -61,6 +60,7 @@ from shmepoch.errors import (
     StoreBehind,
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
+from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import OpsLifecycleConfig
@@ -129,16 +129,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 return
             self._register(encoded)
 
-    def _register(self, specs: Sequence[EncodedSpec]) -> None:
+    def _register(self, encoded: Sequence[EncodedSpec]) -> None:
         words = self._begin()
         seen: set[OperationId] = set()
-        for spec in specs:
-            id = spec.spec.id
+        for each in encoded:
+            id = each.spec.id
             if id in seen or self._table.find(id, words) is not None:
                 raise AlreadyRegistered(id)
             seen.add(id)
-        self._admit(words.active, len(specs))
-        self._enter(specs, words, _now_ms())
+        self._admit(words.active, len(encoded))
+        self._enter(encoded, words, _now_ms())
 
     def _admit(self, active: int, entering: int) -> None:
         config = self._config
@@ -149,16 +149,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             if limit is not None and active + entering > limit:
                 raise MaxConcurrentExceeded(limit, active, entering=entering, setting=setting)
 
-    def _enter(self, specs: Sequence[EncodedSpec], words: Words, created_ms: int) -> None:
+    def _enter(self, encoded: Sequence[EncodedSpec], words: Words, created_ms: int) -> None:
         memory, births, now_ns = self._memory, words.registrations, time.monotonic_ns()
         self._table.reclaim(words)
         memory.store(at.INTENT_AT, 1)
-        for birth, spec in enumerate(specs, births + 1):
-            self._table.fill(self._table.free_slot(), birth, spec, created_ms, now_ns)
-        memory.store(at.REGISTRATIONS_AT, births + len(specs))
+        for birth, each in enumerate(encoded, births + 1):
+            self._table.fill(self._table.free_slot(), birth, each, created_ms, now_ns)
+        memory.store(at.REGISTRATIONS_AT, births + len(encoded))
         memory.store(at.INTENT_AT, 0)
-        for birth, spec in enumerate(specs, births + 1):
-            self._table.remember(birth, spec.spec)
+        for birth, each in enumerate(encoded, births + 1):
+            self._table.remember(birth, each.spec)
 
     # --- transitions that do not end an operation ---------------------------------------------
 
@@ -234,12 +234,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             if ended:
                 self._segment.waiters.notify()
                 return
-
-        def allowed(words: Words) -> list[_Ending]:
-            views = self._require_all([id for id, _ in outcomes], action, words)
-            return [(view, outcome) for view, (_, outcome) in zip(views, outcomes, strict=True)]
-
-        self._end_all(allowed)
+        self._end_those(outcomes, action)
 
     def fail_operation(self, id: OperationId, error: str) -> None:
         self._end(id, Action.FAIL_OPERATION, Failed(error))
@@ -286,11 +281,14 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             if ended:
                 self._segment.waiters.notify()
                 return
+        self._end_those([(id, encoded)], action)
 
+    def _end_those(
+        self, outcomes: Sequence[tuple[OperationId, msgspec.Raw]], action: Action
+    ) -> None:
         def allowed(words: Words) -> list[_Ending]:
-            view = self._require(id, words)
-            self._guard(view, action)
-            return [(view, encoded)]
+            views = self._require_all([id for id, _ in outcomes], action, words)
+            return [(view, outcome) for view, (_, outcome) in zip(views, outcomes, strict=True)]
 
         self._end_all(allowed)
 
@@ -372,7 +370,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         ahead = min(last - at.RECOVERY_SKIP, words.watermark)
         return max(ahead, dropped if dropped > words.dropped else 0)
 
-    @cached_property
+    @lazy
     def _common(self) -> CommonTransitions:
         return CommonTransitions(self._segment, self._table)
 

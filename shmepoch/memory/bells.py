@@ -17,10 +17,10 @@ import os
 import random
 import threading
 import weakref
-from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory, try_lock
 from shmepoch.memory.files import (
@@ -213,7 +213,7 @@ class SharedWaits:
         self._memory = memory
         self._namespace = namespace
 
-    @cached_property
+    @lazy
     def _bells(self) -> Bells:
         return Bells.of(self._namespace)  # not before somebody waits: most never do
 

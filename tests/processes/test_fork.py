@@ -10,6 +10,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,15 @@ from shmepoch import (
     OperationStatus,
     Role,
     RuntimeAlreadyActive,
+    RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SessionId,
     SessionOwned,
     SessionRuntimeBindings,
     Terminated,
 )
+from shmepoch.epoch import registry
+from shmepoch.epoch.transitions import CommonTransitions
 from tests.processes.children import Channel, start
 from tests.support import eventually, spec
 
@@ -36,6 +40,37 @@ def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -
     """Register an operation; the processes that are attached then."""
     bindings.ops_lifecycle.register_operation(spec("the child's", id=id))
     return [one.pid for one in bindings.participants()]
+
+
+def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other thread exists in the parent only, and never makes here what it was about to."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def made_slowly(*args: Any) -> CommonTransitions:
+        entered.set()
+        go_on.wait(60)
+        return CommonTransitions(*args)
+
+    monkeypatch.setattr(registry, "CommonTransitions", made_slowly)
+    first = threading.Thread(target=RuntimeOpsLifecycleRegistry().register_operation, args=[spec()])
+    first.start()
+    assert entered.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        registry.CommonTransitions = CommonTransitions  # type: ignore[attr-defined]
+        try:
+            RuntimeOpsLifecycleRegistry().register_operation(spec())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    go_on.set()
+    first.join()
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 # --- attaching again --------------------------------------------------------------------------
