@@ -31,6 +31,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(optionalhook=True)  # there only where pytest-xdist is
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each processor: much of what the tests do is to wait for other processes."""
+    return 2 * len(os.sched_getaffinity(0))
+
+
 def pytest_report_header() -> list[str]:
     """What the results depend on."""
     maps = Path("/proc/self/maps").read_text()
