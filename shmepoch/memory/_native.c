@@ -1480,8 +1480,9 @@ typedef struct {
 
 static bool
 parse_entrant(const Transitions *self, PyObject *fingerprint, PyObject *id, PyObject *spec,
-              Entrant *entrant)
+              void *parsed)
 {
+    Entrant *entrant = parsed;
     if (!parse_id(fingerprint, id, &entrant->fingerprint, entrant->id)
         || PyBytes_AsStringAndSize(spec, &entrant->spec, &entrant->length) < 0) {
         return false;
@@ -1606,24 +1607,33 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return enter(self, &entrant, 1, &entry);
 }
 
-/* Room for one element of each of a tuple's tuples of three, to be freed; NULL with an error set. */
+/* What `parse` makes, of `size` bytes, of each of a tuple's tuples of three, to be freed; NULL with an
+ * error set. It may point into what the tuples hold. */
 static void *
-allocate_each(PyObject *tuple, size_t size)
+parse_each(const Transitions *self, PyObject *tuple, size_t size,
+           bool (*parse)(const Transitions *, PyObject *, PyObject *, PyObject *, void *))
 {
     if (!PyTuple_Check(tuple)) {
         PyErr_SetString(PyExc_TypeError, "a tuple of tuples");
         return NULL;
     }
     const Py_ssize_t count = PyTuple_Size(tuple);
+    char *parsed = PyMem_Calloc((size_t)count, size);
+    if (parsed == NULL) {
+        return PyErr_NoMemory();
+    }
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *each = PyTuple_GetItem(tuple, i);
         if (!PyTuple_Check(each) || PyTuple_Size(each) != 3) {
             PyErr_SetString(PyExc_TypeError, "a tuple of tuples of three");
-            return NULL;
+        } else if (parse(self, PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1),
+                         PyTuple_GetItem(each, 2), parsed + (size_t)i * size)) {
+            continue;
         }
+        PyMem_Free(parsed);
+        return NULL;
     }
-    void *room = PyMem_Calloc((size_t)count, size);
-    return room != NULL ? room : PyErr_NoMemory();
+    return parsed;
 }
 
 /* register_all(((fingerprint, id, spec), ...), participant, created_ms, created_mono, status, limit)
@@ -1633,28 +1643,15 @@ static PyObject *
 transitions_register_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     Transitions *self = (Transitions *)object;
-    PyObject *entered = NULL;
     Entry entry;
     if (!check_arity("register_all", nargs, 6) || !parse_entry(&args[1], args[4], args[5], &entry)) {
         return NULL;
     }
-    Entrant *entrants = allocate_each(args[0], sizeof *entrants);
+    Entrant *entrants = parse_each(self, args[0], sizeof *entrants, parse_entrant);
     if (entrants == NULL) {
         return NULL;
     }
-    const Py_ssize_t count = PyTuple_Size(args[0]);
-    Py_ssize_t parsed = 0;
-    while (parsed < count) {
-        PyObject *each = PyTuple_GetItem(args[0], parsed);
-        if (!parse_entrant(self, PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1),
-                           PyTuple_GetItem(each, 2), &entrants[parsed])) {
-            break;
-        }
-        parsed++;
-    }
-    if (parsed == count) {
-        entered = enter(self, entrants, count, &entry);
-    }
+    PyObject *entered = enter(self, entrants, PyTuple_Size(args[0]), &entry);
     PyMem_Free(entrants);
     return entered;
 }
@@ -1750,8 +1747,9 @@ typedef struct {
 
 static bool
 parse_ending(const Transitions *self, PyObject *slot, PyObject *elapsed_ms, PyObject *data,
-             Ending *ending)
+             void *parsed)
 {
+    Ending *ending = parsed;
     if (!as_u64(slot, &ending->slot) || !as_u64(elapsed_ms, &ending->elapsed_ms)
         || PyBytes_AsStringAndSize(data, &ending->data, &ending->length) < 0) {
         return false;
@@ -1855,28 +1853,15 @@ static PyObject *
 transitions_end_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     const Transitions *self = (const Transitions *)object;
-    PyObject *ended = NULL;
     uint64_t first;
     if (!check_arity("end_all", nargs, 2) || !as_u64(args[0], &first)) {
         return NULL;
     }
-    Ending *endings = allocate_each(args[1], sizeof *endings);
+    Ending *endings = parse_each(self, args[1], sizeof *endings, parse_ending);
     if (endings == NULL) {
         return NULL;
     }
-    const Py_ssize_t count = PyTuple_Size(args[1]);
-    Py_ssize_t parsed = 0;
-    while (parsed < count) {
-        PyObject *each = PyTuple_GetItem(args[1], parsed);
-        if (!parse_ending(self, PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1),
-                          PyTuple_GetItem(each, 2), &endings[parsed])) {
-            break;
-        }
-        parsed++;
-    }
-    if (parsed == count) {
-        ended = end_together(self, first, endings, count);
-    }
+    PyObject *ended = end_together(self, first, endings, PyTuple_Size(args[1]));
     PyMem_Free(endings);
     return ended;
 }
