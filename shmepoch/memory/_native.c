@@ -1476,7 +1476,7 @@ typedef struct {
 /* What is the same of all that are registered together. */
 typedef struct {
     uint64_t participant, created_ms, created_mono, status, limit;
-} Entry;
+} Common;
 
 static bool
 parse_entrant(const Transitions *self, PyObject *fingerprint, PyObject *id, PyObject *spec,
@@ -1495,14 +1495,14 @@ parse_entrant(const Transitions *self, PyObject *fingerprint, PyObject *id, PyOb
 }
 
 static bool
-parse_entry(PyObject *const *times, PyObject *status, PyObject *limit, Entry *entry)
+parse_common(PyObject *const *facts, PyObject *status, PyObject *limit, Common *common)
 {
-    if (!as_u64(times[0], &entry->participant) || !as_u64(times[1], &entry->created_ms)
-        || !as_u64(times[2], &entry->created_mono) || !as_u64(status, &entry->status)
-        || !as_u64(limit, &entry->limit)) {
+    if (!as_u64(facts[0], &common->participant) || !as_u64(facts[1], &common->created_ms)
+        || !as_u64(facts[2], &common->created_mono) || !as_u64(status, &common->status)
+        || !as_u64(limit, &common->limit)) {
         return false;
     }
-    if (entry->status == FREE || entry->status > STATUS_MASK) {
+    if (common->status == FREE || common->status > STATUS_MASK) {
         PyErr_SetString(PyExc_ValueError, "the status of an operation that has not ended");
         return false;
     }
@@ -1538,7 +1538,7 @@ find_places(Transitions *self, const Words *words, uint64_t limit, Entrant *entr
 }
 
 static void
-fill_slot(const Transitions *self, const Entrant *entrant, const Entry *entry, uint64_t birth)
+fill_slot(const Transitions *self, const Entrant *entrant, const Common *common, uint64_t birth)
 {
     const Py_ssize_t at = slot_at(self, entrant->slot);
     const uint64_t going = next_word(word_of(self, at), FREE, 0);
@@ -1552,9 +1552,9 @@ fill_slot(const Transitions *self, const Entrant *entrant, const Entry *entry, u
         {self->terminal_seq, 0},
         {self->id, entrant->id[0]},
         {self->id + WORD, entrant->id[1]},
-        {self->participant, entry->participant},
-        {self->created_ms, entry->created_ms},
-        {self->created_mono, entry->created_mono},
+        {self->participant, common->participant},
+        {self->created_ms, common->created_ms},
+        {self->created_mono, common->created_mono},
         {self->elapsed_ms, 0},
         {self->spec_length, (uint64_t)entrant->length},
         {self->detail_length, 0},
@@ -1569,20 +1569,20 @@ fill_slot(const Transitions *self, const Entrant *entrant, const Entry *entry, u
     }
     copy_in(self->memory, at + self->spec, (const unsigned char *)entrant->spec, entrant->length);
     publish(self, self->fingerprints + entrant->slot * WORD, entrant->fingerprint);
-    publish(self, at, next_word(going, entry->status, 0));
+    publish(self, at, next_word(going, common->status, 0));
 }
 
 /* Registers all of them in one commit; the first one's number, or None. */
 static PyObject *
-enter(Transitions *self, Entrant *entrants, Py_ssize_t count, const Entry *entry)
+enter(Transitions *self, Entrant *entrants, Py_ssize_t count, const Common *common)
 {
     Words words;
-    if (!load_words(self, &words) || !find_places(self, &words, entry->limit, entrants, count)) {
+    if (!load_words(self, &words) || !find_places(self, &words, common->limit, entrants, count)) {
         Py_RETURN_NONE;
     }
     publish(self, self->intent, 1);
     for (Py_ssize_t i = 0; i < count; i++) {
-        fill_slot(self, &entrants[i], entry, words.registrations + 1 + (uint64_t)i);
+        fill_slot(self, &entrants[i], common, words.registrations + 1 + (uint64_t)i);
         self->hints[entrants[i].fingerprint % HINTS] = (uint32_t)entrants[i].slot;
     }
     publish(self, self->registrations, words.registrations + (uint64_t)count);
@@ -1598,13 +1598,13 @@ transitions_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     Transitions *self = (Transitions *)object;
     Entrant entrant;
-    Entry entry;
+    Common common;
     if (!check_arity("register", nargs, 8)
         || !parse_entrant(self, args[0], args[1], args[5], &entrant)
-        || !parse_entry(&args[2], args[6], args[7], &entry)) {
+        || !parse_common(&args[2], args[6], args[7], &common)) {
         return NULL;
     }
-    return enter(self, &entrant, 1, &entry);
+    return enter(self, &entrant, 1, &common);
 }
 
 /* What `parse` makes, of `size` bytes, of each of a tuple's tuples of three, to be freed; NULL with an
@@ -1643,15 +1643,15 @@ static PyObject *
 transitions_register_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     Transitions *self = (Transitions *)object;
-    Entry entry;
-    if (!check_arity("register_all", nargs, 6) || !parse_entry(&args[1], args[4], args[5], &entry)) {
+    Common common;
+    if (!check_arity("register_all", nargs, 6) || !parse_common(&args[1], args[4], args[5], &common)) {
         return NULL;
     }
     Entrant *entrants = parse_each(self, args[0], sizeof *entrants, parse_entrant);
     if (entrants == NULL) {
         return NULL;
     }
-    PyObject *entered = enter(self, entrants, PyTuple_Size(args[0]), &entry);
+    PyObject *entered = enter(self, entrants, PyTuple_Size(args[0]), &common);
     PyMem_Free(entrants);
     return entered;
 }
