@@ -69,15 +69,7 @@ def _together(bindings: SessionRuntimeBindings, content: str, count: int) -> Tim
 
 def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
     """What three transitions need at least: the kernel's lock, an encoded spec and an entry."""
-    _encode(bindings, content)
-    writer = bindings.shared_segment().writer
-    for _ in range(3):
-        with writer:
-            pass
-
-
-def _encode(bindings: SessionRuntimeBindings, content: str) -> None:
-    id = OperationId.new()
+    id, writer = OperationId.new(), bindings.shared_segment().writer
     spec = specified(id, bindings)
     to_wire(spec)
     entry = CompletionEntry(
@@ -89,6 +81,9 @@ def _encode(bindings: SessionRuntimeBindings, content: str) -> None:
         completed_at_ms=1,
     )
     to_wire(entry)
+    for _ in range(3):
+        with writer:
+            pass
 
 
 def _make_records(bindings: SessionRuntimeBindings, content: str) -> None:
