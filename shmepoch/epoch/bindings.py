@@ -22,6 +22,7 @@ from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
 from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.lazy import lazy
 from shmepoch.memory.layout import ID_SIZE, OpsLifecycleConfig
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.memory.segment import Segment, SharedSegment, resolve_namespace
@@ -68,17 +69,17 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         if head + dot != _PREFIX:
             raise TokenInvalid(f"its version is {head!r}, this release reads {_PREFIX[:-1]!r}")
         try:
-            data = base64.b64decode(body + "=" * (-len(body) % 4), b"-_", validate=True)
+            data = binascii.a2b_base64(body.replace("-", "+").replace("_", "/") + "==")
             payload = data[:-_MAC_SIZE]
             facts = _facts_decoder.decode(payload)
-        except (binascii.Error, msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError) as error:
             raise TokenInvalid("it was cut or edited") from error
         namespace, session, epoch, witness = facts
         if (
             not len(session) == len(epoch) == len(witness) == ID_SIZE
             or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness))
-            # A handle has one token: base64 has spare bits, and msgpack lengths of several widths,
-            # that decode to the same.
+            # A handle has one token. Base64 has spare bits, and passes over what it does not know,
+            # and msgpack has lengths of several widths, that decode to the same.
             or _text(data) != body
             or _payload(facts) != payload
         ):
@@ -124,16 +125,23 @@ class SessionRuntimeBindings:
         self.session_id: Final = segment.session_id
         self.epoch_id: Final = segment.epoch_id
         self.ops_lifecycle: Final = RuntimeOpsLifecycleRegistry(segment)
-        self.cursor_state: Final = EpochCursorState(segment)
-        self.handle: Final = (
-            EpochHandle(
-                namespace=segment.namespace,
-                session_id=segment.session_id,
-                epoch_id=segment.epoch_id,
-                witness=segment.witness,
-            )
-            if isinstance(segment, SharedSegment)
-            else None
+
+    @lazy
+    def cursor_state(self) -> EpochCursorState:
+        """The epoch's cursors; a worker that runs operations never asks for them."""
+        return EpochCursorState(self._segment)
+
+    @lazy
+    def handle(self) -> EpochHandle | None:
+        """What another process needs to attach; None for standalone bindings."""
+        segment = self._segment
+        if not isinstance(segment, SharedSegment):
+            return None
+        return EpochHandle(
+            namespace=segment.namespace,
+            session_id=segment.session_id,
+            epoch_id=segment.epoch_id,
+            witness=segment.witness,
         )
 
     @classmethod
