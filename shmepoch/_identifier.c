@@ -58,6 +58,13 @@ make(PyTypeObject *type, PyObject *raw)
     return (PyObject *)self;
 }
 
+/* The same as a call of the type, without the tuple that a call makes of its argument. */
+static PyObject *
+identifier_from_bytes(PyObject *type, PyObject *raw)
+{
+    return make((PyTypeObject *)type, raw);
+}
+
 static PyObject *
 identifier_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -117,6 +124,12 @@ static PyGetSetDef identifier_getters[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+static PyMethodDef identifier_methods[] = {
+    {"from_bytes", identifier_from_bytes, METH_O | METH_CLASS,
+     "The identifier whose UUID has these sixteen bytes; ValueError for another length."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyType_Slot identifier_slots[] = {
     {Py_tp_doc, "Identifier(raw): sixteen bytes that equal only those of the same subclass."},
     {Py_tp_new, identifier_new},
@@ -124,6 +137,7 @@ static PyType_Slot identifier_slots[] = {
     {Py_tp_richcompare, identifier_compare},
     {Py_tp_hash, identifier_hash},
     {Py_tp_getset, identifier_getters},
+    {Py_tp_methods, identifier_methods},
     {0, NULL},
 };
 

@@ -37,11 +37,6 @@ class _Id(Identifier):
         return cls(value.bytes)
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Self:
-        """The identifier whose UUID has these sixteen bytes; `ValueError` for another length."""
-        return cls(raw)
-
-    @classmethod
     def parse(cls, text: str) -> Self:
         """Read the hyphenated UUID text; `ValueError` that shows the text for anything else.
 
