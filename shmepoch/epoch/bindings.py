@@ -9,9 +9,11 @@ import base64
 import binascii
 import hashlib
 import hmac
+import os
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, Protocol, Self, TypeAlias
 
 import msgspec
@@ -160,7 +162,7 @@ class SessionRuntimeBindings:
         validating the segment may raise.
         """
         with _attached_lock:
-            bindings = _attached.get(handle.epoch_id.bytes)
+            bindings = _known(handle.epoch_id)
             if bindings is None:
                 segment = SharedSegment.attach_epoch(
                     handle.namespace, handle.session_id, handle.epoch_id, handle.witness
@@ -184,7 +186,7 @@ class SessionRuntimeBindings:
     def of_segment(cls, segment: SharedSegment) -> SessionRuntimeBindings:
         """The process's bindings of an attached segment: those it has already, or new ones."""
         with _attached_lock:
-            bindings = _attached.get(segment.epoch_id.bytes)
+            bindings = _known(segment.epoch_id)
             if bindings is None:
                 try:
                     return _remember(cls(segment))
@@ -248,7 +250,7 @@ class SessionRuntimeBindings:
         """Leave the epoch: this process's running operations end as `Terminated` before long."""
         if isinstance(self._segment, SharedSegment):
             with _attached_lock:
-                if _attached.get(self.epoch_id.bytes) is self:
+                if _known(self.epoch_id) is self:
                     del _attached[self.epoch_id.bytes]
             self._segment.close()
 
@@ -268,16 +270,36 @@ class SessionRuntimeBindings:
         )
 
 
-#: By the bytes of the epoch's id.
-_attached: weakref.WeakValueDictionary[bytes, SessionRuntimeBindings] = (
-    weakref.WeakValueDictionary()
-)
+#: By the bytes of the epoch's id. Not a WeakValueDictionary, which guards its iteration against
+#: changes: it takes four times as long, and is not iterated.
+_attached: Final[dict[bytes, weakref.ref[SessionRuntimeBindings]]] = {}
+#: Reentrant, since bindings may be let go of, and forgotten, at any moment.
 _attached_lock = threading.RLock()
 
 
+def _known(epoch_id: RuntimeEpochId) -> SessionRuntimeBindings | None:
+    reference = _attached.get(epoch_id.bytes)
+    return None if reference is None else reference()
+
+
 def _remember(bindings: SessionRuntimeBindings) -> SessionRuntimeBindings:
-    _attached[bindings.epoch_id.bytes] = bindings
+    key = bindings.epoch_id.bytes
+    _attached[key] = weakref.ref(bindings, partial(_forget, key))
     return bindings
+
+
+def _forget(key: bytes, reference: weakref.ref[SessionRuntimeBindings]) -> None:
+    with _attached_lock:
+        if _attached.get(key) is reference:
+            del _attached[key]
+
+
+def _after_fork_in_child() -> None:
+    global _attached_lock
+    _attached_lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class StandaloneEphemeral:

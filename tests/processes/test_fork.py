@@ -32,6 +32,7 @@ from shmepoch import (
 )
 from shmepoch.epoch import registry
 from shmepoch.epoch.transitions import CommonTransitions
+from shmepoch.memory.segment import SharedSegment, remove_unused
 from tests.processes.children import Channel, start
 from tests.support import eventually, spec
 
@@ -70,6 +71,42 @@ def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
     _, status = os.waitpid(pid, 0)
     go_on.set()
     first.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_child_forked_in_the_middle_of_an_attach_does_not_wait_for_it(
+    bindings: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = SessionId.new()
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as other:
+        token = other.prepare_bindings(session_id).to_token()
+    entered, go_on = threading.Event(), threading.Event()
+    attach_epoch = SharedSegment.attach_epoch
+
+    def attached_slowly(*args: Any) -> SharedSegment:
+        entered.set()
+        go_on.wait(60)
+        return attach_epoch(*args)
+
+    monkeypatch.setattr(SharedSegment, "attach_epoch", attached_slowly)
+    first = threading.Thread(target=lambda: SessionRuntimeBindings.from_token(token).close())
+    first.start()
+    assert entered.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            go_on.set()
+            assert SessionRuntimeBindings.from_token(bindings.to_token()) is bindings
+            SessionRuntimeBindings.from_token(token).close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    go_on.set()
+    first.join()
+    assert remove_unused(namespace, session_id)
     assert os.waitstatus_to_exitcode(status) == 0
 
 
