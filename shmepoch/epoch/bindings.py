@@ -5,7 +5,6 @@ One build consumes bindings, it does not create them.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import hmac
@@ -14,10 +13,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, Protocol, Self, TypeAlias
+from typing import Annotated, Final, Protocol, Self, TypeAlias
 
 import msgspec
 
+from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import SkippedRange
@@ -47,51 +47,39 @@ class History(Protocol):
         ...
 
 
-class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
+class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What it takes to attach to an epoch. A capability: `repr` does not show its key."""
 
     namespace: str
     session_id: SessionId
     epoch_id: RuntimeEpochId
-    witness: bytes
+    witness: Annotated[bytes, msgspec.Meta(min_length=ID_SIZE, max_length=ID_SIZE)]
 
     def to_token(self) -> str:
         """The handle as text, for an environment variable or a command line."""
-        payload = _payload(
-            (self.namespace, self.session_id.bytes, self.epoch_id.bytes, self.witness)
-        )
-        return _PREFIX + _text(payload + _mac(payload, self.witness))
+        payload = to_wire(self)
+        text = binascii.b2a_base64(payload + _mac(payload, self.witness), newline=False).decode()
+        return _PREFIX + text.rstrip("=").replace("+", "-").replace("/", "_")
 
     @classmethod
-    def from_token(cls, text: str) -> Self:
+    def from_token(cls, text: str) -> EpochHandle:
         """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
-        head, dot, body = text.strip().partition(".")
-        if not dot or not head.startswith("shmepoch"):
-            raise TokenInvalid(f"it does not begin with {_PREFIX!r}")
-        if head + dot != _PREFIX:
-            raise TokenInvalid(f"its version is {head!r}, this release reads {_PREFIX[:-1]!r}")
+        token = text.strip()
+        if not token.startswith(_PREFIX):
+            raise TokenInvalid(_other_beginning(token))
+        body = token[len(_PREFIX) :].replace("-", "+").replace("_", "/")
         try:
-            data = binascii.a2b_base64(body.replace("-", "+").replace("_", "/") + "==")
-            payload = data[:-_MAC_SIZE]
-            facts = _facts_decoder.decode(payload)
-        except (msgspec.DecodeError, ValueError) as error:
-            raise TokenInvalid("it was cut or edited") from error
-        namespace, session, epoch, witness = facts
-        if (
-            not len(session) == len(epoch) == len(witness) == ID_SIZE
-            or not hmac.compare_digest(data[-_MAC_SIZE:], _mac(payload, witness))
+            data = binascii.a2b_base64(body + "==")
+            handle = _handle_decoder.decode(data[:-_MAC_SIZE])
             # A handle has one token. Base64 has spare bits, and passes over what it does not know,
             # and msgpack has lengths of several widths, that decode to the same.
-            or _text(data) != body
-            or _payload(facts) != payload
-        ):
+            whole = hmac.compare_digest(handle.to_token(), token)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise TokenInvalid("it was cut or edited") from error
+        if not whole:
             raise TokenInvalid("it was cut or edited")
-        return cls(
-            namespace=resolve_namespace(namespace),
-            session_id=SessionId.from_bytes(session),
-            epoch_id=RuntimeEpochId.from_bytes(epoch),
-            witness=witness,
-        )
+        resolve_namespace(handle.namespace)
+        return handle
 
     def __repr__(self) -> str:
         return (
@@ -100,12 +88,14 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-_payload: Final = msgspec.msgpack.Encoder().encode
-_facts_decoder: Final = msgspec.msgpack.Decoder(tuple[str, bytes, bytes, bytes])
+_handle_decoder: Final = wire_decoder(EpochHandle)
 
 
-def _text(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+def _other_beginning(token: str) -> str:
+    head, dot, _ = token.partition(".")
+    if dot and head.startswith("shmepoch"):
+        return f"its version is {head!r}, this release reads {_PREFIX[:-1]!r}"
+    return f"it does not begin with {_PREFIX!r}"
 
 
 def _mac(payload: bytes, witness: bytes) -> bytes:
