@@ -428,64 +428,95 @@ memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return tuple;
 }
 
-/* The index of the first of `count` adjacent words, from `start` on, that holds `value`, or -1.
- * Relaxed: a column is searched under the writer lock, or the hit is verified by its reader. Where it
- * lies is loaded once: the compiler would load it again beside each atomic load. */
-static Py_ssize_t
-find_word(const Memory *self, Py_ssize_t offset, Py_ssize_t count, uint64_t value, Py_ssize_t start)
+/* The index of the first of `count` words, `stride` apart, from the one with index `start` on, that
+ * holds `value`, or -1. Relaxed: what is found is locked or verified by who looks for it. Where it
+ * lies is loaded once: the compiler would load it again beside each atomic load. Inline, so that the
+ * stride of those that lie side by side is a constant. */
+static inline Py_ssize_t
+find_word(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
+          uint64_t value, Py_ssize_t start)
 {
     if (start >= count) {
         return -1;
     }
     const word_t *column = word_at(self, offset);
     for (Py_ssize_t i = start; i < count; i++) {
-        if (atomic_load_explicit(&column[i], memory_order_relaxed) == value) {
+        if (atomic_load_explicit(&column[i * (stride / WORD)], memory_order_relaxed) == value) {
             return i;
         }
     }
     return -1;
 }
 
+/* find(offset, count, value, start[, stride]); without a stride, of words that lie side by side */
 static PyObject *
 memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     Memory *self = (Memory *)object;
     uint64_t value;
-    if (!check_arity("find", nargs, 4)) {
+    const bool apart = nargs == 5;
+    if (!apart && !check_arity("find", nargs, 4)) {
         return NULL;
     }
     Py_ssize_t offset = PyLong_AsSsize_t(args[0]);
     Py_ssize_t count = PyLong_AsSsize_t(args[1]);
     Py_ssize_t start = PyLong_AsSsize_t(args[3]);
+    Py_ssize_t stride = apart ? PyLong_AsSsize_t(args[4]) : WORD;
     if (PyErr_Occurred() || !as_u64(args[2], &value)
-        || !check_spans(self, offset, count, WORD, WORD)) {
+        || !check_spans(self, offset, count, stride, WORD)) {
         return NULL;
     }
     if (start < 0) {
         return PyErr_Format(PyExc_IndexError, "a search starts at 0 or above, not %zd", start);
     }
-    return PyLong_FromSsize_t(find_word(self, offset, count, value, start));
+    return PyLong_FromSsize_t(apart ? find_word(self, offset, count, stride, value, start)
+                                    : find_word(self, offset, count, WORD, value, start));
 }
 
 /* --- Memory: bytes --------------------------------------------------------------------------- */
 
-static void
-copy_out(const Memory *self, Py_ssize_t offset, unsigned char *target, Py_ssize_t length)
+/* The next word of the `left` bytes from `source` on, of which the last is padded with zeros: a span of
+ * bytes always ends on a word. A whole word is copied apart, since its constant length is one move and
+ * no call. */
+static uint64_t
+word_from(const unsigned char *source, Py_ssize_t left)
 {
-    for (; length > 0; offset += WORD, target += WORD, length -= WORD) {
-        uint64_t value = atomic_load_explicit(word_at(self, offset), memory_order_relaxed);
-        memcpy(target, &value, (size_t)(length < WORD ? length : WORD));
+    uint64_t value = 0;
+    if (left >= WORD) {
+        memcpy(&value, source, sizeof value);
+    }
+    else {
+        memcpy(&value, source, (size_t)left);
+    }
+    return value;
+}
+
+static void
+word_to(unsigned char *target, Py_ssize_t left, uint64_t value)
+{
+    if (left >= WORD) {
+        memcpy(target, &value, sizeof value);
+    }
+    else {
+        memcpy(target, &value, (size_t)left);
     }
 }
 
-/* The last word is padded with zeros: a span of bytes always ends on a word. */
+static void
+copy_out(const Memory *self, Py_ssize_t offset, unsigned char *target, Py_ssize_t length)
+{
+    const word_t *word = word_at(self, offset);
+    for (; length > 0; word++, target += WORD, length -= WORD) {
+        word_to(target, length, atomic_load_explicit(word, memory_order_relaxed));
+    }
+}
+
 static void
 copy_in(const Memory *self, Py_ssize_t offset, const unsigned char *source, Py_ssize_t length)
 {
-    for (; length > 0; offset += WORD, source += WORD, length -= WORD) {
-        uint64_t value = 0;
-        memcpy(&value, source, (size_t)(length < WORD ? length : WORD));
-        atomic_store_explicit(word_at(self, offset), value, memory_order_relaxed);
+    word_t *word = word_at(self, offset);
+    for (; length > 0; word++, source += WORD, length -= WORD) {
+        atomic_store_explicit(word, word_from(source, length), memory_order_relaxed);
     }
 }
 
@@ -593,6 +624,19 @@ checksum_start(uint64_t seq, Py_ssize_t length)
     return checksum_step(UINT64_C(0xcbf29ce484222325) ^ seq, (uint64_t)length);
 }
 
+/* Where in the byte ring a position lies, and the word after that: no division a word. */
+static Py_ssize_t
+ring_begin(const Ring *ring, uint64_t position)
+{
+    return (Py_ssize_t)(position % (uint64_t)ring->budget);
+}
+
+static Py_ssize_t
+ring_next(const Ring *ring, Py_ssize_t at)
+{
+    return at + WORD < ring->budget ? at + WORD : 0;
+}
+
 /* Entry and index of one sequence. The caller has already stored the words that invalidate what is
  * overwritten; the fence makes them visible first. */
 static void
@@ -601,10 +645,9 @@ ring_write(const Memory *self, const Ring *ring, uint64_t seq, uint64_t position
 {
     atomic_thread_fence(memory_order_release);
     uint64_t sum = checksum_start(seq, length);
-    for (Py_ssize_t done = 0; done < length; done += WORD) {
-        uint64_t value = 0;
-        memcpy(&value, data + done, (size_t)(length - done < WORD ? length - done : WORD));
-        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring->budget);
+    Py_ssize_t at = ring_begin(ring, position);
+    for (Py_ssize_t done = 0; done < length; done += WORD, at = ring_next(ring, at)) {
+        uint64_t value = word_from((const unsigned char *)data + done, length - done);
         atomic_store_explicit(word_at(self, ring->bytes + at), value, memory_order_relaxed);
         sum = checksum_step(sum, value);
     }
@@ -670,11 +713,11 @@ ring_take(const Memory *self, const Ring *ring, uint64_t seq, Py_ssize_t length,
         return false;
     }
     uint64_t sum = checksum_start(seq, length);
-    for (Py_ssize_t done = 0; done < length; done += WORD) {
-        Py_ssize_t at = (Py_ssize_t)((position + (uint64_t)done) % (uint64_t)ring->budget);
+    Py_ssize_t at = ring_begin(ring, position);
+    for (Py_ssize_t done = 0; done < length; done += WORD, at = ring_next(ring, at)) {
         uint64_t value =
             atomic_load_explicit(word_at(self, ring->bytes + at), memory_order_relaxed);
-        memcpy(target + done, &value, (size_t)(length - done < WORD ? length - done : WORD));
+        word_to(target + done, length - done, value);
         sum = checksum_step(sum, value);
     }
     return sum == expected;
@@ -962,12 +1005,11 @@ memory_wake(PyObject *object, PyObject *offset_object)
 
 static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
 static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
-static PyObject *memory_open_locked(PyObject *type, PyObject *const *args, Py_ssize_t nargs);
+static PyObject *memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs);
 
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
-    {"open_locked", (PyCFunction)(void (*)(void))memory_open_locked, METH_FASTCALL | METH_CLASS,
-     NULL},
+    {"open_held", (PyCFunction)(void (*)(void))memory_open_held, METH_FASTCALL | METH_CLASS, NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
     {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
@@ -1385,7 +1427,7 @@ fingerprint_at(const Transitions *self, Py_ssize_t index)
 static Py_ssize_t
 next_slot(const Transitions *self, uint64_t fingerprint, Py_ssize_t start)
 {
-    return find_word(self->memory, self->fingerprints, self->slots, fingerprint, start);
+    return find_word(self->memory, self->fingerprints, self->slots, WORD, fingerprint, start);
 }
 
 /* Whether a slot holds the operation with this id, as far as the registry does. */
@@ -2061,15 +2103,15 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
 
 #define OPEN_FLAGS (O_RDWR | O_CLOEXEC | O_NOFOLLOW)
 
-/* The file that was `found` at `path`, mapped as a Memory is: through a description of its own. None
- * if it cannot be mapped or the name leads elsewhere by now. Another open of the name takes half as
- * long as one through /proc. */
+/* The file that was `found` at `path`, mapped as a Memory is: through a description of its own. Another
+ * open of the name takes half as long as one through /proc. NULL, maybe with an error, if it cannot be
+ * mapped or the name leads elsewhere by now. */
 static PyObject *
 map_found(PyTypeObject *type, const char *path, const struct stat *found)
 {
     PyObject *memory = NULL;
     struct stat other;
-    int again = S_ISREG(found->st_mode) && found->st_size > 0 ? open(path, OPEN_FLAGS) : -1;
+    int again = open(path, OPEN_FLAGS);
     if (again >= 0) {
         if (fstat(again, &other) == 0 && other.st_dev == found->st_dev
             && other.st_ino == found->st_ino) {
@@ -2077,51 +2119,65 @@ map_found(PyTypeObject *type, const char *path, const struct stat *found)
         }
         close(again);
     }
-    if (memory == NULL) {
-        PyErr_Clear();
-        memory = Py_NewRef(Py_None);
-    }
     return memory;
 }
 
-/* open_locked(path, byte) -> (fd, whether it now has the byte's shared lock, mode, owner, links, size,
- *                             memory or None)
+/* Whether the file of `fd` now has the byte's shared lock, and is what it was to be. What it is, is
+ * looked up after the lock was asked for: its holder knows that it is so still. */
+static bool
+hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
+{
+    struct flock lock = byte_lock(F_RDLCK, at);
+    return fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0 && fstat(fd, found) == 0
+           && found->st_mode == mode && found->st_uid == geteuid() && found->st_nlink > 0
+           && found->st_size >= length;
+}
+
+/* open_held(path, byte, mode, length) -> (fd, size, first bytes, memory), or None
  *
- * What the file is, is looked up after the lock was asked for: its holder knows that it is so still.
- * The interpreter lock is kept: where shared memory lies, none of this waits for anything.
+ * Opens, locks, checks, reads and maps a file in one call, where all is in order. Where anything is not,
+ * nothing stays open, and the caller goes about it step by step. The bytes are read and not looked at
+ * through the mapping, whose first touch takes longer. The interpreter lock is kept: where shared memory
+ * lies, none of this waits for anything.
  */
 static PyObject *
-memory_open_locked(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
+memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
 {
-    PyObject *name = NULL, *opened = NULL;
-    if (!check_arity("open_locked", nargs, 2)) {
+    PyObject *name = NULL, *bytes = NULL, *memory = NULL, *opened = NULL;
+    if (!check_arity("open_held", nargs, 4)) {
         return NULL;
     }
     long long at = PyLong_AsLongLong(args[1]);
+    unsigned long mode = PyLong_AsUnsignedLong(args[2]);
+    Py_ssize_t length = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &name)) {
         return NULL;
     }
-    if (at < 0) {
+    if (at < 0 || length < 0) {
         Py_DECREF(name);
-        return PyErr_Format(PyExc_ValueError, "no byte %lld of a file", at);
+        return PyErr_Format(PyExc_ValueError, "no byte %lld or first %zd bytes of a file", at,
+                            length);
     }
     const char *path = PyBytes_AsString(name);
-    struct flock lock = byte_lock(F_RDLCK, (off_t)at);
     struct stat found;
     int fd = open(path, OPEN_FLAGS);
-    bool locked = fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0;
-    if (fd < 0 || (!locked && errno != EAGAIN && errno != EACCES) || fstat(fd, &found) != 0) {
-        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, args[0]);
-    } else {
-        opened = Py_BuildValue("iNkkkLN", fd, bool_object(locked), (unsigned long)found.st_mode,
-                               (unsigned long)found.st_uid, (unsigned long)found.st_nlink,
-                               (long long)found.st_size,
-                               map_found((PyTypeObject *)type, path, &found));
+    if (hold(fd, (off_t)at, (mode_t)mode, length, &found)) {
+        bytes = PyBytes_FromStringAndSize(NULL, length);
+        memory = bytes == NULL ? NULL : map_found((PyTypeObject *)type, path, &found);
+        if (memory != NULL && pread(fd, PyBytes_AsString(bytes), (size_t)length, 0) == length) {
+            opened = Py_BuildValue("inOO", fd, (Py_ssize_t)found.st_size, bytes, memory);
+        }
     }
+    Py_XDECREF(bytes);
+    Py_XDECREF(memory);
+    Py_DECREF(name);
     if (opened == NULL && fd >= 0) {
         close(fd);
     }
-    Py_DECREF(name);
+    if (opened == NULL) { /* also where it could not be mapped: the caller finds out why */
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
     return opened;
 }
 

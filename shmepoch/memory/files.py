@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
-from shmepoch.memory._native import Memory
+from shmepoch.memory._native import Memory, try_lock
 
 SHM_DIR: Final = Path("/dev/shm")
 
 _MODE: Final = 0o600
+_OWNED: Final = stat.S_IFREG | _MODE
 #: How open(2) refuses what is no regular file.
 _OTHER_TYPES: Final = {
     errno.ELOOP: "symbolic link",
@@ -87,49 +88,47 @@ def open_owned(path: str | Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise _refusal(path, error) from None
-    try:
-        found = os.fstat(fd)
-        _require_owned(path, found.st_mode, found.st_uid)
-    except SegmentForeign:
+    found = os.fstat(fd)
+    if found.st_mode != _OWNED or found.st_uid != os.geteuid():
         os.close(fd)
-        raise
+        raise _not_owned(path, found.st_mode, found.st_uid)
     return fd
 
 
-def open_held(path: str, byte: int) -> tuple[int, int, Memory | None]:
-    """Like `open_owned`, and take the shared lock on `byte`: the descriptor and the file's size.
+def open_held(path: str, byte: int, length: int) -> tuple[int, int, bytes, Memory | None]:
+    """Like `open_owned`, and take the shared lock on `byte`.
 
-    Also what `map_shared` makes of the whole file, or None if that has to be asked.
+    The descriptor, the file's size, its first `length` bytes or what it has of them, and what
+    `map_shared` makes of the whole file, or None if that has to be asked.
 
     The lock comes before the last look at the name, that is, at how many the file has: whoever
     removes it holds the byte alone while it does.
     """
     while True:
+        opened = Memory.open_held(path, byte, _OWNED, length)
+        if opened is not None:
+            return opened
+        # Something is out of the ordinary: it is done step by step, which says what it is.
+        fd = open_owned(path)
         try:
-            fd, held, mode, uid, links, size, memory = Memory.open_locked(path, byte)
-        except OSError as error:
-            raise _refusal(path, error) from None
-        try:
-            _require_owned(path, mode, uid)
+            held, found = try_lock(fd, byte, True), os.fstat(fd)
+            if held and found.st_nlink > 0:
+                return fd, found.st_size, os.pread(fd, length, 0), None
         except BaseException:
             os.close(fd)
             raise
-        if held and links > 0:
-            return fd, size, memory
         # Not granted while somebody removes it, which takes two system calls: look again.
         os.close(fd)
         time.sleep(0.0001)
 
 
-def _require_owned(path: str | Path, mode: int, uid: int) -> None:
-    """Raise `SegmentForeign` unless this is a file of this user's that nobody else may open."""
-    if mode == stat.S_IFREG | _MODE and uid == os.geteuid():
-        return
+def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:
+    """Why this is no file of this user's that nobody else may open."""
     if not stat.S_ISREG(mode):
-        raise _foreign(path, "type", "regular file", "other")
+        return _foreign(path, "type", "regular file", "other")
     if uid != os.geteuid():
-        raise _foreign(path, "owner", os.geteuid(), uid)
-    raise _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(mode)))
+        return _foreign(path, "owner", os.geteuid(), uid)
+    return _foreign(path, "mode", oct(_MODE), oct(stat.S_IMODE(mode)))
 
 
 def _refusal(path: str | Path, error: OSError) -> Exception:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
-from itertools import chain
 from typing import Final
 
 import msgspec
@@ -32,6 +31,10 @@ class Role(StrEnum):
     WORKER = "worker"
     PERSISTENCE = "persistence"
     OBSERVER = "observer"
+
+    def __init__(self, *value: str) -> None:
+        #: How a participant's word names it.
+        self.number: Final = len(type(self).__members__)
 
 
 _ROLES: Final = tuple(Role)
@@ -74,28 +77,38 @@ class Participants:
         joined = self._memory.fetch_or(at.JOINED_AT, 0)
         if joined >= _LAST_NUMBER:
             raise SegmentCorrupted(self._name, "joined", f"below {_LAST_NUMBER}", joined)
-        words = self._words()
-        free = (slot for slot, word in enumerate(words) if not word)
-        held = (slot for slot, word in enumerate(words) if word)
-        for slot in chain(free, held):
+        slot = self._lock_slot()
+        offset = Layout.participant(slot)
+        number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
+        self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
+        self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
+        self._memory.store(offset, number << _SLOT_BITS | role.number)
+        return number << _SLOT_BITS | slot
+
+    def _lock_slot(self) -> int:
+        """Lock a free slot, else one whose holder died: the supervisor is to see the dead first."""
+        slot = self._free_slot(0)
+        while slot >= 0:
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
-                offset = Layout.participant(slot)
-                number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
-                self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
-                self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
-                self._memory.store(offset, _word(number, role))
-                return number << _SLOT_BITS | slot
+                return slot
+            slot = self._free_slot(slot + 1)
+        for slot in range(self._capacity):
+            if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
+                return slot
         raise ParticipantsExhausted(self._capacity, self._name)
+
+    def _free_slot(self, start: int) -> int:
+        return self._memory.find(at.PARTICIPANTS_AT, self._capacity, 0, start, at.PARTICIPANT_SIZE)
 
     def announce(self, key: int, role: Role) -> None:
         """Change the role of the participant that this attachment is."""
-        self._memory.store(Layout.participant(slot_of(key)), _word(key >> _SLOT_BITS, role))
+        number = key >> _SLOT_BITS
+        self._memory.store(Layout.participant(slot_of(key)), number << _SLOT_BITS | role.number)
 
     def leave(self, key: int) -> None:
-        """Free the slot of the participant that this attachment is."""
-        slot = slot_of(key)
-        self._memory.store(Layout.participant(slot), 0)
-        unlock(self._fd, at.PARTICIPANT_BYTE + slot)
+        """Free the slot of the participant that this attachment is; its lock goes with the
+        descriptor, which is about to be closed."""
+        self._memory.store(Layout.participant(slot_of(key)), 0)
 
     def list(self, *, me: int = 0) -> list[Participant]:
         """Everybody who holds a slot and everybody who died in one; `me` is this attachment."""
@@ -149,7 +162,3 @@ class Participants:
 def slot_of(key: int) -> int:
     """The slot in a participant's key."""
     return key & ((1 << _SLOT_BITS) - 1)
-
-
-def _word(number: int, role: Role) -> int:
-    return number << _SLOT_BITS | _ROLES.index(role)

@@ -23,6 +23,7 @@ from shmepoch.errors import (
     WitnessMismatch,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory, WriterLock, is_locked, try_lock
 from shmepoch.memory.bells import SharedWaits
@@ -36,7 +37,7 @@ from shmepoch.memory.files import (
     unlink,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
-from shmepoch.memory.header import Header, write_header
+from shmepoch.memory.header import Header, read_header, write_header
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
 from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
@@ -98,16 +99,13 @@ class Segment:
     #: Who this process is in the slots it writes; private memory has nobody else.
     participant: int = 0
     writer: Lock
+    waiters: Waiters
 
-    def __init__(self, memory: Memory, layout: Layout, header: Header, writer: Lock) -> None:
+    def __init__(self, memory: Memory, header: Header, writer: Lock) -> None:
         self.memory: Final = memory
-        self.layout: Final = layout
-        self.epoch_id: Final = RuntimeEpochId.from_bytes(header.epoch_id)
-        self.session_id: Final = SessionId.from_bytes(header.session_id)
-        # Not `closed_error`, which would hold the segment: one that is let go of goes at once, with
-        # its mapping and its locks, and not when the garbage collector comes by.
-        closed_error = partial(EpochSealed, self.epoch_id)
-        self.waiters: Final = Waiters(memory, closed_error, self._make_waits())
+        self.layout: Final = header.layout
+        self.epoch_id: Final = header.epoch_id
+        self.session_id: Final = header.session_id
         self.writer = writer
         _every_segment.add(weakref.ref(self, _every_segment.discard))
 
@@ -125,7 +123,9 @@ class Segment:
         header = write_header(
             memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
         )
-        return Segment(memory, layout, header, WriterLock(-1, 0))
+        segment = Segment(memory, header, WriterLock(-1, 0))
+        segment.waiters = segment._make_waiters(LocalWaits())
+        return segment
 
     @property
     def skipped(self) -> tuple[int, int]:
@@ -147,8 +147,10 @@ class Segment:
             self.memory.store(at.STATE_AT, at.SEALED)
         self.waiters.notify()
 
-    def _make_waits(self) -> AsyncWaits:
-        return LocalWaits()
+    def _make_waiters(self, waits: AsyncWaits) -> Waiters:
+        # Not `closed_error`, which would hold the segment: one that is let go of goes at once, with
+        # its mapping and its locks, and not when the garbage collector comes by.
+        return Waiters(self.memory, partial(EpochSealed, self.epoch_id), waits)
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held it; here that thread does not exist.
@@ -164,18 +166,15 @@ class SharedSegment(Segment):
     """
 
     fd: int = -1
+    role: Role = Role.WORKER
+    _owns: bool = False
 
-    def __init__(
-        self, namespace: str, name: str, fd: int, memory: Memory, layout: Layout, header: Header
-    ) -> None:
+    def __init__(self, namespace: str, name: str, fd: int, memory: Memory, header: Header) -> None:
         self.namespace: Final = namespace
         self.name = name
-        super().__init__(memory, layout, header, WriterLock(fd, at.WRITER_BYTE))
+        super().__init__(memory, header, WriterLock(fd, at.WRITER_BYTE))
         self.witness: Final = header.witness
-        self.role = Role.WORKER
-        self._owns = False
         self._attaching = threading.Lock()
-        self.participants = Participants(memory, fd, layout.max_participants, self.name)
         self.fd = fd  # last: from here on it is this object's to close
 
     @classmethod
@@ -199,7 +198,7 @@ class SharedSegment(Segment):
             header = write_header(memory, layout, session_id, epoch_id)
             try_lock(fd, at.PRESENCE_BYTE, True)
             name = _segment_name(namespace, session_id)
-            return cls(namespace, name, fd, memory, layout, header)
+            return cls(namespace, name, fd, memory, header)
         except BaseException:
             os.close(fd)
             raise
@@ -248,19 +247,27 @@ class SharedSegment(Segment):
         require: Callable[[Header], None] | None,
     ) -> SharedSegment:
         name = _segment_name(namespace, session_id)
-        fd, size, memory = open_held(f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE)
+        fd, size, head, memory = open_held(f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE, HEADER_SIZE)
         try:
             if size < at.PAGE:
                 raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
-            # Read, not looked at through the mapping: its first touch takes longer than this.
-            header = Header.unpack(os.pread(fd, HEADER_SIZE, 0))
-            layout = header.check(name, size, session_id)
+            header = read_header(head, name, size, session_id)
             if require is not None:
                 require(header)
-            return cls(namespace, name, fd, memory or map_shared(fd, size), layout, header)
+            return cls(namespace, name, fd, memory or map_shared(fd, size), header)
         except BaseException:
             os.close(fd)
             raise
+
+    @lazy
+    def waiters(self) -> Waiters:
+        """Whoever waits for the epoch: they are in its memory, and in the namespace's bells."""
+        return self._make_waiters(SharedWaits(self.memory, self.namespace))
+
+    @lazy
+    def participants(self) -> Participants:
+        """Who is attached, as seen through this attachment."""
+        return Participants(self.memory, self.fd, self.layout.max_participants, self.name)
 
     def join(self, role: Role) -> None:
         """Become a participant, or change the role of the one this attachment is."""
@@ -322,9 +329,6 @@ class SharedSegment(Segment):
 
     __del__ = _close_fd
 
-    def _make_waits(self) -> AsyncWaits:
-        return SharedWaits(self.memory, self.namespace)
-
     def _after_fork(self) -> None:
         """In a forked child: let go of the parent's locks and identity.
 
@@ -339,7 +343,6 @@ class SharedSegment(Segment):
             if self.role is Role.RUNTIME:
                 self.role = Role.WORKER
             self.writer = _AttachAgain(self)
-        self.waiters.after_fork()
 
     def ensure_attached(self) -> None:
         """Attach again if this was inherited by a fork and not used since.
@@ -353,8 +356,8 @@ class SharedSegment(Segment):
     def _attach_again(self) -> None:
         fd = -1
         try:
-            fd, _, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE)
-            if os.pread(fd, at.ID_SIZE, at.EPOCH_ID_AT) != self.epoch_id.bytes:
+            fd, _, head, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE, at.HEADER_SIZE)
+            if head[at.EPOCH_ID_AT : at.EPOCH_ID_AT + at.ID_SIZE] != self.epoch_id.bytes:
                 raise self.closed_error()
         except FileNotFoundError:
             raise EpochGone(self.session_id, self.epoch_id, self.name) from None
@@ -363,17 +366,17 @@ class SharedSegment(Segment):
                 os.close(fd)
             raise
         self.writer = WriterLock(fd, at.WRITER_BYTE)
-        self.participants = Participants(self.memory, fd, self.layout.max_participants, self.name)
         self.fd = fd
+        vars(self).pop("participants", None)  # they were seen through the parent's descriptor
         self.join(self.role)
 
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:
-    if header.epoch_id != epoch_id.bytes:
+    if header.epoch_id != epoch_id:
         raise EpochSealed(epoch_id)  # a name is only taken over from a sealed epoch
     if not hmac.compare_digest(header.witness, witness):
         raise WitnessMismatch(epoch_id)
-    if header.state != at.OPEN:
+    if header.sealed:
         raise EpochSealed(epoch_id)
 
 

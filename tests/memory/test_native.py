@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import itertools
 import mmap
@@ -59,6 +58,9 @@ def fds() -> Iterator[tuple[int, int]]:
 
 Call: TypeAlias = Callable[[Memory, Any], object]
 
+#: The mode of a file that nobody else may open.
+OWNED: Final = stat.S_IFREG | 0o600
+
 #: For each function that takes the offset of a word: a call with everything else in order.
 WORD_CALLS: Final[dict[str, Call]] = {
     "load": lambda m, at: m.load(at),
@@ -103,6 +105,7 @@ LENGTH_CALLS: Final[dict[str, Call]] = {
     "snapshot stride": lambda m, n: m.snapshot(0, 2, n),
     "find count": lambda m, n: m.find(0, n, 1, 0),
     "find start": lambda m, n: m.find(0, 1, 1, n),
+    "find stride": lambda m, n: m.find(0, 2, 1, 0, n),
     "read": lambda m, n: m.read(0, n),
     "private": lambda m, n: Memory.private(n),
     "ring index": lambda m, n: m.ring_at((n, 8, 0, 8), 0),
@@ -197,8 +200,9 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
         (native.Cell, (memory, 0, 0)),
         (native.WriterLock, ()),
         (native.WriterLock, ("0", 0)),
-        (native.Memory.open_locked, ("/dev/null",)),
-        (native.Memory.open_locked, (0, 0)),
+        (native.Memory.open_held, ("/dev/null", 0, 0)),
+        (native.Memory.open_held, (0, 0, 0, 0)),
+        (native.Memory.open_held, ("/dev/null", 0, "0", 0)),
         (native.try_lock, (0, 0)),
         (native.unlock, (0,)),
         (native.is_locked, ("0", 0)),
@@ -208,8 +212,10 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
     for call, values in (
         (native.WriterLock, (-2, 0)),
         (native.WriterLock, (0, -1)),
-        (native.Memory.open_locked, ("/dev/null", -1)),
-        (native.Memory.open_locked, ("/dev/\0null", 0)),
+        (native.Memory.open_held, ("/dev/null", -1, 0, 0)),
+        (native.Memory.open_held, ("/dev/null", 0, -1, 0)),
+        (native.Memory.open_held, ("/dev/null", 0, 0, -1)),
+        (native.Memory.open_held, ("/dev/\0null", 0, 0, 0)),
         (native.try_lock, (-1, 0, False)),
         (native.unlock, (2**40, 0)),
         (native.is_locked, (0, -1)),
@@ -292,6 +298,12 @@ def test_a_column_and_a_search() -> None:
         2, 2, 5, 8, -1, -1, -1,
     ]  # fmt: skip
     assert memory.find(512, 0, 0, 0) == -1
+    assert [memory.find(0, 10, 2, start, 24) for start in (0, 2, 3, 8, 9, 10, 99)] == [
+        2, 2, 5, 8, -1, -1, -1,
+    ]  # fmt: skip
+    assert memory.find(0, 10, 99, 0, 24) == -1
+    assert memory.find(24, 4, 1, 3, 0) == 3
+    assert memory.find(SIZE - 8, 1, 0, 0, 24) == 0
     with pytest.raises(ValueError, match="at most 8 words, not 9"):
         memory.snapshot(0, 9, 8)
 
@@ -340,9 +352,8 @@ def test_no_descriptor_is_left_open(fds: tuple[int, int]) -> None:
     for size in (0, sys.maxsize):
         with pytest.raises((OSError, ValueError)):
             Memory(fds[0], size)
-    with pytest.raises(FileNotFoundError):
-        Memory.open_locked("/dev/shm/shmepoch.missing", 0)
-    os.close(Memory.open_locked(__file__, 0)[0])
+    assert Memory.open_held("/dev/shm/shmepoch.missing", 0, OWNED, 0) is None
+    assert Memory.open_held(__file__, 0, 0, 0) is None
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -784,79 +795,89 @@ def test_byte_locks_are_between_descriptions(fds: tuple[int, int]) -> None:
     assert is_locked(two, 2**62)
 
 
-def test_a_file_is_opened_and_locked_in_one(fds: tuple[int, int], tmp_path: Path) -> None:
+def held(path: Path) -> tuple[int, Memory]:
+    """The descriptor of a file of this user's alone that byte 5 is held of, and the file mapped."""
+    opened = Memory.open_held(path, 5, OWNED, 3)
+    assert opened is not None
+    fd, size, head, memory = opened
+    assert (size, head) == (len(memory), bytes(memory)[:3])
+    return fd, memory
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that everything is in order of."""
     path = tmp_path / "file"
     path.write_bytes(b"12345")
-    path.chmod(0o640)
-    one, locked, mode, uid, links, size, memory = Memory.open_locked(path, 5)
-    assert locked
-    assert (mode, uid, links, size) == (stat.S_IFREG | 0o640, os.geteuid(), 1, 5)
-    assert memory is not None
+    path.chmod(0o600)
+    return path
+
+
+def test_a_file_is_opened_and_held_in_one(path: Path) -> None:
+    one, memory = held(path)
     assert bytes(memory) == b"12345"
-    two, locked, *_ = Memory.open_locked(str(path), 5)
-    assert locked
+    two, _ = held(path)
     assert is_locked(one, 5)
     assert not is_locked(one, 4)
     os.close(two)
-    assert try_lock(one, 5, False)
-    two, locked, *_ = Memory.open_locked(path, 5)
-    assert not locked
-    os.link(path, tmp_path / "second name")
-    three, locked, _, _, links, *_ = Memory.open_locked(path, 4)
-    assert locked
-    assert links == 2
-    for fd in (one, two, three):
-        assert not os.get_inheritable(fd)
-        os.close(fd)
-    four, locked, *_ = Memory.open_locked(path, 5)
-    assert try_lock(four, 5, False), "the memory holds no lock"
-    os.close(four)
+    assert not is_locked(one, 5)
+    assert not os.get_inheritable(one)
+    os.close(one)
+    three, _ = held(path)
+    assert try_lock(three, 5, False), "the memory holds no lock"
+    os.close(three)
 
 
-def test_what_cannot_be_mapped_can_be_opened(tmp_path: Path) -> None:
-    empty, pipe = tmp_path / "empty", tmp_path / "pipe"
-    empty.touch()
-    os.mkfifo(pipe)
-    for path in (empty, pipe, "/dev/zero"):
-        fd, *_, memory = Memory.open_locked(path, 0)
-        assert memory is None
-        os.close(fd)
+def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> None:
+    link, pipe, wide, foreign = (tmp_path / name for name in ("link", "pipe", "wide", "foreign"))
+    link.symlink_to(path)
+    os.mkfifo(pipe, 0o600)
+    for other, mode in ((wide, 0o640), (foreign, 0o600)):
+        other.write_bytes(b"12345")
+        other.chmod(mode)
+    if os.geteuid() == 0:
+        os.chown(foreign, 12345, 12345)
+    others = [link, pipe, wide, tmp_path, tmp_path / "missing", Path("/dev/zero")]
+    before = os.listdir("/proc/self/fd")
+    for other in [*others, foreign] if os.geteuid() == 0 else others:
+        assert Memory.open_held(other, 5, OWNED, 3) is None
+    assert Memory.open_held(path, 5, OWNED, 6) is None, "it is too short"
+    assert os.listdir("/proc/self/fd") == before
+    fd, _ = held(path)
+    assert try_lock(fd, 5, False)
+    assert Memory.open_held(path, 5, OWNED, 3) is None, "somebody has the lock alone"
+    other_byte = Memory.open_held(path, 4, OWNED, 3)
+    assert other_byte is not None
+    os.close(other_byte[0])
+    os.close(fd)
 
 
 def test_what_is_opened_is_what_is_mapped(tmp_path: Path) -> None:
     """However often the name comes to lead to another file meanwhile."""
     name = tmp_path / "name"
-    name.write_bytes(bytes(SIZE))
+    name.touch(0o600)
     child = os.fork()
     if child == 0:
         try:
             for number in itertools.count():
                 other = tmp_path / "other"
+                other.touch(0o600)
                 other.write_bytes(number.to_bytes(8, "little").ljust(SIZE, b"."))
                 other.rename(name)
         finally:
             os._exit(1)
+    opened = 0
     try:
-        for _ in range(20_000):
-            fd, *_, memory = Memory.open_locked(name, 0)
-            assert memory is None or memory.read(0, 8) == os.pread(fd, 8, 0)
-            os.close(fd)
+        while opened < 10_000:
+            whole = Memory.open_held(name, 0, OWNED, SIZE)
+            if whole is not None:
+                fd, _, head, memory = whole
+                assert bytes(memory) == head
+                os.close(fd)
+                opened += 1
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path)
-    for path, number in (
-        (link, errno.ELOOP),
-        (tmp_path, errno.EISDIR),
-        (tmp_path / "missing", errno.ENOENT),
-    ):
-        with pytest.raises(OSError) as refused:
-            Memory.open_locked(path, 0)
-        assert (refused.value.errno, refused.value.filename) == (number, path)
 
 
 def test_a_writer_lock_excludes_threads() -> None:
@@ -1059,8 +1080,8 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         Cell(memory, 0, 8, closed)
         Memory(fds[0], SIZE)
         with_errors(Memory, fds[0], 0)
-        os.close(Memory.open_locked("/dev/null", 0)[0])
-        with_errors(Memory.open_locked, "/dev/shm/shmepoch.missing", 0)
+        Memory.open_held("/dev/null", 0, 0, 0)
+        with_errors(Memory.open_held, "/dev/null", -1, 0, 0)
         retired = WriterLock(-1, 0)
         retired.retire(partial(Closed, retired))  # a cycle
         with_errors(retired.__enter__)

@@ -20,6 +20,7 @@ from shmepoch.errors import (
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
 from shmepoch.memory import layout as at
+from shmepoch.memory._native import Memory
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
@@ -192,17 +193,25 @@ def test_all_attachments_are_of_one_memory(
     assert other.memory.load(at.CURSORS_AT) == 2**64 - 1
 
 
-def test_a_name_that_moves_on_while_it_is_opened(
+def test_attached_step_by_step(
     segment: SharedSegment, attach: Callable[[], SharedSegment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_held(path: str, byte: int) -> tuple[int, int, None]:
-        return *files.open_held(path, byte)[:2], None
+    """As where something was out of the ordinary for a moment."""
 
-    monkeypatch.setattr("shmepoch.memory.segment.open_held", open_held)
+    def declining(fd: int, size: int) -> Memory:
+        return Memory(fd, size)
+
+    monkeypatch.setattr(declining, "open_held", lambda *args: None, raising=False)
+    monkeypatch.setattr(files, "Memory", declining)
     other = attach()
     segment.memory.store(at.CURSORS_AT, 5)
     assert other.memory.load(at.CURSORS_AT) == 5
     assert len(other.memory) == len(segment.memory)
+    assert not remove_unused(segment.namespace, segment.session_id)
+    segment.close()
+    assert not remove_unused(segment.namespace, segment.session_id)
+    other.close()
+    assert remove_unused(segment.namespace, segment.session_id)
 
 
 def test_a_handle_names_one_epoch(segment: SharedSegment, allocate: Allocate) -> None:
