@@ -255,9 +255,9 @@ def test_a_token_is_the_only_one_of_its_handle() -> None:
             assert EpochHandle.from_token("shmepoch1." + body.decode().rstrip("="))
 
 
-@pytest.mark.parametrize("namespace", ["../x", "", "a/b", "n" * 65, "a.b", "n\x00"])
-def test_a_token_cannot_name_a_path(namespace: str) -> None:
-    token = sealed_up((namespace, b"s" * 16, b"e" * 16, b"w" * 16), b"w" * 16)
+@pytest.mark.parametrize("name", ["../x", "", "a/b", "n" * 65, "a.b", "n\x00"])
+def test_a_token_cannot_name_a_path(name: str) -> None:
+    token = sealed_up((name, b"s" * 16, b"e" * 16, b"w" * 16), b"w" * 16)
     with pytest.raises((NamespaceInvalid, TokenInvalid)):
         SessionRuntimeBindings.from_token(token)
 
