@@ -74,6 +74,9 @@ typedef struct {
     PyObject_HEAD
     unsigned char *base;
     Py_ssize_t size;
+    /* Which file it is of; 0 and 0 for private memory, which no file has. */
+    dev_t device;
+    ino_t inode;
     /* What this process learned about spinning on this memory: how long; and after how many waits
      * to try again, and how many there were since it gave up. Several threads may learn at once; a
      * lost update costs one guess. */
@@ -174,8 +177,9 @@ bool_object(bool value)
 
 /* --- Memory: life ---------------------------------------------------------------------------- */
 
+/* `found` is of the file of `fd`, or all zeros where there is none. */
 static PyObject *
-memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
+memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags, const struct stat *found)
 {
     if (size <= 0) {
         PyErr_Format(PyExc_ValueError, "a memory has at least one byte, not %zd", size);
@@ -193,10 +197,29 @@ memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
     }
     self->base = base;
     self->size = size;
+    self->device = found->st_dev;
+    self->inode = found->st_ino;
     atomic_init(&self->spin_ns, SPIN_MAX_NS);
     atomic_init(&self->spin_probe_after, SPIN_PROBE_AFTER);
     atomic_init(&self->spin_skipped, 0);
     return (PyObject *)self;
+}
+
+/* Another description of the file of `fd`, and what that is; -1 with an error set. */
+static int
+open_again(int fd, struct stat *found)
+{
+    char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
+    PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int again = open(link, O_RDWR | O_CLOEXEC);
+    if (again >= 0 && fstat(again, found) == 0) {
+        return again;
+    }
+    PyErr_SetFromErrno(PyExc_OSError);
+    if (again >= 0) {
+        close(again);
+    }
+    return -1;
 }
 
 /* Through a description of its own: a mapping holds the one it was made through, also in a forked
@@ -210,15 +233,47 @@ memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in:Memory", keywords, &fd, &size)) {
         return NULL;
     }
-    char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
-    PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    int again = open(link, O_RDWR | O_CLOEXEC);
+    struct stat found;
+    int again = open_again(fd, &found);
     if (again < 0) {
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return NULL;
     }
-    PyObject *self = memory_map(type, again, size, MAP_SHARED);
+    PyObject *self = memory_map(type, again, size, MAP_SHARED, &found);
     close(again);
     return self;
+}
+
+/* reopen(fd): mapped anew, through a description of its own and where it was, so that what lies in it
+ * stays where it is. For a forked child whose memory was mapped through the description of `fd`, which
+ * it shares with its parent. */
+static PyObject *
+memory_reopen(PyObject *object, PyObject *fd_object)
+{
+    const Memory *self = (const Memory *)object;
+    struct stat found;
+    long fd = PyLong_AsLong(fd_object);
+    if (fd == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (fd < 0 || fd > INT_MAX) {
+        return PyErr_Format(PyExc_ValueError, "no descriptor %ld", fd);
+    }
+    int again = open_again((int)fd, &found);
+    if (again < 0) {
+        return NULL;
+    }
+    void *base = MAP_FAILED;
+    if (found.st_dev != self->device || found.st_ino != self->inode) {
+        PyErr_Format(PyExc_ValueError, "descriptor %ld is not of the file that is mapped", fd);
+    } else {
+        base = mmap(self->base, (size_t)self->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                    again, 0);
+        if (base == MAP_FAILED) {
+            PyErr_SetFromErrno(PyExc_OSError);
+        }
+    }
+    close(again);
+    return base == MAP_FAILED ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *
@@ -228,7 +283,8 @@ memory_private(PyObject *type, PyObject *size_object)
     if (size == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    return memory_map((PyTypeObject *)type, -1, size, MAP_PRIVATE | MAP_ANONYMOUS);
+    const struct stat no_file = {0};
+    return memory_map((PyTypeObject *)type, -1, size, MAP_PRIVATE | MAP_ANONYMOUS, &no_file);
 }
 
 static void
@@ -1010,6 +1066,7 @@ static PyObject *memory_open_held(PyObject *type, PyObject *const *args, Py_ssiz
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
     {"open_held", (PyCFunction)(void (*)(void))memory_open_held, METH_FASTCALL | METH_CLASS, NULL},
+    {"reopen", (PyCFunction)memory_reopen, METH_O, NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
     {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
@@ -2103,25 +2160,6 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
 
 #define OPEN_FLAGS (O_RDWR | O_CLOEXEC | O_NOFOLLOW)
 
-/* The file that was `found` at `path`, mapped as a Memory is: through a description of its own. Another
- * open of the name takes half as long as one through /proc. NULL, maybe with an error, if it cannot be
- * mapped or the name leads elsewhere by now. */
-static PyObject *
-map_found(PyTypeObject *type, const char *path, const struct stat *found)
-{
-    PyObject *memory = NULL;
-    struct stat other;
-    int again = open(path, OPEN_FLAGS);
-    if (again >= 0) {
-        if (fstat(again, &other) == 0 && other.st_dev == found->st_dev
-            && other.st_ino == found->st_ino) {
-            memory = memory_map(type, again, (Py_ssize_t)found->st_size, MAP_SHARED);
-        }
-        close(again);
-    }
-    return memory;
-}
-
 /* Whether the file of `fd` now has the byte's shared lock, and is what it was to be. What it is, is
  * looked up after the lock was asked for: its holder knows that it is so still. */
 static bool
@@ -2136,9 +2174,10 @@ hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
 /* open_held(path, byte, mode, length) -> (fd, size, first bytes, memory), or None
  *
  * Opens, locks, checks, reads and maps a file in one call, where all is in order. Where anything is not,
- * nothing stays open, and the caller goes about it step by step. The bytes are read and not looked at
- * through the mapping, whose first touch takes longer. The interpreter lock is kept: where shared memory
- * lies, none of this waits for anything.
+ * nothing stays open, and the caller goes about it step by step. The memory is mapped through the
+ * description of `fd`: another one would take a seventh of an attach. The bytes are read and not looked
+ * at through the mapping, whose first touch takes longer. The interpreter lock is kept: where shared
+ * memory lies, none of this waits for anything.
  */
 static PyObject *
 memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
@@ -2163,7 +2202,9 @@ memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
     int fd = open(path, OPEN_FLAGS);
     if (hold(fd, (off_t)at, (mode_t)mode, length, &found)) {
         bytes = PyBytes_FromStringAndSize(NULL, length);
-        memory = bytes == NULL ? NULL : map_found((PyTypeObject *)type, path, &found);
+        memory = bytes == NULL ? NULL
+                               : memory_map((PyTypeObject *)type, fd, (Py_ssize_t)found.st_size,
+                                            MAP_SHARED, &found);
         if (memory != NULL && pread(fd, PyBytes_AsString(bytes), (size_t)length, 0) == length) {
             opened = Py_BuildValue("inOO", fd, (Py_ssize_t)found.st_size, bytes, memory);
         }
@@ -2204,15 +2245,25 @@ native_try_lock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* unlock(fd, byte[, count]): so many bytes, of which 0 are all from there on, as fcntl(2) has it */
 static PyObject *
 native_unlock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     int fd;
     off_t at;
-    if (!check_arity("unlock", nargs, 2) || !parse_lock(args, &fd, &at)) {
+    if ((nargs != 3 && !check_arity("unlock", nargs, 2)) || !parse_lock(args, &fd, &at)) {
         return NULL;
     }
     struct flock lock = byte_lock(F_UNLCK, at);
+    if (nargs == 3) {
+        lock.l_len = PyLong_AsLongLong(args[2]);
+        if (PyErr_Occurred()) {
+            return NULL;
+        }
+        if (lock.l_len < 0) {
+            return PyErr_Format(PyExc_ValueError, "no %lld bytes", (long long)lock.l_len);
+        }
+    }
     if (fcntl(fd, F_OFD_SETLK, &lock) != 0) {
         return PyErr_SetFromErrno(PyExc_OSError);
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
-from shmepoch.memory._native import Memory, try_lock
+from shmepoch.memory._native import Memory, try_lock, unlock
 
 SHM_DIR: Final = Path("/dev/shm")
 
@@ -49,12 +49,7 @@ def create_unnamed(size: int) -> int:
 
 
 def map_shared(fd: int, size: int) -> Memory:
-    """The first `size` bytes of the file of `fd`, mapped through a description of their own.
-
-    A mapping holds the open file description it was made through, also in a forked child and long
-    after the descriptor was closed. Were it the one that carries the locks, they would live on
-    with the mapping, and with every child.
-    """
+    """The first `size` bytes of the file of `fd`, mapped through a description of their own."""
     return Memory(fd, size)
 
 
@@ -98,8 +93,8 @@ def open_owned(path: str | Path) -> int:
 def open_held(path: str, byte: int, length: int) -> tuple[int, int, bytes, Memory | None]:
     """Like `open_owned`, and take the shared lock on `byte`.
 
-    The descriptor, the file's size, its first `length` bytes or what it has of them, and what
-    `map_shared` makes of the whole file, or None if that has to be asked.
+    The descriptor, the file's size, its first `length` bytes or what it has of them, and the whole
+    file mapped, or None if `map_shared` has to be asked. For `let_go`.
 
     The lock comes before the last look at the name, that is, at how many the file has: whoever
     removes it holds the byte alone while it does.
@@ -120,6 +115,30 @@ def open_held(path: str, byte: int, length: int) -> tuple[int, int, bytes, Memor
         # Not granted while somebody removes it, which takes two system calls: look again.
         os.close(fd)
         time.sleep(0.0001)
+
+
+def let_go(fd: int) -> None:
+    """Close a descriptor and give up its locks.
+
+    LOCK-1: a mapping holds the open file description it was made through, and with it every lock,
+    for as long as anybody has the memory. So what leaves gives its locks up by name, and a forked
+    child, which must not do that to its parent, has the memory mapped anew.
+    """
+    try:
+        unlock(fd, 0, 0)
+    finally:
+        os.close(fd)
+
+
+def leave_to_parent(fd: int, memory: Memory) -> None:
+    """In a forked child: close an inherited descriptor, and keep nothing of its description.
+
+    Raises `OSError` if the memory could not be mapped anew, and so keeps the parent's locks.
+    """
+    try:
+        memory.reopen(fd)
+    finally:
+        os.close(fd)
 
 
 def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import re
 import threading
@@ -30,6 +31,8 @@ from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
+    leave_to_parent,
+    let_go,
     link,
     map_shared,
     open_held,
@@ -41,6 +44,8 @@ from shmepoch.memory.header import Header, read_header, write_header
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Participants, Role
 from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
+
+_log = logging.getLogger(__name__)
 
 #: pathlib would take longer to join a path than the kernel to open it.
 _SHM_DIR: Final = str(SHM_DIR)
@@ -256,7 +261,7 @@ class SharedSegment(Segment):
                 require(header)
             return cls(namespace, name, fd, memory or map_shared(fd, size), header)
         except BaseException:
-            os.close(fd)
+            let_go(fd)
             raise
 
     @lazy
@@ -325,24 +330,32 @@ class SharedSegment(Segment):
     def _close_fd(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            let_go(fd)
 
-    __del__ = _close_fd
+    def __del__(self) -> None:
+        # Not `let_go`: in a child that is being forked this may be of a thread that went with the
+        # parent, whose locks they are. They go with the memory, which mostly goes now.
+        if self.fd >= 0:
+            os.close(self.fd)
 
     def _after_fork(self) -> None:
         """In a forked child: let go of the parent's locks and identity.
 
-        The descriptor shares the parent's locks, so it is closed and not unlocked; what the memory
-        holds stays readable, and cursors stay usable.
+        What the memory holds stays readable, and cursors stay usable.
         """
         self._attaching = threading.Lock()
-        if self.fd >= 0:
-            self._close_fd()
-            self.participant = 0
-            self._owns = False
-            if self.role is Role.RUNTIME:
-                self.role = Role.WORKER
-            self.writer = _AttachAgain(self)
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        self.participant = 0
+        self._owns = False
+        if self.role is Role.RUNTIME:
+            self.role = Role.WORKER
+        self.writer = _AttachAgain(self)
+        try:
+            leave_to_parent(fd, self.memory)
+        except OSError as error:
+            _log.warning("%s: a forked child keeps its parent's locks: %s", self.name, error)
 
     def ensure_attached(self) -> None:
         """Attach again if this was inherited by a fork and not used since.
@@ -363,7 +376,7 @@ class SharedSegment(Segment):
             raise EpochGone(self.session_id, self.epoch_id, self.name) from None
         except BaseException:
             if fd >= 0:
-                os.close(fd)
+                let_go(fd)
             raise
         self.writer = WriterLock(fd, at.WRITER_BYTE)
         self.fd = fd

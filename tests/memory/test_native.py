@@ -816,16 +816,60 @@ def path(tmp_path: Path) -> Path:
 def test_a_file_is_opened_and_held_in_one(path: Path) -> None:
     one, memory = held(path)
     assert bytes(memory) == b"12345"
-    two, _ = held(path)
+    two, other = held(path)
     assert is_locked(one, 5)
     assert not is_locked(one, 4)
     os.close(two)
+    assert is_locked(one, 5), "the memory holds the lock"
+    del other
     assert not is_locked(one, 5)
     assert not os.get_inheritable(one)
     os.close(one)
-    three, _ = held(path)
-    assert try_lock(three, 5, False), "the memory holds no lock"
-    os.close(three)
+
+
+def test_reopened_memory_is_the_same_and_holds_no_lock(path: Path) -> None:
+    path.write_bytes(bytes(SIZE))
+    one, _ = held(path)
+    two, other = held(path)
+    cell, view = Cell(other, 8, 16, ValueError), memoryview(other)
+    assert cell.advance(5)
+    other.reopen(two)
+    assert cell.load() == other.load(8) == 5
+    assert cell.advance(6)
+    assert path.read_bytes()[8] == view[8] == 6
+    assert is_locked(one, 5)
+    os.close(two)
+    assert not is_locked(one, 5)
+    for elsewhere in (Memory.private(SIZE), Memory(one, SIZE)):
+        before = os.listdir("/proc/self/fd")
+        with open(__file__, "r+b") as another, pytest.raises(ValueError, match="not of the file"):
+            elsewhere.reopen(another.fileno())
+        with pytest.raises(OSError):
+            elsewhere.reopen(two)
+        with pytest.raises(ValueError):
+            elsewhere.reopen(-1)
+        assert os.listdir("/proc/self/fd") == before
+    os.close(one)
+
+
+def test_locks_are_given_up_by_range(fds: tuple[int, int]) -> None:
+    one, two = fds
+
+    def left() -> list[int]:
+        return [byte for byte in (0, 1, 2, 3, 2**40) if is_locked(two, byte)]
+
+    for byte in (0, 1, 2, 3, 2**40):
+        assert try_lock(one, byte, False)
+    unlock(one, 1, 2)
+    assert left() == [0, 3, 2**40]
+    unlock(one, 0, 1)
+    assert left() == [3, 2**40]
+    unlock(two, 0, 0)
+    assert left() == [3, 2**40], "another description's"
+    unlock(one, 0, 0)
+    assert left() == []
+    with pytest.raises(ValueError):
+        unlock(one, 0, -1)
 
 
 def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> None:

@@ -179,6 +179,16 @@ def test_private_memory_is_a_segment_too() -> None:
     assert isinstance(segment.closed_error(), EpochSealed)
 
 
+def test_a_refused_attach_holds_nothing_while_its_error_is_kept(segment: SharedSegment) -> None:
+    with pytest.raises(WitnessMismatch) as refused:
+        SharedSegment.attach_epoch(
+            segment.namespace, segment.session_id, segment.epoch_id, bytes(16)
+        )
+    segment.close()
+    assert remove_unused(segment.namespace, segment.session_id)
+    assert refused.tb is not None
+
+
 # --- attached ---------------------------------------------------------------------------------
 
 

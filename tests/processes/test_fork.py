@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -264,12 +266,13 @@ def run_and_fork(
     test.hear()
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])  # one that attaches again, one that attaches
 def test_the_death_of_a_parent_is_noticed_while_its_forked_child_lives(
-    bindings: SessionRuntimeBindings,
+    bindings: SessionRuntimeBindings, method: str
 ) -> None:
     registry, id = bindings.ops_lifecycle, OperationId.new()
     ours, theirs = Pipe()
-    with ours, start(run_and_fork, bindings, theirs, id) as parent:
+    with ours, start(run_and_fork, bindings, theirs, id, method=method) as parent:
         theirs.close()
         grandchild = parent.hear()
         parent.kill()
@@ -337,6 +340,44 @@ def descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue
     return found
+
+
+def is_alone(bindings: SessionRuntimeBindings) -> bool:
+    """Whether nobody but this process is attached."""
+    return [one.pid for one in bindings.participants()] == [os.getpid()]
+
+
+def fork_without_descriptors(bindings: SessionRuntimeBindings, test: Channel, token: str) -> None:
+    """Fork a child that can open nothing, and then can; who it finds that it is."""
+    both = bindings, SessionRuntimeBindings.from_token(token)
+    for each in both:
+        each.announce(Role.AGENT)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.waitstatus_to_exitcode(status))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for each in both:
+        each.cursor_state.agent_applied_cursor.advance(5)
+    test.say(
+        [one.pid == os.getpid() for each in both for one in each.participants() if one.is_self]
+    )
+    os._exit(0)
+
+
+def test_a_child_that_can_open_nothing_is_no_impersonator(
+    adapter: RuntimeSessionAdapter, bindings: SessionRuntimeBindings
+) -> None:
+    other = adapter.prepare_bindings(SessionId.new())
+    with start(fork_without_descriptors, bindings, other.to_token()) as child:
+        assert child.hear() == [True, True]
+        child.join()
+    for each in (bindings, other):
+        assert each.cursor_state.agent_applied_cursor.load() == 5
+        eventually(partial(is_alone, each))
+    adapter.unregister_session(other.session_id)
 
 
 # --- the parent, unharmed ---------------------------------------------------------------------
