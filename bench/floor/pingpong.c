@@ -1,7 +1,8 @@
 /* The floor of a wake round trip: two processes, one word each.
  *
- *     pingpong spin|futex CPU CPU COUNT PAUSE
+ *     pingpong spin|futex|timed CPU CPU COUNT PAUSE
  *
+ * `timed` sleeps with a timeout, as who cannot trust that the other side lives has to.
  * Both spin for PAUSE nanoseconds before they signal, so that the other one is asleep by then.
  * Prints the nanoseconds of each round trip, one a line. With a pause, of those for which both did
  * sleep, and net of the answer's pause. */
@@ -26,6 +27,7 @@ typedef struct {
 } Word;
 
 static int sleeping;
+static struct timespec limit = {.tv_nsec = 250000000}, *timeout;
 
 static void
 pin(int cpu)
@@ -53,7 +55,7 @@ hear(Word *word, unsigned value)
     unsigned found;
     while ((found = atomic_load(&word->value)) != value)
         if (sleeping)
-            syscall(SYS_futex, &word->value, FUTEX_WAIT, found, NULL, NULL, 0);
+            syscall(SYS_futex, &word->value, FUTEX_WAIT, found, timeout, NULL, 0);
 }
 
 static long
@@ -85,7 +87,8 @@ main(int argc, char **argv)
 {
     if (argc != 6)
         return 2;
-    sleeping = !strcmp(argv[1], "futex");
+    sleeping = strcmp(argv[1], "spin") != 0;
+    timeout = strcmp(argv[1], "timed") ? NULL : &limit;
     unsigned count = atoi(argv[4]);
     long pause = atol(argv[5]);
     Word *words = mmap(NULL, 4096 + count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

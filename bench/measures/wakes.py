@@ -59,6 +59,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
             [
                 *_sampled(peers, APART, few, _PAUSE_S),
                 _floor("futexes in C", program, "futex", APART, few, _PAUSE_S),
+                _floor("futexes in C, timed", program, "timed", APART, few, _PAUSE_S),
             ],
         )
     yield Measure("signal while nobody waits", list(_unheard(stack, count)))
@@ -67,6 +68,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
         [
             *_sampled(peers, TOGETHER, count),
             _floor("futexes in C", program, "futex", TOGETHER, count),
+            _floor("futexes in C, timed", program, "timed", TOGETHER, count),
         ],
     )
 
