@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -45,6 +46,21 @@ def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -
     return [one.pid for one in bindings.participants()]
 
 
+def forked(act: Callable[[], object]) -> int:
+    """The exit code of a forked child that acts: 0, or 1 if it raises, or that of an alarm."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -60,20 +76,15 @@ def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
     first = threading.Thread(target=RuntimeOpsLifecycleRegistry().register_operation, args=[spec()])
     first.start()
     assert entered.wait(60)
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
+
+    def use_first() -> None:
         registry.CommonTransitions = CommonTransitions  # type: ignore[attr-defined]
-        try:
-            RuntimeOpsLifecycleRegistry().register_operation(spec())
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
+        RuntimeOpsLifecycleRegistry().register_operation(spec())
+
+    code = forked(use_first)
     go_on.set()
     first.join()
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert code == 0
 
 
 def test_a_child_forked_in_the_middle_of_an_attach_does_not_wait_for_it(
@@ -94,22 +105,17 @@ def test_a_child_forked_in_the_middle_of_an_attach_does_not_wait_for_it(
     first = threading.Thread(target=lambda: SessionRuntimeBindings.from_token(token).close())
     first.start()
     assert entered.wait(60)
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
-        try:
-            go_on.set()
-            assert SessionRuntimeBindings.from_token(bindings.to_token()) is bindings
-            SessionRuntimeBindings.from_token(token).close()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
+
+    def attach() -> None:
+        go_on.set()  # the child's own: its parent goes on waiting
+        assert SessionRuntimeBindings.from_token(bindings.to_token()) is bindings
+        SessionRuntimeBindings.from_token(token).close()
+
+    code = forked(attach)
     go_on.set()
     first.join()
     assert remove_unused(namespace, session_id)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert code == 0
 
 
 # --- attaching again --------------------------------------------------------------------------
