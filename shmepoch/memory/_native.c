@@ -167,6 +167,21 @@ check_arity(const char *name, Py_ssize_t got, Py_ssize_t expected)
     return false;
 }
 
+static bool
+parse_descriptor(PyObject *object, int *fd)
+{
+    long descriptor = PyLong_AsLong(object);
+    if (descriptor == -1 && PyErr_Occurred()) {
+        return false;
+    }
+    if (descriptor < 0 || descriptor > INT_MAX) {
+        PyErr_Format(PyExc_ValueError, "no descriptor %ld", descriptor);
+        return false;
+    }
+    *fd = (int)descriptor;
+    return true;
+}
+
 static PyObject *
 bool_object(bool value)
 {
@@ -251,20 +266,17 @@ memory_reopen(PyObject *object, PyObject *fd_object)
 {
     const Memory *self = (const Memory *)object;
     struct stat found;
-    long fd = PyLong_AsLong(fd_object);
-    if (fd == -1 && PyErr_Occurred()) {
+    int fd;
+    if (!parse_descriptor(fd_object, &fd)) {
         return NULL;
     }
-    if (fd < 0 || fd > INT_MAX) {
-        return PyErr_Format(PyExc_ValueError, "no descriptor %ld", fd);
-    }
-    int again = open_again((int)fd, &found);
+    int again = open_again(fd, &found);
     if (again < 0) {
         return NULL;
     }
     void *base = MAP_FAILED;
     if (found.st_dev != self->device || found.st_ino != self->inode) {
-        PyErr_Format(PyExc_ValueError, "descriptor %ld is not of the file that is mapped", fd);
+        PyErr_Format(PyExc_ValueError, "descriptor %d is not of the file that is mapped", fd);
     } else {
         base = mmap(self->base, (size_t)self->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
                     again, 0);
@@ -2144,16 +2156,17 @@ byte_lock(short type, off_t at)
 static bool
 parse_lock(PyObject *const *args, int *fd, off_t *at)
 {
-    long descriptor = PyLong_AsLong(args[0]);
+    if (!parse_descriptor(args[0], fd)) {
+        return false;
+    }
     long long start = PyLong_AsLongLong(args[1]);
     if (PyErr_Occurred()) {
         return false;
     }
-    if (descriptor < 0 || descriptor > INT_MAX || start < 0) {
-        PyErr_Format(PyExc_ValueError, "no byte %lld of descriptor %ld", start, descriptor);
+    if (start < 0) {
+        PyErr_Format(PyExc_ValueError, "no byte %lld of descriptor %d", start, *fd);
         return false;
     }
-    *fd = (int)descriptor;
     *at = (off_t)start;
     return true;
 }
@@ -2212,14 +2225,14 @@ memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
     Py_XDECREF(bytes);
     Py_XDECREF(memory);
     Py_DECREF(name);
-    if (opened == NULL && fd >= 0) {
+    if (opened != NULL) {
+        return opened;
+    }
+    if (fd >= 0) {
         close(fd);
     }
-    if (opened == NULL) { /* also where it could not be mapped: the caller finds out why */
-        PyErr_Clear();
-        Py_RETURN_NONE;
-    }
-    return opened;
+    PyErr_Clear(); /* of what could not be mapped: the caller finds out why */
+    Py_RETURN_NONE;
 }
 
 /* try_lock(fd, byte, shared) -> whether the lock is now held through this description */
