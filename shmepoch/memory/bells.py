@@ -227,9 +227,6 @@ class SharedWaits:
         if self._memory.load(at.BELLS_AT):
             self._bells.ring(self._memory.exchange(at.BELLS_AT, 0))
 
-    def after_fork(self) -> None:
-        """Nothing: the process's bells are told once, not by each segment."""
-
 
 _bells: weakref.WeakValueDictionary[str, Bells] = weakref.WeakValueDictionary()
 _bells_lock = threading.Lock()

@@ -105,6 +105,7 @@ class Segment:
     participant: int = 0
     writer: Lock
     waiters: Waiters
+    _waits: LocalWaits
 
     def __init__(self, memory: Memory, header: Header, writer: Lock) -> None:
         self.memory: Final = memory
@@ -129,7 +130,8 @@ class Segment:
             memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
         )
         segment = Segment(memory, header, WriterLock(-1, 0))
-        segment.waiters = segment._make_waiters(LocalWaits())
+        segment._waits = LocalWaits()
+        segment.waiters = segment._make_waiters(segment._waits)
         return segment
 
     @property
@@ -160,14 +162,14 @@ class Segment:
     def _after_fork(self) -> None:
         # Another thread of the parent may have held it; here that thread does not exist.
         self.writer = WriterLock(-1, 0)
-        self.waiters.after_fork()
+        self._waits.after_fork()
 
 
 class SharedSegment(Segment):
     """A segment in /dev/shm, attached by this process.
 
-    Its descriptor carries every lock this attachment holds. Closing it, or dying, gives all of
-    them up; only `unlink` removes the segment.
+    Its descriptor carries every lock this attachment holds. Leaving, or dying, gives all of them
+    up; only `unlink` removes the segment.
     """
 
     fd: int = -1
@@ -369,7 +371,7 @@ class SharedSegment(Segment):
     def _attach_again(self) -> None:
         fd = -1
         try:
-            fd, _, head, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE, at.HEADER_SIZE)
+            fd, _, head, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE, HEADER_SIZE)
             if head[at.EPOCH_ID_AT : at.EPOCH_ID_AT + at.ID_SIZE] != self.epoch_id.bytes:
                 raise self.closed_error()
         except FileNotFoundError:

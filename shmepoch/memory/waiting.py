@@ -65,10 +65,6 @@ class AsyncWaits(Protocol):
         """Something was committed, or the epoch ended."""
         ...
 
-    def after_fork(self) -> None:
-        """Forget the parent's: its coroutines do not run in this child."""
-        ...
-
 
 class LocalWaits:
     """The coroutines that wait for private memory: whoever commits is in the same process."""
@@ -94,6 +90,7 @@ class LocalWaits:
                 wait.resolve()
 
     def after_fork(self) -> None:
+        """Forget the parent's: its coroutines do not run in this child."""
         self._lock = threading.Lock()
         self._waits: set[AsyncWait] = set()
 
@@ -143,10 +140,6 @@ class Waiters:
             finally:
                 self._waits.discard(wait)
         return self._reached(after)
-
-    def after_fork(self) -> None:
-        """Forget the parent's waits."""
-        self._waits.after_fork()
 
     def _reached(self, after: int) -> int:
         # Completions that were committed before the epoch ended are still delivered.
