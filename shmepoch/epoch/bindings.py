@@ -8,7 +8,6 @@ from __future__ import annotations
 import binascii
 import hashlib
 import hmac
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
+from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory.layout import ID_SIZE, OpsLifecycleConfig
@@ -289,7 +289,7 @@ def _after_fork_in_child() -> None:
     _attached_lock = threading.RLock()  # another thread of the parent may have held it
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+on_fork(Part.BINDINGS, after_in_child=_after_fork_in_child)
 
 
 class StandaloneEphemeral:

@@ -20,6 +20,7 @@ import weakref
 from pathlib import Path
 from typing import Final
 
+from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory, try_lock
@@ -245,4 +246,4 @@ def _stop_listening() -> None:
         bells.stop()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+on_fork(Part.BELLS, after_in_child=_after_fork_in_child)

@@ -23,6 +23,7 @@ from shmepoch.errors import (
     SegmentExists,
     WitnessMismatch,
 )
+from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
@@ -450,4 +451,4 @@ def _after_fork_in_child() -> None:
             segment._after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+on_fork(Part.ATTACHMENTS, after_in_child=_after_fork_in_child)

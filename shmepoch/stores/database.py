@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from shmepoch.errors import StoreUnusable
+from shmepoch.forking import Part, on_fork
 from shmepoch.stores.schema import SchemaUnsupported, is_current, migrate
 
 _RETRY_S: Final = 0.01
@@ -212,4 +213,9 @@ def _after_fork() -> None:
     _fork_lock.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+on_fork(
+    Part.STORES,
+    before=_before_fork,
+    after_in_parent=_after_fork,
+    after_in_child=_after_fork,
+)

@@ -1,0 +1,69 @@
+"""The hooks around a fork: in one order, whatever one of them does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from multiprocessing import Pipe
+from typing import Any
+
+import pytest
+
+from shmepoch import forking
+from shmepoch.forking import Part, on_fork
+
+#: What the hooks did in this process.
+called: list[str] = []
+
+
+def hook(name: str) -> Callable[[], None]:
+    """A hook that says that it was called, and fails."""
+
+    def call() -> None:
+        called.append(name)
+        raise KeyboardInterrupt(name)
+
+    return call
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part has hooks, which were registered in another order than the one they run in."""
+    monkeypatch.setattr(forking, "_parts", {})
+    monkeypatch.setattr(f"{__name__}.called", [])
+    for part in (Part.BELLS, Part.STORES, Part.ATTACHMENTS, Part.BINDINGS):
+        on_fork(
+            part,
+            before=hook(f"before {part.name}"),
+            after_in_parent=hook(f"parent {part.name}"),
+            after_in_child=hook(f"child {part.name}"),
+        )
+
+
+@pytest.mark.usefixtures("hooks")
+def test_the_parts_follow_in_one_order_and_each_has_its_turn() -> None:
+    ours, theirs = Pipe()
+    pid = os.fork()
+    if pid == 0:
+        theirs.send(called)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    in_child: Any = ours.recv()
+    before = [f"before {name}" for name in ("STORES", "BINDINGS", "BELLS", "ATTACHMENTS")]
+    order = ("ATTACHMENTS", "BELLS", "BINDINGS", "STORES")
+    assert called == before + [f"parent {name}" for name in order]
+    assert in_child == before + [f"child {name}" for name in order]
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_part_has_its_hooks_once() -> None:
+    with pytest.raises(ValueError, match="BELLS"):
+        on_fork(Part.BELLS)
+
+
+def test_the_whole_library_asks_for_forks_in_one_place() -> None:
+    import shmepoch  # every part of it, as it is used
+
+    assert set(shmepoch.forking._parts) == set(Part)
