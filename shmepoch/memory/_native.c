@@ -59,6 +59,8 @@ typedef _Atomic uint64_t word_t;
 /* A sleeping waiter looks again after this long: whoever was to wake it may have been killed
  * between its store and its wake call, and the 32-bit event count may have come round. */
 static const int64_t RECHECK_NS = 250 * 1000 * 1000;
+/* A wait in the main thread looks for signals that came just before it slept after this long. */
+static const int64_t SIGNALS_NS = 50 * 1000 * 1000;
 
 /* The longest that a wait spins before it sleeps: what a sleep and the wake-up from it cost where
  * they are dear, as on virtual machines. Shorter, and of two processes that both sleep neither would
@@ -904,6 +906,39 @@ monotonic_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* The point in time that a timeout in nanoseconds, or None, ends at. */
+static bool
+parse_timeout(PyObject *object, int64_t *deadline)
+{
+    *deadline = INT64_MAX;
+    if (object == Py_None) {
+        return true;
+    }
+    int64_t timeout = PyLong_AsLongLong(object);
+    if (timeout == -1 && PyErr_Occurred()) {
+        return false;
+    }
+    const int64_t now = monotonic_ns();
+    timeout = timeout < 0 ? 0 : timeout;
+    *deadline = timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
+    return true;
+}
+
+/* How long a sleep until `deadline` goes on before it looks again; 0 or below once it has passed.
+ *
+ * A signal may come just before a sleep, and then no system call is there for it to interrupt. Python
+ * runs its handlers in the main thread, so that one looks after them more often. */
+static int64_t
+sleep_limit(int64_t deadline)
+{
+    const int64_t longest = getpid() == syscall(SYS_gettid) ? SIGNALS_NS : RECHECK_NS;
+    if (deadline == INT64_MAX) {
+        return longest;
+    }
+    const int64_t remaining = deadline - monotonic_ns();
+    return remaining < longest ? remaining : longest;
+}
+
 static void
 cpu_relax(void)
 {
@@ -991,7 +1026,8 @@ wait_sleeping(const Wait *wait, int64_t limit_ns)
 /* wait_above(value, above, event, gate, timeout_ns) -> bool
  *
  * Blocks until the word at `value` is above `above` or the word at `gate` is not zero; False if
- * `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits. */
+ * `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits, also those
+ * of a signal that came between the last look and the sleep, which no system call tells of. */
 static PyObject *
 memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -1003,15 +1039,9 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         || !parse_word(self, args[3], &gate)) {
         return NULL;
     }
-    int64_t deadline = INT64_MAX;
-    if (args[4] != Py_None) {
-        int64_t timeout = PyLong_AsLongLong(args[4]);
-        if (timeout == -1 && PyErr_Occurred()) {
-            return NULL;
-        }
-        int64_t now = monotonic_ns();
-        timeout = timeout < 0 ? 0 : timeout;
-        deadline = timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
+    int64_t deadline;
+    if (!parse_timeout(args[4], &deadline)) {
+        return NULL;
     }
     wait.value = word_at(self, value);
     wait.gate = word_at(self, gate);
@@ -1021,18 +1051,15 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
     bool over = false, spin = true;
     for (;;) {
-        int64_t remaining = INT64_MAX;
-        if (deadline != INT64_MAX) {
-            remaining = deadline - monotonic_ns();
-        }
-        if (remaining <= 0) {
+        const int64_t limit = sleep_limit(deadline);
+        if (limit <= 0) {
             return bool_object(wait_is_over(&wait));
         }
         int error = 0;
         Py_BEGIN_ALLOW_THREADS
-        over = spin && remaining > SPIN_MAX_NS && wait_spinning(self, &wait);
+        over = spin && limit > SPIN_MAX_NS && wait_spinning(self, &wait);
         if (!over) {
-            error = wait_sleeping(&wait, remaining < RECHECK_NS ? remaining : RECHECK_NS);
+            error = wait_sleeping(&wait, limit);
             over = wait_is_over(&wait);
         }
         Py_END_ALLOW_THREADS
@@ -1040,7 +1067,7 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         if (over) {
             Py_RETURN_TRUE;
         }
-        if (error == EINTR && PyErr_CheckSignals() < 0) {
+        if (PyErr_CheckSignals() < 0) {
             return NULL;
         }
         if (error != 0 && error != EINTR && error != EAGAIN && error != ETIMEDOUT) {
@@ -2310,7 +2337,19 @@ static PyMethodDef module_methods[] = {
  *
  * A context manager in C: between taking the lock and entering the block there is no instruction at
  * which a signal handler could raise and leave the lock taken.
+ *
+ * A wait for it ends within a bounded time of a signal or of the lock's retirement, whatever holds
+ * it. So no wait is a blocking system call without a limit: fcntl(2) has no timed wait for a lock,
+ * and nothing but a signal interrupts F_OFD_SETLKW. The lock of another process is polled instead,
+ * with pauses that grow with the time waited: a part of it, from what a transition takes to what costs
+ * next to no processor.
  */
+
+static const int64_t LOCK_PAUSE_PART = 16;
+static const int64_t LOCK_PAUSE_MIN_NS = 10 * 1000;
+static const int64_t LOCK_PAUSE_MAX_NS = 1000 * 1000;
+
+typedef _Atomic(PyObject *) shared_object_t;
 
 typedef struct {
     PyObject_HEAD
@@ -2318,7 +2357,10 @@ typedef struct {
     int fd;                     /* between processes; -1 for private memory */
     off_t at;
     _Atomic unsigned long owner; /* the thread inside, to refuse it a second time */
-    PyObject *on_closed;         /* makes the error of a retired lock; guarded by `threads` */
+    /* Makes the error of a retired lock, NULL before. Set once, so that it is read without a lock. */
+    shared_object_t on_closed;
+    /* Called by the last thread out, where `retire` did not wait for it. */
+    shared_object_t on_left;
 } WriterLock;
 
 static PyObject *
@@ -2341,7 +2383,8 @@ writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fd = fd;
     self->at = (off_t)at;
     atomic_init(&self->owner, 0);
-    self->on_closed = NULL;
+    atomic_init(&self->on_closed, NULL);
+    atomic_init(&self->on_left, NULL);
     self->threads = PyThread_allocate_lock();
     if (self->threads == NULL) {
         Py_DECREF(self);
@@ -2353,15 +2396,19 @@ writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static int
 writer_traverse(PyObject *object, visitproc visit, void *arg)
 {
+    WriterLock *self = (WriterLock *)object;
     Py_VISIT(Py_TYPE(object));
-    Py_VISIT(((WriterLock *)object)->on_closed);
+    Py_VISIT(atomic_load_explicit(&self->on_closed, memory_order_relaxed));
+    Py_VISIT(atomic_load_explicit(&self->on_left, memory_order_relaxed));
     return 0;
 }
 
 static int
 writer_clear(PyObject *object)
 {
-    Py_CLEAR(((WriterLock *)object)->on_closed);
+    WriterLock *self = (WriterLock *)object;
+    Py_XDECREF(atomic_exchange_explicit(&self->on_closed, NULL, memory_order_acq_rel));
+    Py_XDECREF(atomic_exchange_explicit(&self->on_left, NULL, memory_order_acq_rel));
     return 0;
 }
 
@@ -2380,88 +2427,192 @@ writer_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
+/* Acquire; pairs with the release in `writer_retire`: the error's maker is whole. */
 static bool
-writer_take_thread_lock(WriterLock *self)
+writer_is_retired(WriterLock *self)
 {
-    const unsigned long me = PyThread_get_thread_ident();
-    if (atomic_load_explicit(&self->owner, memory_order_relaxed) == me) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "this thread is in a transition of the same epoch already (a signal "
-                        "handler or finalizer may not start another)");
-        return false;
-    }
-    PyLockStatus status = PyThread_acquire_lock_timed(self->threads, 0, 0);
-    while (status != PY_LOCK_ACQUIRED) {
-        Py_BEGIN_ALLOW_THREADS
-        status = PyThread_acquire_lock_timed(self->threads, -1, 1);
-        Py_END_ALLOW_THREADS
-        if (status == PY_LOCK_INTR && PyErr_CheckSignals() < 0) {
-            return false;
-        }
-    }
-    atomic_store_explicit(&self->owner, me, memory_order_relaxed);
-    return true;
+    return atomic_load_explicit(&self->on_closed, memory_order_acquire) != NULL;
 }
 
+/* Only the thread itself stores its own number, so a relaxed load is enough to know it. */
+static bool
+writer_is_mine(WriterLock *self)
+{
+    return atomic_load_explicit(&self->owner, memory_order_relaxed) == PyThread_get_thread_ident();
+}
+
+/* Waits until `deadline` at most: 1, or 0 if that passed, or -1 with what a signal handler raised. */
+static int
+writer_take_thread_lock(WriterLock *self, int64_t deadline)
+{
+    PyLockStatus status = PyThread_acquire_lock_timed(self->threads, 0, 0);
+    while (status != PY_LOCK_ACQUIRED) {
+        const int64_t limit = sleep_limit(deadline);
+        if (limit <= 0) {
+            return 0;
+        }
+        Py_BEGIN_ALLOW_THREADS
+        status = PyThread_acquire_lock_timed(self->threads, limit / 1000 + 1, 1);
+        Py_END_ALLOW_THREADS
+        if (status != PY_LOCK_ACQUIRED && PyErr_CheckSignals() < 0) {
+            return -1;
+        }
+    }
+    atomic_store_explicit(&self->owner, PyThread_get_thread_ident(), memory_order_relaxed);
+    return 1;
+}
+
+/* The fences here and in `writer_leave_to_last` are of one pair: this side releases the lock, then
+ * looks for what was left to it; the other side leaves it, then looks at the lock. At least one sees
+ * the other. */
 static void
 writer_drop_thread_lock(WriterLock *self)
 {
     atomic_store_explicit(&self->owner, 0, memory_order_relaxed);
     PyThread_release_lock(self->threads);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(&self->on_left, memory_order_relaxed) == NULL) {
+        return;
+    }
+    PyObject *on_left = atomic_exchange_explicit(&self->on_left, NULL, memory_order_acq_rel);
+    if (on_left == NULL) {
+        return;
+    }
+    PyObject *type, *value, *traceback; /* of an entry that was refused */
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *result = PyObject_CallFunctionObjArgs(on_left, NULL);
+    if (result == NULL) {
+        PyErr_WriteUnraisable(on_left); /* the transition that ends here stands all the same */
+    }
+    Py_XDECREF(result);
+    Py_DECREF(on_left);
+    PyErr_Restore(type, value, traceback);
 }
 
-/* First without releasing the interpreter lock, since the lock is nearly always free; only a wait
+/* Without the interpreter lock: 0 once the lock is taken, or an errno. EAGAIN where it is another's
+ * still, for the caller to look after signals and ask again. */
+static int
+writer_poll_process_lock(WriterLock *self, int64_t began_ns)
+{
+    struct flock lock = byte_lock(F_WRLCK, self->at);
+    int64_t now_ns = monotonic_ns();
+    const int64_t end_ns = now_ns + sleep_limit(INT64_MAX);
+    while (!writer_is_retired(self)) {
+        if (fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
+            return 0;
+        }
+        if ((errno != EAGAIN && errno != EACCES) || now_ns >= end_ns) {
+            return errno;
+        }
+        int64_t pause_ns = (now_ns - began_ns) / LOCK_PAUSE_PART;
+        pause_ns = pause_ns > LOCK_PAUSE_MIN_NS ? pause_ns : LOCK_PAUSE_MIN_NS;
+        pause_ns = pause_ns < LOCK_PAUSE_MAX_NS ? pause_ns : LOCK_PAUSE_MAX_NS;
+        const struct timespec pause = {.tv_sec = 0, .tv_nsec = (long)pause_ns};
+        if (nanosleep(&pause, NULL) != 0) {
+            return errno;
+        }
+        now_ns = monotonic_ns();
+    }
+    return EAGAIN;
+}
+
+/* Whether the lock between processes is taken; false without an error set where it was retired.
+ *
+ * First without releasing the interpreter lock, since the lock is nearly always free; only a wait
  * is worth the price of letting other threads run. */
 static bool
 writer_take_process_lock(WriterLock *self)
 {
     struct flock lock = byte_lock(F_WRLCK, self->at);
+    if (writer_is_retired(self)) {
+        return false;
+    }
     if (self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
         return true;
     }
-    while (errno == EAGAIN || errno == EACCES || errno == EINTR) {
-        int error = 0;
-        if (errno == EINTR && PyErr_CheckSignals() < 0) {
+    int error = errno;
+    const int64_t began_ns = monotonic_ns();
+    while (error == EAGAIN || error == EACCES || error == EINTR) {
+        if (PyErr_CheckSignals() < 0 || writer_is_retired(self)) {
             return false;
         }
         Py_BEGIN_ALLOW_THREADS
-        error = fcntl(self->fd, F_OFD_SETLKW, &lock) == 0 ? 0 : errno;
+        error = writer_poll_process_lock(self, began_ns);
         Py_END_ALLOW_THREADS
         if (error == 0) {
             return true;
         }
-        errno = error;
     }
+    errno = error;
     PyErr_SetFromErrno(PyExc_OSError);
     return false;
+}
+
+/* For a lock that was not taken: raises what a signal handler or the system said, or else that it is
+ * retired. */
+static PyObject *
+writer_refuse(WriterLock *self)
+{
+    if (!PyErr_Occurred()) {
+        PyObject *on_closed =
+            Py_XNewRef(atomic_load_explicit(&self->on_closed, memory_order_acquire));
+        raise_closed(on_closed);
+        Py_XDECREF(on_closed);
+    }
+    return NULL;
 }
 
 static PyObject *
 writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     WriterLock *self = (WriterLock *)object;
-    if (!writer_take_thread_lock(self)) {
+    if (writer_is_mine(self)) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "this thread is in a transition of the same epoch already (a signal "
+                        "handler or finalizer may not start another)");
         return NULL;
     }
-    if (self->on_closed != NULL) {
-        PyObject *on_closed = Py_NewRef(self->on_closed);
-        writer_drop_thread_lock(self);
-        raise_closed(on_closed);
-        Py_DECREF(on_closed);
+    if (writer_take_thread_lock(self, INT64_MAX) < 0) {
         return NULL;
     }
     if (!writer_take_process_lock(self)) {
         writer_drop_thread_lock(self);
-        return NULL;
+        return writer_refuse(self);
     }
     Py_RETURN_NONE;
+}
+
+/* Enters if nothing has to be waited for, this thread's own transition included. */
+static PyObject *
+writer_try_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    WriterLock *self = (WriterLock *)object;
+    if (writer_is_retired(self)) {
+        return writer_refuse(self);
+    }
+    if (writer_is_mine(self)
+        || PyThread_acquire_lock_timed(self->threads, 0, 0) != PY_LOCK_ACQUIRED) {
+        Py_RETURN_FALSE;
+    }
+    atomic_store_explicit(&self->owner, PyThread_get_thread_ident(), memory_order_relaxed);
+    struct flock lock = byte_lock(F_WRLCK, self->at);
+    if (self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
+        Py_RETURN_TRUE;
+    }
+    const int error = errno;
+    writer_drop_thread_lock(self);
+    if (error == EAGAIN || error == EACCES) {
+        Py_RETURN_FALSE;
+    }
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
 }
 
 static PyObject *
 writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
 {
     WriterLock *self = (WriterLock *)object;
-    if (atomic_load_explicit(&self->owner, memory_order_relaxed) != PyThread_get_thread_ident()) {
+    if (!writer_is_mine(self)) {
         PyErr_SetString(PyExc_RuntimeError, "the writer lock is released by the thread that holds it");
         return NULL;
     }
@@ -2476,31 +2627,67 @@ writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UN
     Py_RETURN_NONE;
 }
 
-/* For whoever is about to close the descriptor, which gives the lock up: after this no thread of the
- * process is inside, and whoever still waits to enter, or tries later, gets the error. */
+/* Has `on_left` called by the last thread out, which is this one if the others have left meanwhile. */
+static void
+writer_leave_to_last(WriterLock *self, PyObject *on_left)
+{
+    PyObject *before =
+        atomic_exchange_explicit(&self->on_left, Py_NewRef(on_left), memory_order_acq_rel);
+    Py_XDECREF(before);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (PyThread_acquire_lock_timed(self->threads, 0, 0) == PY_LOCK_ACQUIRED) {
+        writer_drop_thread_lock(self);
+    }
+}
+
+/* retire(on_closed[, timeout_ns[, on_left]]) -> whether no thread of the process is inside
+ *
+ * Every entry from now on is refused, those that wait included. For whoever is about to close the
+ * descriptor, which gives the lock up in the middle of a transition as well: after True it may. After
+ * False, and where a signal handler raises, `on_left` is called by the last thread out. */
 static PyObject *
-writer_retire(PyObject *object, PyObject *on_closed)
+writer_retire(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     WriterLock *self = (WriterLock *)object;
-    if (!PyCallable_Check(on_closed)) {
-        PyErr_SetString(PyExc_TypeError, "on_closed is called to make the error");
+    int64_t deadline = INT64_MAX;
+    if (nargs < 1 || nargs > 3) {
+        return PyErr_Format(PyExc_TypeError, "retire takes 1 to 3 arguments, not %zd", nargs);
+    }
+    PyObject *on_left = nargs > 2 ? args[2] : Py_None;
+    if (!PyCallable_Check(args[0]) || (on_left != Py_None && !PyCallable_Check(on_left))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "on_closed is called to make the error, and on_left by the last one out");
         return NULL;
     }
-    if (!writer_take_thread_lock(self)) {
+    if (nargs > 1 && !parse_timeout(args[1], &deadline)) {
         return NULL;
     }
-    PyObject *before = self->on_closed;
-    self->on_closed = Py_NewRef(on_closed);
-    writer_drop_thread_lock(self);
-    Py_XDECREF(before);
-    Py_RETURN_NONE;
+    PyObject *none = NULL;
+    Py_INCREF(args[0]);
+    if (!atomic_compare_exchange_strong_explicit(&self->on_closed, &none, args[0],
+                                                 memory_order_acq_rel, memory_order_relaxed)) {
+        Py_DECREF(args[0]); /* it was retired before */
+    }
+    /* Under this thread's own transition, as in a signal handler, nothing is to be waited for. */
+    const int taken = writer_is_mine(self) ? 0 : writer_take_thread_lock(self, deadline);
+    if (taken > 0) {
+        writer_drop_thread_lock(self);
+        Py_RETURN_TRUE;
+    }
+    if (on_left != Py_None) {
+        writer_leave_to_last(self, on_left);
+    }
+    return taken < 0 ? NULL : bool_object(false);
 }
 
 static PyMethodDef writer_methods[] = {
     {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
-    {"retire", (PyCFunction)writer_retire, METH_O,
-     "retire(on_closed, /): wait until nobody is inside and refuse everybody from then on."},
+    {"try_enter", (PyCFunction)writer_try_enter, METH_NOARGS,
+     "Enter if that waits for nothing; whether it did."},
+    {"retire", (PyCFunction)(void (*)(void))writer_retire, METH_FASTCALL,
+     "retire(on_closed, timeout_ns=None, on_left=None, /): refuse every entry from now on, and wait "
+     "until no thread is inside; whether that is so."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -157,7 +157,18 @@ class WriterLock:
         traceback: TracebackType | None,
         /,
     ) -> None: ...
-    def retire(self, on_closed: Callable[[], BaseException], /) -> None: ...
+    # Enters if that waits for nothing, else False: inside this thread's own transition, too.
+    def try_enter(self) -> bool: ...
+    # Entries are refused from now on, those that wait included; whether no thread of this process
+    # is inside by then. After False, and where a signal handler raises, `on_left` is called by the
+    # last thread out. Called inside this thread's own transition it waits for nothing.
+    def retire(
+        self,
+        on_closed: Callable[[], BaseException],
+        timeout_ns: int | None = None,
+        on_left: Callable[[], object] | None = None,
+        /,
+    ) -> bool: ...
 
 def try_lock(fd: int, byte: int, shared: bool, /) -> bool: ...
 def unlock(fd: int, byte: int, count: int = 1, /) -> None: ...

@@ -51,6 +51,8 @@ _log = logging.getLogger(__name__)
 #: pathlib would take longer to join a path than the kernel to open it.
 _SHM_DIR: Final = str(SHM_DIR)
 _NAMESPACE_LIMIT: Final = 64
+#: How long `close` waits for a transition of another thread: a transition takes microseconds.
+_LEAVE_NS: Final = 1_000_000_000
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
 _NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
 
@@ -93,6 +95,10 @@ class Lock(Protocol):
         traceback: TracebackType | None,
         /,
     ) -> None: ...
+
+    def try_enter(self) -> bool:
+        """Enter if that waits for nothing; whether it did, for the caller to exit."""
+        ...
 
 
 class Segment:
@@ -318,13 +324,23 @@ class SharedSegment(Segment):
         unlink(self.fd, self.path)
         self._replacement.unlink(missing_ok=True)  # of a runtime that was killed while it replaced
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        to whoever still holds a cursor of it. Waits for a transition of another thread."""
+        to whoever still holds a cursor of it.
+
+        Waits a second for a transition of another thread. False: it takes longer, or it is one of
+        this thread's, that a signal handler interrupted; then it leaves the epoch when it is done.
+        """
         if not isinstance(self.writer, WriterLock):
             self.writer = WriterLock(-1, 0)  # inherited by a fork and not used since
         # Closing the descriptor gives the lock up, in the middle of a transition as well.
-        self.writer.retire(partial(_left_error, self.memory, self.epoch_id))
+        closed_error = partial(_left_error, self.memory, self.epoch_id)
+        if not self.writer.retire(closed_error, _LEAVE_NS, self._leave):
+            return False
+        self._leave()
+        return True
+
+    def _leave(self) -> None:
         if self.fd >= 0 and self.participant:
             self.participants.leave(self.participant)
         self._close_fd()
@@ -405,6 +421,10 @@ class _AttachAgain:
     def __enter__(self) -> None:
         self._segment.ensure_attached()
         self._segment.writer.__enter__()
+
+    def try_enter(self) -> bool:
+        self._segment.ensure_attached()
+        return self._segment.writer.try_enter()
 
     def __exit__(
         self,

@@ -1015,6 +1015,13 @@ class Retired(Exception):
     pass
 
 
+def interrupt_main_thread() -> None:
+    """Send SIGINT while the main thread sleeps in a system call."""
+    stat = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_retiring_waits_for_who_is_inside_and_refuses_who_waits(
     fds: tuple[int, int], shared: bool
@@ -1031,9 +1038,7 @@ def test_retiring_waits_for_who_is_inside_and_refuses_who_waits(
             with pytest.raises(TimeoutError):
                 retiring.result(0.05)
             waiting = pool.submit(enter)
-            with pytest.raises(RuntimeError, match="already"):
-                lock.retire(Retired)
-        retiring.result(60)
+        assert retiring.result(60)
         with suppress(Retired):  # whichever of the two was first
             waiting.result(60)
     for _ in range(2):
@@ -1042,6 +1047,122 @@ def test_retiring_waits_for_who_is_inside_and_refuses_who_waits(
     assert not is_locked(fds[1], 0)
     with pytest.raises(TypeError, match="called"):
         lock.retire("not callable")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="called"):
+        lock.retire(Retired, None, "not callable")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="arguments"):
+        lock.retire()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        lock.retire(Retired, "soon")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_retiring_within_a_time_leaves_the_rest_to_the_last_one_out(
+    fds: tuple[int, int], shared: bool
+) -> None:
+    lock, left = WriterLock(fds[0] if shared else -1, 0), []
+    with ThreadPoolExecutor(2) as pool:
+        with lock:
+            assert not pool.submit(lock.retire, Retired, 0, lambda: left.append(0)).result(60)
+            assert not pool.submit(lock.retire, Retired, 10_000_000, left.clear).result(60)
+            assert not pool.submit(lock.retire, Retired, 0, lambda: left.append(1)).result(60)
+            assert not left
+            for call in (lock.try_enter, lock.__enter__):
+                entering = pool.submit(call)
+                if call == lock.try_enter:
+                    with pytest.raises(Retired):
+                        entering.result(60)
+        assert left == [1]
+        with pytest.raises(Retired):
+            entering.result(60)
+    assert not is_locked(fds[1], 0)
+    assert lock.retire(Retired, 0, lambda: left.append(2))
+    assert left == [1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lock_that_is_retired_inside_its_own_transition(
+    fds: tuple[int, int], shared: bool
+) -> None:
+    """As by a signal handler: it does not wait for what it interrupted, which ends as it would."""
+    lock, left = WriterLock(fds[0] if shared else -1, 0), []
+    with lock:
+        assert not lock.retire(Retired, None, lambda: left.append(is_locked(fds[1], 0)))
+        assert is_locked(fds[1], 0) == shared
+        assert not left
+    assert left == [False]
+    with pytest.raises(Retired):
+        lock.__enter__()
+
+
+def test_retiring_frees_a_thread_that_waits_for_another_process(fds: tuple[int, int]) -> None:
+    mine, theirs = WriterLock(fds[0], 0), WriterLock(fds[1], 0)
+    with ThreadPoolExecutor(3) as pool, theirs:
+        waiting = [pool.submit(mine.__enter__) for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            waiting[0].result(0.05)
+        assert mine.retire(Retired, 60 * 10**9)
+        for each in waiting:
+            with pytest.raises(Retired):
+                each.result(60)
+        assert is_locked(fds[0], 0)  # theirs
+
+
+def test_what_the_last_one_out_raises_is_reported_and_stops_nothing(
+    fds: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, raised = WriterLock(fds[0], 0), list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: raised.append(args.exc_value))
+
+    def fail() -> None:
+        raise error
+
+    error = ValueError("left badly")
+    with lock:
+        assert not lock.retire(Retired, 0, fail)
+    assert raised == [error]
+    assert not is_locked(fds[1], 0)
+
+
+def test_retiring_that_a_signal_interrupts_is_finished_by_the_last_one_out() -> None:
+    lock, left, held, release = WriterLock(-1, 0), [], threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            release.wait(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            holding = pool.submit(hold)
+            held.wait(60)
+            pool.submit(interrupt_main_thread)
+            with pytest.raises(KeyboardInterrupt):
+                lock.retire(Retired, None, lambda: left.append(1))
+            assert not left
+            release.set()
+            holding.result(60)
+        assert left == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_entering_only_what_is_free(fds: tuple[int, int]) -> None:
+    for lock in (mine := WriterLock(fds[0], 0), WriterLock(-1, 0)):
+        assert lock.try_enter()
+        assert is_locked(fds[1], 0) == (lock is mine)
+        assert not lock.try_enter()  # inside already
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(lock.try_enter).result(60)
+        lock.__exit__(None, None, None)
+        assert not is_locked(fds[1], 0)
+    with WriterLock(fds[1], 0):
+        assert not mine.try_enter()
+    with mine:  # what was not entered is not left half taken
+        pass
+    assert mine.retire(Retired)
+    with pytest.raises(Retired):
+        mine.try_enter()
 
 
 def test_a_thread_that_waits_for_the_lock_lets_others_run(fds: tuple[int, int]) -> None:
@@ -1071,9 +1192,7 @@ def test_ctrl_c_while_waiting_for_the_lock(fds: tuple[int, int]) -> None:
 
     def interrupt() -> None:
         held.wait(60)
-        stat = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat")
-        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt_main_thread()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +21,7 @@ from shmepoch.errors import (
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
 from shmepoch.memory import layout as at
+from shmepoch.memory import segment as segment_module
 from shmepoch.memory._native import Memory
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import OpsLifecycleConfig
@@ -340,6 +342,59 @@ def test_what_is_forgotten_is_left(
     del other
     gc.collect()
     assert [one.alive for one in segment.participants.list()] == [False]
+
+
+def test_closing_leaves_a_long_transition_its_lock_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch, segment: SharedSegment, attach: Callable[[], SharedSegment]
+) -> None:
+    """Two writers at once would be let in by a descriptor that is closed under the first."""
+    monkeypatch.setattr(segment_module, "_LEAVE_NS", 1_000_000)
+    other = attach()
+    other.join(Role.WORKER)
+    fd = other.fd
+    with ThreadPoolExecutor(1) as pool:
+        with other.writer:
+            assert not pool.submit(other.close).result(60)
+            assert not segment.writer.try_enter()
+            assert segment.participants.list() != []
+            os.fstat(fd)
+        assert other.close()
+    assert segment.participants.list() == []
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    with segment.writer:
+        pass
+
+
+def test_closing_in_the_middle_of_its_own_transition(
+    segment: SharedSegment, attach: Callable[[], SharedSegment]
+) -> None:
+    """A signal handler or a finalizer closes: the transition ends as it would, then it leaves."""
+    other = attach()
+    other.join(Role.WORKER)
+    with other.writer:
+        assert not other.close()
+        assert not segment.writer.try_enter()
+    assert not other.attached
+    assert segment.participants.list() == []
+
+
+def test_closing_while_another_process_stands_still_in_a_transition(
+    namespace: str, segment: SharedSegment, attach: Callable[[], SharedSegment]
+) -> None:
+    other = attach()
+
+    def enter() -> None:
+        with other.writer:
+            raise AssertionError("let in beside another")
+
+    with ThreadPoolExecutor(2) as pool, segment.writer:
+        waiting = pool.submit(enter)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        assert pool.submit(other.close).result(60)
+        with pytest.raises(BindingsClosed):
+            waiting.result(60)
 
 
 def test_closing_waits_for_a_transition(
