@@ -85,7 +85,9 @@ Locks are open-file-description locks on single bytes; they need no byte to exis
          0  during a transition   the writer
          1  while it lives        the session's runtime
          2  while attached        every attachment, shared; exclusive: who removes the segment
-     3 + i  while it lives        the participant in slot i
+         3  until it is closed    the session's agent; shared: agents that agreed to share
+         4  while it runs         the runtime loop
+     5 + i  while it lives        the participant in slot i
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ Ring: TypeAlias = tuple[int, int, int, int]
 """Index ring offset, its capacity in entries, byte ring offset, its size in bytes."""
 
 MAGIC: Final = int.from_bytes(b"shmepoch", "little")
-VERSION: Final = 1
+VERSION: Final = 2
 
 WORD: Final = 8
 LINE: Final = 128
@@ -183,7 +185,9 @@ RECOVERY_SKIP: Final = 1024
 WRITER_BYTE: Final = 0
 RUNTIME_BYTE: Final = 1
 PRESENCE_BYTE: Final = 2
-PARTICIPANT_BYTE: Final = 3
+AGENT_BYTE: Final = 3
+LOOP_BYTE: Final = 4
+PARTICIPANT_BYTE: Final = 5
 
 
 class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):

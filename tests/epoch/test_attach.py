@@ -250,7 +250,7 @@ def test_a_header_word(
     SharedSegment.attach(namespace, segment.session_id).close()
 
 
-@pytest.mark.parametrize("version", [0, 2, 2**32, 2**64 - 1])
+@pytest.mark.parametrize("version", [0, at.VERSION - 1, at.VERSION + 1, 2**32, 2**64 - 1])
 def test_another_release(namespace: str, segment: SharedSegment, version: int) -> None:
     rewrite(segment.path, at.VERSION_AT, word(version))
     error = refused(namespace, segment.path)

@@ -107,9 +107,9 @@ def test_the_tables_are_the_constants() -> None:
     assert participant == PARTICIPANT
     assert slot == SLOT
     assert [list(table.values()) for table in locks] == [
-        [at.WRITER_BYTE, at.RUNTIME_BYTE, at.PRESENCE_BYTE]
+        [at.WRITER_BYTE, at.RUNTIME_BYTE, at.PRESENCE_BYTE, at.AGENT_BYTE, at.LOOP_BYTE]
     ]
-    assert at.PARTICIPANT_BYTE == at.PRESENCE_BYTE + 1
+    assert at.PARTICIPANT_BYTE == at.LOOP_BYTE + 1
 
 
 def test_nothing_in_a_table_overlaps() -> None:
