@@ -383,7 +383,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def _begin(self) -> Words:
         """What every transition does first: nothing on a sealed epoch, and repair before all."""
-        if self._segment.sealed:
+        if self._segment.ended:
             raise self._segment.closed_error()
         return self._repair()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +106,8 @@ class WaitAll:
     goes at once, with the mapping that it keeps."""
 
     def __init__(self) -> None:
-        self._active = threading.Lock()
+        #: By process: in a forked child, the parent's barrier is of a thread that does not exist.
+        self._active: dict[int, object] = {}
 
     def wait(
         self,
@@ -129,12 +130,14 @@ class WaitAll:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        if not self._active.acquire(blocking=False):
-            raise WaitAlreadyActive
+        pid, mine = os.getpid(), object()
         try:
+            if self._active.setdefault(pid, mine) is not mine:
+                raise WaitAlreadyActive
             yield
         finally:
-            self._active.release()
+            if self._active.get(pid) is mine:
+                del self._active[pid]
 
 
 def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[_Pending]:

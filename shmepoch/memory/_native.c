@@ -7,6 +7,7 @@
  *   Cell       one word of a Memory that only grows, behind a gate word that can close it
  *   Snapshots  several words of a Memory that only grow, read at one instant
  *   Transitions   the common case of an epoch's most frequent transitions, each in one call
+ *   Descriptor a descriptor that is closed with its object, and known to a forked child
  *   WriterLock a thread lock and an open-file-description lock, taken together
  *   try_lock, unlock, is_locked   single open-file-description byte locks
  *
@@ -31,6 +32,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -76,9 +78,6 @@ typedef struct {
     PyObject_HEAD
     unsigned char *base;
     Py_ssize_t size;
-    /* Which file it is of; 0 and 0 for private memory, which no file has. */
-    dev_t device;
-    ino_t inode;
     /* What this process learned about spinning on this memory: how long; and after how many waits
      * to try again, and how many there were since it gave up. Several threads may learn at once; a
      * lost update costs one guess. */
@@ -87,8 +86,12 @@ typedef struct {
     _Atomic uint32_t spin_skipped;
 } Memory;
 
+typedef struct Descriptor Descriptor;
+
 typedef struct {
     PyTypeObject *memory_type;
+    PyTypeObject *descriptor_type;
+    Descriptor *descriptors; /* the open ones; guarded by `descriptors_lock` */
     PyTypeObject *transitions_type;
     PyTypeObject *snapshots_type;
 } ModuleState;
@@ -169,10 +172,12 @@ check_arity(const char *name, Py_ssize_t got, Py_ssize_t expected)
     return false;
 }
 
+/* A number, or what has a `fileno`. */
 static bool
 parse_descriptor(PyObject *object, int *fd)
 {
-    long descriptor = PyLong_AsLong(object);
+    long descriptor =
+        PyLong_Check(object) ? PyLong_AsLong(object) : PyObject_AsFileDescriptor(object);
     if (descriptor == -1 && PyErr_Occurred()) {
         return false;
     }
@@ -194,9 +199,8 @@ bool_object(bool value)
 
 /* --- Memory: life ---------------------------------------------------------------------------- */
 
-/* `found` is of the file of `fd`, or all zeros where there is none. */
 static PyObject *
-memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags, const struct stat *found)
+memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags)
 {
     if (size <= 0) {
         PyErr_Format(PyExc_ValueError, "a memory has at least one byte, not %zd", size);
@@ -214,29 +218,23 @@ memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags, const struct 
     }
     self->base = base;
     self->size = size;
-    self->device = found->st_dev;
-    self->inode = found->st_ino;
     atomic_init(&self->spin_ns, SPIN_MAX_NS);
     atomic_init(&self->spin_probe_after, SPIN_PROBE_AFTER);
     atomic_init(&self->spin_skipped, 0);
     return (PyObject *)self;
 }
 
-/* Another description of the file of `fd`, and what that is; -1 with an error set. */
+/* Another description of the file of `fd`; -1 with an error set. */
 static int
-open_again(int fd, struct stat *found)
+open_again(int fd)
 {
     char link[sizeof "/proc/self/fd/" + 3 * sizeof fd];
     PyOS_snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     int again = open(link, O_RDWR | O_CLOEXEC);
-    if (again >= 0 && fstat(again, found) == 0) {
-        return again;
+    if (again < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
     }
-    PyErr_SetFromErrno(PyExc_OSError);
-    if (again >= 0) {
-        close(again);
-    }
-    return -1;
+    return again;
 }
 
 /* Through a description of its own: a mapping holds the one it was made through, also in a forked
@@ -245,49 +243,39 @@ static PyObject *
 memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *keywords[] = {"fd", "size", NULL};
+    PyObject *fd_object;
     int fd;
     Py_ssize_t size;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in:Memory", keywords, &fd, &size)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "On:Memory", keywords, &fd_object, &size)
+        || !parse_descriptor(fd_object, &fd)) {
         return NULL;
     }
-    struct stat found;
-    int again = open_again(fd, &found);
+    int again = open_again(fd);
     if (again < 0) {
         return NULL;
     }
-    PyObject *self = memory_map(type, again, size, MAP_SHARED, &found);
+    PyObject *self = memory_map(type, again, size, MAP_SHARED);
     close(again);
     return self;
 }
 
-/* reopen(fd): mapped anew, through a description of its own and where it was, so that what lies in it
- * stays where it is. For a forked child whose memory was mapped through the description of `fd`, which
- * it shares with its parent. */
-static PyObject *
-memory_reopen(PyObject *object, PyObject *fd_object)
+/* Mapped anew, through a description of its own and where it was, so that what lies in it stays where
+ * it is. For a forked child whose memory was mapped through the description of `fd`, which it shares
+ * with its parent. False with an error set: it is mapped as before. */
+static bool
+map_again(const Memory *self, int fd)
 {
-    const Memory *self = (const Memory *)object;
-    struct stat found;
-    int fd;
-    if (!parse_descriptor(fd_object, &fd)) {
-        return NULL;
-    }
-    int again = open_again(fd, &found);
+    int again = open_again(fd);
     if (again < 0) {
-        return NULL;
+        return false;
     }
-    void *base = MAP_FAILED;
-    if (found.st_dev != self->device || found.st_ino != self->inode) {
-        PyErr_Format(PyExc_ValueError, "descriptor %d is not of the file that is mapped", fd);
-    } else {
-        base = mmap(self->base, (size_t)self->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-                    again, 0);
-        if (base == MAP_FAILED) {
-            PyErr_SetFromErrno(PyExc_OSError);
-        }
+    void *base = mmap(self->base, (size_t)self->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                      again, 0);
+    if (base == MAP_FAILED) {
+        PyErr_SetFromErrno(PyExc_OSError);
     }
     close(again);
-    return base == MAP_FAILED ? NULL : Py_NewRef(Py_None);
+    return base != MAP_FAILED;
 }
 
 static PyObject *
@@ -297,8 +285,7 @@ memory_private(PyObject *type, PyObject *size_object)
     if (size == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    const struct stat no_file = {0};
-    return memory_map((PyTypeObject *)type, -1, size, MAP_PRIVATE | MAP_ANONYMOUS, &no_file);
+    return memory_map((PyTypeObject *)type, -1, size, MAP_PRIVATE | MAP_ANONYMOUS);
 }
 
 static void
@@ -906,6 +893,15 @@ monotonic_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* The same to a few milliseconds, for a fraction of the price. */
+static int64_t
+coarse_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 /* The point in time that a timeout in nanoseconds, or None, ends at. */
 static bool
 parse_timeout(PyObject *object, int64_t *deadline)
@@ -1100,12 +1096,8 @@ memory_wake(PyObject *object, PyObject *offset_object)
 
 static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs);
 static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
-static PyObject *memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs);
-
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
-    {"open_held", (PyCFunction)(void (*)(void))memory_open_held, METH_FASTCALL | METH_CLASS, NULL},
-    {"reopen", (PyCFunction)memory_reopen, METH_O, NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
     {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
@@ -2198,70 +2190,6 @@ parse_lock(PyObject *const *args, int *fd, off_t *at)
     return true;
 }
 
-#define OPEN_FLAGS (O_RDWR | O_CLOEXEC | O_NOFOLLOW)
-
-/* Whether the file of `fd` now has the byte's shared lock, and is what it was to be. What it is, is
- * looked up after the lock was asked for: its holder knows that it is so still. */
-static bool
-hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
-{
-    struct flock lock = byte_lock(F_RDLCK, at);
-    return fd >= 0 && fcntl(fd, F_OFD_SETLK, &lock) == 0 && fstat(fd, found) == 0
-           && found->st_mode == mode && found->st_uid == geteuid() && found->st_nlink > 0
-           && found->st_size >= length;
-}
-
-/* open_held(path, byte, mode, length) -> (fd, size, first bytes, memory), or None
- *
- * Opens, locks, checks, reads and maps a file in one call, where all is in order. Where anything is not,
- * nothing stays open, and the caller goes about it step by step. The memory is mapped through the
- * description of `fd`: another one would take a seventh of an attach. The bytes are read and not looked
- * at through the mapping, whose first touch takes longer. The interpreter lock is kept: where shared
- * memory lies, none of this waits for anything.
- */
-static PyObject *
-memory_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
-{
-    PyObject *name = NULL, *bytes = NULL, *memory = NULL, *opened = NULL;
-    if (!check_arity("open_held", nargs, 4)) {
-        return NULL;
-    }
-    long long at = PyLong_AsLongLong(args[1]);
-    unsigned long mode = PyLong_AsUnsignedLong(args[2]);
-    Py_ssize_t length = PyLong_AsSsize_t(args[3]);
-    if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &name)) {
-        return NULL;
-    }
-    if (at < 0 || length < 0) {
-        Py_DECREF(name);
-        return PyErr_Format(PyExc_ValueError, "no byte %lld or first %zd bytes of a file", at,
-                            length);
-    }
-    const char *path = PyBytes_AsString(name);
-    struct stat found;
-    int fd = open(path, OPEN_FLAGS);
-    if (hold(fd, (off_t)at, (mode_t)mode, length, &found)) {
-        bytes = PyBytes_FromStringAndSize(NULL, length);
-        memory = bytes == NULL ? NULL
-                               : memory_map((PyTypeObject *)type, fd, (Py_ssize_t)found.st_size,
-                                            MAP_SHARED, &found);
-        if (memory != NULL && pread(fd, PyBytes_AsString(bytes), (size_t)length, 0) == length) {
-            opened = Py_BuildValue("inOO", fd, (Py_ssize_t)found.st_size, bytes, memory);
-        }
-    }
-    Py_XDECREF(bytes);
-    Py_XDECREF(memory);
-    Py_DECREF(name);
-    if (opened != NULL) {
-        return opened;
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-    PyErr_Clear(); /* of what could not be mapped: the caller finds out why */
-    Py_RETURN_NONE;
-}
-
 /* try_lock(fd, byte, shared) -> whether the lock is now held through this description */
 static PyObject *
 native_try_lock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -2326,10 +2254,404 @@ native_is_locked(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t 
     return bool_object(lock.l_type != F_UNLCK);
 }
 
+/* --- Descriptor ---------------------------------------------------------------------------------
+ *
+ * A descriptor carries every lock that was taken through it, and a death is noticed by those locks. So
+ * no descriptor may be left over, whatever a signal handler raises, and no forked child may keep one
+ * of its parent's, whatever another thread of the parent was doing. Both ask for the same: from the
+ * system call on that opens it, a descriptor has an object that closes it, and the objects of all that
+ * are open are known. Its number is nowhere else, so none outlives it.
+ *
+ * LOCK-1: a mapping holds the open file description it was made through, and with it every lock, for
+ * as long as the memory is there. So what closes gives its locks up by name. A forked child, which must
+ * not do that to its parent, has the memory mapped anew.
+ */
+
+struct Descriptor {
+    PyObject_HEAD
+    int fd;               /* -1: closed */
+    unsigned long forks;  /* by which the process that opened it is known */
+    bool inherited;       /* closed because it was the parent's */
+    Memory *memory;       /* what was mapped through the same description, or NULL */
+    PyObject *on_closed;  /* makes the error of a closed one, or NULL */
+    Descriptor *next;     /* among the open ones */
+    Descriptor **link;    /* what points to this one there */
+};
+
+/* Held for a few instructions and over a fork, so that a child finds the list whole; where there is a
+ * global interpreter lock, that one does as much. */
+static pthread_mutex_t descriptors_lock = PTHREAD_MUTEX_INITIALIZER;
+/* How many forks lie between the first process and this one: a PID may come again in a container. */
+static _Atomic unsigned long forks;
+
+static void
+before_fork(void)
+{
+    pthread_mutex_lock(&descriptors_lock);
+}
+
+static void
+after_fork_in_parent(void)
+{
+    pthread_mutex_unlock(&descriptors_lock);
+}
+
+static void
+after_fork_in_child(void)
+{
+    atomic_fetch_add_explicit(&forks, 1, memory_order_relaxed); /* there is one thread */
+    pthread_mutex_unlock(&descriptors_lock);
+}
+
+static void
+watch_forks(void)
+{
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+static void
+descriptor_enlist(Descriptor *self)
+{
+    ModuleState *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    pthread_mutex_lock(&descriptors_lock);
+    self->link = &state->descriptors;
+    self->next = state->descriptors;
+    if (self->next != NULL) {
+        self->next->link = &self->next;
+    }
+    state->descriptors = self;
+    pthread_mutex_unlock(&descriptors_lock);
+}
+
+static void
+descriptor_delist(Descriptor *self)
+{
+    pthread_mutex_lock(&descriptors_lock);
+    if (self->link != NULL) {
+        *self->link = self->next;
+        if (self->next != NULL) {
+            self->next->link = self->link;
+        }
+    }
+    self->link = NULL;
+    self->next = NULL;
+    pthread_mutex_unlock(&descriptors_lock);
+}
+
+static bool
+descriptor_is_inherited(const Descriptor *self)
+{
+    return self->forks != atomic_load_explicit(&forks, memory_order_relaxed);
+}
+
+/* Without a descriptor yet, so that nothing can fail once there is one. */
+static Descriptor *
+descriptor_make(PyTypeObject *type)
+{
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Descriptor *self = (Descriptor *)allocate(type, 0);
+    if (self != NULL) {
+        self->fd = -1;
+        self->forks = atomic_load_explicit(&forks, memory_order_relaxed);
+    }
+    return self;
+}
+
+static void
+descriptor_own(Descriptor *self, int fd)
+{
+    self->fd = fd;
+    descriptor_enlist(self);
+}
+
+/* False with an error set where a forked child could not map the memory anew, and so keeps the locks
+ * of its parent. It is closed in any case. */
+static bool
+descriptor_release(Descriptor *self)
+{
+    const int fd = self->fd;
+    if (fd < 0) {
+        return true;
+    }
+    bool left = true;
+    descriptor_delist(self);
+    self->fd = -1;
+    if (!descriptor_is_inherited(self)) {
+        struct flock every = byte_lock(F_UNLCK, 0);
+        every.l_len = 0; /* to the end, as fcntl(2) has it */
+        fcntl(fd, F_OFD_SETLK, &every);
+    } else {
+        self->inherited = true;
+        left = self->memory == NULL || map_again(self->memory, fd);
+    }
+    close(fd);
+    Memory *memory = self->memory;
+    self->memory = NULL;
+    Py_XDECREF((PyObject *)memory);
+    return left;
+}
+
+static int
+descriptor_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(((Descriptor *)object)->on_closed);
+    return 0;
+}
+
+static int
+descriptor_clear(PyObject *object)
+{
+    Py_CLEAR(((Descriptor *)object)->on_closed);
+    return 0;
+}
+
+static void
+descriptor_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    PyObject *kind, *value, *traceback;
+    PyErr_Fetch(&kind, &value, &traceback);
+    if (!descriptor_release((Descriptor *)object)) {
+        PyErr_WriteUnraisable((PyObject *)type);
+    }
+    PyErr_Restore(kind, value, traceback);
+    descriptor_clear(object);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+/* open(path, flags, mode=0o600): like os.open, and closed on exec. The interpreter lock is kept: where
+ * shared memory lies, this waits for nothing. */
+static PyObject *
+descriptor_open(PyObject *type, PyObject *args)
+{
+    PyObject *path, *name = NULL;
+    int flags, mode = 0600;
+    if (!PyArg_ParseTuple(args, "Oi|i:open", &path, &flags, &mode)
+        || !PyUnicode_FSConverter(path, &name)) {
+        return NULL;
+    }
+    Descriptor *self = descriptor_make((PyTypeObject *)type);
+    if (self != NULL) {
+        int fd = open(PyBytes_AsString(name), flags | O_CLOEXEC, (mode_t)mode);
+        if (fd >= 0) {
+            descriptor_own(self, fd);
+        } else {
+            PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+            Py_CLEAR(self);
+        }
+    }
+    Py_DECREF(name);
+    return (PyObject *)self;
+}
+
+/* Whether the file of `fd` now has the byte's shared lock, and is what it was to be. What it is, is
+ * looked up after the lock was asked for: its holder knows that it is so still. */
+static bool
+hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
+{
+    struct flock lock = byte_lock(F_RDLCK, at);
+    return fcntl(fd, F_OFD_SETLK, &lock) == 0 && fstat(fd, found) == 0 && found->st_mode == mode
+           && found->st_uid == geteuid() && found->st_nlink > 0 && found->st_size >= length;
+}
+
+/* open_held(path, byte, mode, length, mapped) -> (descriptor, size, first bytes, memory), or None
+ *
+ * Opens, locks, checks, reads and maps a file in one call, where all is in order. Where anything is not,
+ * nothing stays open, and the caller goes about it step by step. The memory, None unless `mapped`, is
+ * mapped through the description of the descriptor: another one would take a seventh of an attach. The
+ * bytes are read and not looked at through the mapping, whose first touch takes longer.
+ */
+static PyObject *
+descriptor_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *name = NULL, *bytes = NULL, *opened = NULL;
+    if (!check_arity("open_held", nargs, 5)) {
+        return NULL;
+    }
+    long long at = PyLong_AsLongLong(args[1]);
+    unsigned long mode = PyLong_AsUnsignedLong(args[2]);
+    Py_ssize_t length = PyLong_AsSsize_t(args[3]);
+    int mapped = PyObject_IsTrue(args[4]);
+    if (PyErr_Occurred() || !PyUnicode_FSConverter(args[0], &name)) {
+        return NULL;
+    }
+    if (at < 0 || length < 0) {
+        Py_DECREF(name);
+        return PyErr_Format(PyExc_ValueError, "no byte %lld or first %zd bytes of a file", at,
+                            length);
+    }
+    ModuleState *state = PyType_GetModuleState((PyTypeObject *)type);
+    Descriptor *self = descriptor_make((PyTypeObject *)type);
+    int fd = self == NULL ? -1 : open(PyBytes_AsString(name), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    struct stat found;
+    if (fd >= 0) {
+        descriptor_own(self, fd);
+        if (hold(fd, (off_t)at, (mode_t)mode, length, &found)) {
+            bytes = PyBytes_FromStringAndSize(NULL, length);
+            if (bytes != NULL && mapped) {
+                self->memory = (Memory *)memory_map(state->memory_type, fd,
+                                                    (Py_ssize_t)found.st_size, MAP_SHARED);
+            }
+            if (bytes != NULL && (self->memory != NULL) == mapped
+                && pread(fd, PyBytes_AsString(bytes), (size_t)length, 0) == length) {
+                opened = Py_BuildValue("OnOO", (PyObject *)self, (Py_ssize_t)found.st_size, bytes,
+                                       mapped ? (PyObject *)self->memory : Py_None);
+            }
+        }
+    }
+    Py_XDECREF(bytes);
+    Py_DECREF(name);
+    Py_XDECREF((PyObject *)self); /* which closes it, unless it is in `opened` */
+    if (opened != NULL) {
+        return opened;
+    }
+    PyErr_Clear(); /* of what could not be mapped: the caller finds out why */
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+descriptor_fileno(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const Descriptor *self = (const Descriptor *)object;
+    if (self->fd < 0) {
+        raise_closed(self->on_closed);
+        return NULL;
+    }
+    return PyLong_FromLong(self->fd);
+}
+
+/* close(on_closed=None): of no effect on a closed one. */
+static PyObject *
+descriptor_close(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Descriptor *self = (Descriptor *)object;
+    if (nargs > 1) {
+        return PyErr_Format(PyExc_TypeError, "close takes at most 1 argument, not %zd", nargs);
+    }
+    PyObject *before = self->on_closed;
+    if (nargs == 1 && args[0] != Py_None) {
+        if (!PyCallable_Check(args[0])) {
+            PyErr_SetString(PyExc_TypeError, "on_closed is called to make the error");
+            return NULL;
+        }
+        self->on_closed = Py_NewRef(args[0]);
+        Py_XDECREF(before);
+    }
+    self->inherited = false; /* a child that closes what it inherited is not to open it again */
+    if (!descriptor_release(self)) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* take(other) -> whether this one, which was closed, is now what `other` was, and `other` is closed. */
+static PyObject *
+descriptor_take(PyObject *object, PyObject *other_object)
+{
+    Descriptor *self = (Descriptor *)object, *other = (Descriptor *)other_object;
+    if (!Py_IS_TYPE(other_object, Py_TYPE(object))) {
+        PyErr_SetString(PyExc_TypeError, "a descriptor takes over another descriptor");
+        return NULL;
+    }
+    if (self->fd >= 0 || other->fd < 0) {
+        Py_RETURN_FALSE;
+    }
+    descriptor_delist(other);
+    self->memory = other->memory;
+    self->forks = other->forks;
+    self->inherited = false;
+    descriptor_own(self, other->fd);
+    other->fd = -1;
+    other->memory = NULL;
+    Py_CLEAR(self->on_closed);
+    Py_RETURN_TRUE;
+}
+
+static PyObject *
+descriptor_get_closed(PyObject *object, void *Py_UNUSED(closure))
+{
+    return bool_object(((Descriptor *)object)->fd < 0);
+}
+
+static PyObject *
+descriptor_get_inherited(PyObject *object, void *Py_UNUSED(closure))
+{
+    return bool_object(((Descriptor *)object)->inherited);
+}
+
+/* leave_inherited(): in a forked child, close every descriptor of the parent. Raises the error of the
+ * first whose memory could not be mapped anew, after all of them. */
+static PyObject *
+native_leave_inherited(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    ModuleState *state = PyModule_GetState(module);
+    bool left = true;
+    for (;;) {
+        pthread_mutex_lock(&descriptors_lock);
+        Descriptor *found = state->descriptors;
+        while (found != NULL && !descriptor_is_inherited(found)) {
+            found = found->next;
+        }
+        Py_XINCREF((PyObject *)found);
+        pthread_mutex_unlock(&descriptors_lock);
+        if (found == NULL) {
+            break;
+        }
+        PyObject *kind, *value, *traceback;
+        PyErr_Fetch(&kind, &value, &traceback);
+        left = descriptor_release(found) && left;
+        if (kind != NULL) {
+            PyErr_Restore(kind, value, traceback);
+        }
+        Py_DECREF((PyObject *)found);
+    }
+    return left ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyMethodDef descriptor_methods[] = {
+    {"open", (PyCFunction)descriptor_open, METH_VARARGS | METH_CLASS, NULL},
+    {"open_held", (PyCFunction)(void (*)(void))descriptor_open_held, METH_FASTCALL | METH_CLASS,
+     NULL},
+    {"fileno", (PyCFunction)descriptor_fileno, METH_NOARGS, NULL},
+    {"close", (PyCFunction)(void (*)(void))descriptor_close, METH_FASTCALL, NULL},
+    {"take", (PyCFunction)descriptor_take, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef descriptor_attributes[] = {
+    {"closed", descriptor_get_closed, NULL, "Whether it is closed.", NULL},
+    {"inherited", descriptor_get_inherited, NULL, "Whether it was the parent's, and is closed.",
+     NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot descriptor_slots[] = {
+    {Py_tp_doc, "Made by Descriptor.open and Descriptor.open_held: see _native.pyi."},
+    {Py_tp_dealloc, descriptor_dealloc},
+    {Py_tp_traverse, descriptor_traverse},
+    {Py_tp_clear, descriptor_clear},
+    {Py_tp_methods, descriptor_methods},
+    {Py_tp_getset, descriptor_attributes},
+    {0, NULL},
+};
+
+static PyType_Spec descriptor_spec = {
+    .name = "shmepoch.memory._native.Descriptor",
+    .basicsize = sizeof(Descriptor),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE
+             | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = descriptor_slots,
+};
+
 static PyMethodDef module_methods[] = {
     {"try_lock", (PyCFunction)(void (*)(void))native_try_lock, METH_FASTCALL, NULL},
     {"unlock", (PyCFunction)(void (*)(void))native_unlock, METH_FASTCALL, NULL},
     {"is_locked", (PyCFunction)(void (*)(void))native_is_locked, METH_FASTCALL, NULL},
+    {"leave_inherited", (PyCFunction)native_leave_inherited, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -2349,13 +2671,22 @@ static const int64_t LOCK_PAUSE_PART = 16;
 static const int64_t LOCK_PAUSE_MIN_NS = 10 * 1000;
 static const int64_t LOCK_PAUSE_MAX_NS = 1000 * 1000;
 
+/* How long a file may have lost its name before a transition hears of it: a look takes as long as
+ * the lock itself, and the time of the coarse clock a twentieth of that. */
+static const int64_t LOOK_NS = 500 * 1000 * 1000;
+
 typedef _Atomic(PyObject *) shared_object_t;
 
 typedef struct {
     PyObject_HEAD
     PyThread_type_lock threads; /* between the threads of this process */
-    int fd;                     /* between processes; -1 for private memory */
+    Descriptor *descriptor;     /* between processes, */
+    int fd;                     /* or this number; -1 where there is neither, for private memory */
     off_t at;
+    /* Called where an entry finds the descriptor to be a forked child's parent's, to open it again, or
+     * the file without a name; or NULL. */
+    PyObject *attend;
+    int64_t looked_ns; /* when the file had a name; guarded by the lock */
     _Atomic unsigned long owner; /* the thread inside, to refuse it a second time */
     /* Makes the error of a retired lock, NULL before. Set once, so that it is read without a lock. */
     shared_object_t on_closed;
@@ -2366,22 +2697,40 @@ typedef struct {
 static PyObject *
 writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"fd", "byte", NULL};
-    int fd;
+    static char *keywords[] = {"fd", "byte", "attend", NULL};
+    PyObject *carrier, *attend = Py_None;
+    int fd = -1;
     long long at;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iL:WriterLock", keywords, &fd, &at)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:WriterLock", keywords, &carrier, &at,
+                                     &attend)) {
         return NULL;
     }
+    ModuleState *state = PyType_GetModuleState(type);
+    const bool is_descriptor = Py_IS_TYPE(carrier, state->descriptor_type);
+    if (!is_descriptor) {
+        long number = PyLong_AsLong(carrier);
+        if (number == -1 && PyErr_Occurred()) {
+            return NULL;
+        }
+        fd = number < -1 || number > INT_MAX ? -2 : (int)number;
+    }
     if (fd < -1 || at < 0) {
-        return PyErr_Format(PyExc_ValueError, "no byte %lld of descriptor %d", at, fd);
+        return PyErr_Format(PyExc_ValueError, "no byte %lld of %R", at, carrier);
+    }
+    if (attend != Py_None && (!is_descriptor || !PyCallable_Check(attend))) {
+        PyErr_SetString(PyExc_TypeError, "attend is called about a Descriptor");
+        return NULL;
     }
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     WriterLock *self = (WriterLock *)allocate(type, 0);
     if (self == NULL) {
         return NULL;
     }
+    self->descriptor = is_descriptor ? (Descriptor *)Py_NewRef(carrier) : NULL;
     self->fd = fd;
     self->at = (off_t)at;
+    self->attend = attend == Py_None ? NULL : Py_NewRef(attend);
+    self->looked_ns = coarse_ns();
     atomic_init(&self->owner, 0);
     atomic_init(&self->on_closed, NULL);
     atomic_init(&self->on_left, NULL);
@@ -2398,6 +2747,8 @@ writer_traverse(PyObject *object, visitproc visit, void *arg)
 {
     WriterLock *self = (WriterLock *)object;
     Py_VISIT(Py_TYPE(object));
+    Py_VISIT((PyObject *)self->descriptor);
+    Py_VISIT(self->attend);
     Py_VISIT(atomic_load_explicit(&self->on_closed, memory_order_relaxed));
     Py_VISIT(atomic_load_explicit(&self->on_left, memory_order_relaxed));
     return 0;
@@ -2407,6 +2758,7 @@ static int
 writer_clear(PyObject *object)
 {
     WriterLock *self = (WriterLock *)object;
+    Py_CLEAR(self->attend);
     Py_XDECREF(atomic_exchange_explicit(&self->on_closed, NULL, memory_order_acq_rel));
     Py_XDECREF(atomic_exchange_explicit(&self->on_left, NULL, memory_order_acq_rel));
     return 0;
@@ -2419,12 +2771,25 @@ writer_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     writer_clear(object);
+    Py_XDECREF((PyObject *)self->descriptor);
     if (self->threads != NULL) {
         PyThread_free_lock(self->threads);
     }
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
+}
+
+static int
+writer_fd(const WriterLock *self)
+{
+    return self->descriptor != NULL ? self->descriptor->fd : self->fd;
+}
+
+static bool
+writer_is_shared(const WriterLock *self)
+{
+    return self->descriptor != NULL || self->fd >= 0;
 }
 
 /* Acquire; pairs with the release in `writer_retire`: the error's maker is whole. */
@@ -2498,7 +2863,7 @@ writer_poll_process_lock(WriterLock *self, int64_t began_ns)
     int64_t now_ns = monotonic_ns();
     const int64_t end_ns = now_ns + sleep_limit(INT64_MAX);
     while (!writer_is_retired(self)) {
-        if (fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
+        if (fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0) {
             return 0;
         }
         if ((errno != EAGAIN && errno != EACCES) || now_ns >= end_ns) {
@@ -2527,7 +2892,7 @@ writer_take_process_lock(WriterLock *self)
     if (writer_is_retired(self)) {
         return false;
     }
-    if (self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
+    if (!writer_is_shared(self) || fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0) {
         return true;
     }
     int error = errno;
@@ -2562,6 +2927,58 @@ writer_refuse(WriterLock *self)
     return NULL;
 }
 
+/* Whether the descriptor is open, or was opened again, for a lock that is not taken yet. */
+static bool
+writer_opens(WriterLock *self)
+{
+    if (self->descriptor == NULL || self->descriptor->fd >= 0 || writer_is_retired(self)) {
+        return true;
+    }
+    PyObject *attended =
+        self->attend == NULL ? Py_NewRef(Py_None) : PyObject_CallFunctionObjArgs(self->attend, NULL);
+    if (attended != NULL && self->descriptor->fd < 0 && !writer_is_retired(self)) {
+        raise_closed(self->descriptor->on_closed);
+        Py_CLEAR(attended);
+    }
+    Py_XDECREF(attended);
+    return attended != NULL;
+}
+
+/* Whether the file has its name still, as looked up now and then, or nothing is to be said of it. */
+static bool
+writer_has_name(WriterLock *self)
+{
+    if (self->attend == NULL) {
+        return true;
+    }
+    const int64_t now_ns = coarse_ns();
+    if (now_ns - self->looked_ns < LOOK_NS) {
+        return true;
+    }
+    struct stat found;
+    if (fstat(writer_fd(self), &found) == 0 && found.st_nlink == 0) {
+        PyObject *attended = PyObject_CallFunctionObjArgs(self->attend, NULL);
+        if (attended == NULL) {
+            return false; /* and every entry from now on looks again */
+        }
+        Py_DECREF(attended);
+    }
+    self->looked_ns = now_ns;
+    return true;
+}
+
+/* Give up the locks; 0 or the errno of the one between processes. */
+static int
+writer_leave(WriterLock *self)
+{
+    struct flock lock = byte_lock(F_UNLCK, self->at);
+    const bool released =
+        !writer_is_shared(self) || fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0;
+    const int error = released ? 0 : errno;
+    writer_drop_thread_lock(self);
+    return error;
+}
+
 static PyObject *
 writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -2572,12 +2989,16 @@ writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
                         "handler or finalizer may not start another)");
         return NULL;
     }
-    if (writer_take_thread_lock(self, INT64_MAX) < 0) {
+    if (!writer_opens(self) || writer_take_thread_lock(self, INT64_MAX) < 0) {
         return NULL;
     }
     if (!writer_take_process_lock(self)) {
         writer_drop_thread_lock(self);
         return writer_refuse(self);
+    }
+    if (!writer_has_name(self)) {
+        writer_leave(self);
+        return NULL;
     }
     Py_RETURN_NONE;
 }
@@ -2590,14 +3011,21 @@ writer_try_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
     if (writer_is_retired(self)) {
         return writer_refuse(self);
     }
+    if (!writer_opens(self)) {
+        return NULL;
+    }
     if (writer_is_mine(self)
         || PyThread_acquire_lock_timed(self->threads, 0, 0) != PY_LOCK_ACQUIRED) {
         Py_RETURN_FALSE;
     }
     atomic_store_explicit(&self->owner, PyThread_get_thread_ident(), memory_order_relaxed);
     struct flock lock = byte_lock(F_WRLCK, self->at);
-    if (self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0) {
-        Py_RETURN_TRUE;
+    if (!writer_is_shared(self) || fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0) {
+        if (writer_has_name(self)) {
+            Py_RETURN_TRUE;
+        }
+        writer_leave(self);
+        return NULL;
     }
     const int error = errno;
     writer_drop_thread_lock(self);
@@ -2616,14 +3044,25 @@ writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UN
         PyErr_SetString(PyExc_RuntimeError, "the writer lock is released by the thread that holds it");
         return NULL;
     }
-    struct flock lock = byte_lock(F_UNLCK, self->at);
-    bool released = self->fd < 0 || fcntl(self->fd, F_OFD_SETLK, &lock) == 0;
-    int error = errno;
-    writer_drop_thread_lock(self);
-    if (!released) {
+    const int error = writer_leave(self);
+    if (error != 0) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
+    Py_RETURN_NONE;
+}
+
+/* In a forked child, where no other thread of the parent is: free, whoever held it. */
+static PyObject *
+writer_after_fork(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    WriterLock *self = (WriterLock *)object;
+    PyThread_type_lock threads = PyThread_allocate_lock();
+    if (threads == NULL) {
+        return PyErr_NoMemory();
+    }
+    self->threads = threads; /* the old one may be held, and is not to be freed then */
+    atomic_store_explicit(&self->owner, 0, memory_order_relaxed);
     Py_RETURN_NONE;
 }
 
@@ -2683,6 +3122,8 @@ writer_retire(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 static PyMethodDef writer_methods[] = {
     {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
+    {"after_fork", (PyCFunction)writer_after_fork, METH_NOARGS,
+     "In a forked child: free, whoever held it."},
     {"try_enter", (PyCFunction)writer_try_enter, METH_NOARGS,
      "Enter if that waits for nothing; whether it did."},
     {"retire", (PyCFunction)(void (*)(void))writer_retire, METH_FASTCALL,
@@ -2725,9 +3166,12 @@ module_exec(PyObject *module)
 {
     ModuleState *state = PyModule_GetState(module);
     state->memory_type = add_type(module, &memory_spec);
-    if (state->memory_type == NULL) {
+    state->descriptor_type = add_type(module, &descriptor_spec);
+    if (state->memory_type == NULL || state->descriptor_type == NULL) {
         return -1;
     }
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
     /* Made by a memory's methods only, so the module does not name them. */
     state->transitions_type =
         (PyTypeObject *)PyType_FromModuleAndSpec(module, &transitions_spec, NULL);
@@ -2751,6 +3195,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     ModuleState *state = PyModule_GetState(module);
     Py_VISIT(state->memory_type);
+    Py_VISIT(state->descriptor_type);
     Py_VISIT(state->transitions_type);
     Py_VISIT(state->snapshots_type);
     return 0;
@@ -2761,6 +3206,7 @@ module_clear(PyObject *module)
 {
     ModuleState *state = PyModule_GetState(module);
     Py_CLEAR(state->memory_type);
+    Py_CLEAR(state->descriptor_type);
     Py_CLEAR(state->transitions_type);
     Py_CLEAR(state->snapshots_type);
     return 0;

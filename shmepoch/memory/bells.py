@@ -23,7 +23,7 @@ from typing import Final
 from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory, try_lock
+from shmepoch.memory._native import Descriptor, Memory, try_lock
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
@@ -59,6 +59,7 @@ class Bells:
         self._waits: set[AsyncWait]
         self._thread: threading.Thread | None
         self._page: Memory | None
+        self._fd: Descriptor | None
         self._reset()
 
     @staticmethod
@@ -119,8 +120,6 @@ class Bells:
 
     def after_fork(self) -> None:
         """Forget the parent's thread, waits and locks."""
-        if self._fd >= 0:
-            os.close(self._fd)
         self._reset()
 
     def _reset(self) -> None:
@@ -130,7 +129,7 @@ class Bells:
         self._stopping = False
         self._bell = random.randrange(BELLS)
         self._page = None
-        self._fd = -1
+        self._fd = None
 
     def _arm(self, wait: AsyncWait) -> None:
         bit = 1 << self._bell
@@ -147,7 +146,7 @@ class Bells:
                 patience = _PATIENCE if waits else patience - 1
                 if self._stopping or patience < 0:
                     self._thread = None
-                    fd, self._fd = self._fd, -1
+                    fd, self._fd = self._fd, None
                     break
             for wait in waits:
                 self._arm(wait)
@@ -155,17 +154,18 @@ class Bells:
                     wait.resolve()
                     self.discard(wait)
             page.wait_above(bell, rung, bell + at.WORD, _RETIRED, _RECHECK_NS)
+        assert fd is not None
         _remove_if_last(page, fd, self._path)
-        os.close(fd)
+        fd.close()
 
     def _open_page(self) -> Memory:
         fd = open_owned(self._path)
         try:
             return map_shared(fd, _SIZE)
         finally:
-            os.close(fd)
+            fd.close()
 
-    def _join_listeners(self) -> tuple[Memory, int]:
+    def _join_listeners(self) -> tuple[Memory, Descriptor]:
         """Open or make the page, and hold the listeners' lock through the descriptor."""
         while True:
             try:
@@ -175,11 +175,11 @@ class Bells:
                 with contextlib.suppress(FileExistsError):
                     link(fd, self._path)
             page = map_shared(fd, _SIZE)
-            if try_lock(fd, _LISTENERS_BYTE, True) and os.fstat(fd).st_nlink > 0:
+            if try_lock(fd, _LISTENERS_BYTE, True) and os.fstat(fd.fileno()).st_nlink > 0:
                 if not page.load(_RETIRED):
                     return page, fd
                 unlink(fd, self._path)  # whoever retired it was killed before this
-            os.close(fd)
+            fd.close()
 
 
 def bells_path(namespace: str) -> Path:
@@ -197,10 +197,10 @@ def remove_unused_bells(namespace: str) -> None:
     try:
         _remove_if_last(map_shared(fd, _SIZE), fd, path)
     finally:
-        os.close(fd)
+        fd.close()
 
 
-def _remove_if_last(page: Memory, fd: int, path: Path) -> None:
+def _remove_if_last(page: Memory, fd: Descriptor, path: Path) -> None:
     # An exclusive lock replaces this description's shared one only if nobody else has one.
     if try_lock(fd, _LISTENERS_BYTE, False):
         page.store(_RETIRED, 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
-from shmepoch.memory._native import Memory, try_lock, unlock
+from shmepoch.memory._native import Descriptor, Memory, try_lock
 
 SHM_DIR: Final = Path("/dev/shm")
 
@@ -29,116 +29,95 @@ _OTHER_TYPES: Final = {
 }
 
 
-def create_unnamed(size: int) -> int:
+def create_unnamed(size: int) -> Descriptor:
     """A descriptor of a new file of `size` bytes, all reserved, that has no name yet.
 
     Raises `SharedMemoryExhausted` where there is not enough room: a write to a page that tmpfs
     cannot provide later would be a SIGBUS.
     """
-    fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
+    made = Descriptor.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR, _MODE)
     try:
-        os.fchmod(fd, _MODE)  # gives back what the umask took away
-        os.posix_fallocate(fd, 0, size)
+        os.fchmod(made.fileno(), _MODE)  # gives back what the umask took away
+        os.posix_fallocate(made.fileno(), 0, size)
     except OSError as error:
-        os.close(fd)
+        made.close()
         if error.errno != errno.ENOSPC:
             raise
         room = os.statvfs(SHM_DIR)
         raise SharedMemoryExhausted(size, room.f_bavail * room.f_frsize, str(SHM_DIR)) from error
-    return fd
+    return made
 
 
-def map_shared(fd: int, size: int) -> Memory:
-    """The first `size` bytes of the file of `fd`, mapped through a description of their own."""
+def map_shared(fd: Descriptor, size: int) -> Memory:
+    """The first `size` bytes of a file, mapped through a description of their own."""
     return Memory(fd, size)
 
 
-def link(fd: int, path: Path) -> None:
-    """Give the file of `fd` a name; `FileExistsError` if it is taken."""
-    shm = os.open(SHM_DIR, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def link(fd: Descriptor, path: Path) -> None:
+    """Give a file a name; `FileExistsError` if it is taken."""
+    shm = Descriptor.open(SHM_DIR, os.O_PATH | os.O_DIRECTORY)
     try:
         # os.link follows the symbolic link, as it must here, only beside a directory descriptor.
-        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=shm, follow_symlinks=True)
+        source = f"/proc/self/fd/{fd.fileno()}"
+        os.link(source, path, src_dir_fd=shm.fileno(), follow_symlinks=True)
     finally:
-        os.close(shm)
+        shm.close()
 
 
-def unlink(fd: int, path: Path) -> None:
-    """Remove the name `path` if it still names the file of `fd`."""
+def unlink(fd: Descriptor, path: Path) -> None:
+    """Remove the name `path` if it still names this file."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return
-    mine = os.fstat(fd)
+    mine = os.fstat(fd.fileno())
     if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
         path.unlink(missing_ok=True)
 
 
-def open_owned(path: str | Path) -> int:
+def open_owned(path: str | Path) -> Descriptor:
     """Open a file of this user's that nobody else may open.
 
     Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        opened = Descriptor.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError as error:
         raise _refusal(path, error) from None
-    found = os.fstat(fd)
+    found = os.fstat(opened.fileno())
     if found.st_mode != _OWNED or found.st_uid != os.geteuid():
-        os.close(fd)
+        opened.close()
         raise _not_owned(path, found.st_mode, found.st_uid)
-    return fd
+    return opened
 
 
-def open_held(path: str, byte: int, length: int) -> tuple[int, int, bytes, Memory | None]:
+def open_held(
+    path: str, byte: int, length: int, *, mapped: bool = True
+) -> tuple[Descriptor, int, bytes, Memory | None]:
     """Like `open_owned`, and take the shared lock on `byte`.
 
     The descriptor, the file's size, its first `length` bytes or what it has of them, and the whole
-    file mapped, or None if `map_shared` has to be asked. For `let_go`.
+    file if it is to be `mapped`, or None if `map_shared` has to be asked.
 
     The lock comes before the last look at the name, that is, at how many the file has: whoever
     removes it holds the byte alone while it does.
     """
     while True:
-        opened = Memory.open_held(path, byte, _OWNED, length)
-        if opened is not None:
-            return opened
+        whole = Descriptor.open_held(path, byte, _OWNED, length, mapped)
+        if whole is not None:
+            return whole
         # Something is out of the ordinary: it is done step by step, which says what it is.
-        fd = open_owned(path)
+        opened = open_owned(path)
         try:
-            held, found = try_lock(fd, byte, True), os.fstat(fd)
+            held, found = try_lock(opened, byte, True), os.fstat(opened.fileno())
             if held and found.st_nlink > 0:
-                return fd, found.st_size, os.pread(fd, length, 0), None
+                return opened, found.st_size, os.pread(opened.fileno(), length, 0), None
         except BaseException:
-            os.close(fd)
+            opened.close()
             raise
         # Not granted while somebody removes it, which takes two system calls: look again.
-        os.close(fd)
+        opened.close()
         time.sleep(0.0001)
-
-
-def let_go(fd: int) -> None:
-    """Close a descriptor and give up its locks.
-
-    LOCK-1: a mapping holds the open file description it was made through, and with it every lock,
-    for as long as anybody has the memory. So what leaves gives its locks up by name, and a forked
-    child, which must not do that to its parent, has the memory mapped anew.
-    """
-    try:
-        unlock(fd, 0, 0)
-    finally:
-        os.close(fd)
-
-
-def leave_to_parent(fd: int, memory: Memory) -> None:
-    """In a forked child: close an inherited descriptor, and keep nothing of its description.
-
-    Raises `OSError` if the memory could not be mapped anew, and so keeps the parent's locks.
-    """
-    try:
-        memory.reopen(fd)
-    finally:
-        os.close(fd)
 
 
 def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:

@@ -108,8 +108,11 @@ WORD: Final = 8
 LINE: Final = 128
 PAGE: Final = 4096
 
+#: The states of an epoch. It is gone when its file lost its name before it was sealed; that stands
+#: only in memory that no process can attach to any more, and says so to those that have it.
 OPEN: Final = 0
 SEALED: Final = 1
+GONE: Final = 2
 
 # --- header ---
 MAGIC_AT: Final = 0

@@ -16,7 +16,7 @@ import msgspec
 
 from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory, is_locked, try_lock, unlock
+from shmepoch.memory._native import Descriptor, Memory, is_locked, try_lock, unlock
 from shmepoch.memory.layout import Layout
 
 _SLOT_BITS: Final = 8
@@ -60,7 +60,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
 class Participants:
     """The participant table of one attached segment."""
 
-    def __init__(self, memory: Memory, fd: int, capacity: int, name: str) -> None:
+    def __init__(self, memory: Memory, fd: Descriptor, capacity: int, name: str) -> None:
         self._memory = memory
         self._fd = fd
         self._capacity = capacity

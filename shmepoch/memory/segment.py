@@ -27,13 +27,18 @@ from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory, WriterLock, is_locked, try_lock
+from shmepoch.memory._native import (
+    Descriptor,
+    Memory,
+    WriterLock,
+    is_locked,
+    leave_inherited,
+    try_lock,
+)
 from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
-    leave_to_parent,
-    let_go,
     link,
     map_shared,
     open_held,
@@ -100,6 +105,10 @@ class Lock(Protocol):
         """Enter if that waits for nothing; whether it did, for the caller to exit."""
         ...
 
+    def after_fork(self) -> None:
+        """In a forked child: be free, since the thread that held it may not exist here."""
+        ...
+
 
 class Segment:
     """An epoch's memory with its layout, writer lock and waiters; as it stands, private memory.
@@ -114,13 +123,13 @@ class Segment:
     waiters: Waiters
     _waits: LocalWaits
 
-    def __init__(self, memory: Memory, header: Header, writer: Lock) -> None:
+    def __init__(self, memory: Memory, header: Header) -> None:
         self.memory: Final = memory
         self.layout: Final = header.layout
         self.epoch_id: Final = header.epoch_id
         self.session_id: Final = header.session_id
-        self.writer = writer
-        _every_segment.add(weakref.ref(self, _every_segment.discard))
+        self._reference: Final = weakref.ref(self, _every_segment.discard)
+        _every_segment.add(self._reference)
 
     @classmethod
     def private(
@@ -136,7 +145,8 @@ class Segment:
         header = write_header(
             memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
         )
-        segment = Segment(memory, header, WriterLock(-1, 0))
+        segment = Segment(memory, header)
+        segment.writer = WriterLock(-1, 0)
         segment._waits = LocalWaits()
         segment.waiters = segment._make_waiters(segment._waits)
         return segment
@@ -148,12 +158,22 @@ class Segment:
 
     @property
     def sealed(self) -> bool:
-        """Whether the epoch takes no more changes."""
+        """Whether the epoch was ended by its runtime."""
+        return self.memory.load(at.STATE_AT) == at.SEALED
+
+    @property
+    def ended(self) -> bool:
+        """Whether the epoch takes no more changes: it is sealed, or found to be gone."""
         return self.memory.load(at.STATE_AT) != at.OPEN
 
-    def closed_error(self) -> EpochSealed:
-        """What a change of a sealed epoch raises."""
-        return EpochSealed(self.epoch_id)
+    def closed_error(self) -> EpochSealed | EpochGone:
+        """What a change of an epoch that has ended raises."""
+        return self._closed_error_maker()()
+
+    def _closed_error_maker(self) -> Callable[[], EpochSealed | EpochGone]:
+        """`closed_error` for who must not hold the segment: one that is dropped goes at once, with
+        its mapping and its locks, and not when the garbage collector comes by."""
+        return partial(_ended_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def seal(self) -> None:
         """End the epoch for good and wake everybody who waits for it."""
@@ -162,13 +182,10 @@ class Segment:
         self.waiters.notify()
 
     def _make_waiters(self, waits: AsyncWaits) -> Waiters:
-        # Not `closed_error`, which would hold the segment: one that is let go of goes at once, with
-        # its mapping and its locks, and not when the garbage collector comes by.
-        return Waiters(self.memory, partial(EpochSealed, self.epoch_id), waits)
+        return Waiters(self.memory, self._closed_error_maker(), waits)
 
     def _after_fork(self) -> None:
-        # Another thread of the parent may have held it; here that thread does not exist.
-        self.writer = WriterLock(-1, 0)
+        self.writer.after_fork()
         self._waits.after_fork()
 
 
@@ -179,17 +196,30 @@ class SharedSegment(Segment):
     up; only `unlink` removes the segment.
     """
 
-    fd: int = -1
     role: Role = Role.WORKER
     _owns: bool = False
 
-    def __init__(self, namespace: str, name: str, fd: int, memory: Memory, header: Header) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        descriptor: Descriptor,
+        memory: Memory,
+        header: Header,
+        *,
+        published: bool,
+    ) -> None:
         self.namespace: Final = namespace
         self.name = name
-        super().__init__(memory, header, WriterLock(fd, at.WRITER_BYTE))
+        super().__init__(memory, header)
         self.witness: Final = header.witness
-        self._attaching = threading.Lock()
-        self.fd = fd  # last: from here on it is this object's to close
+        self._descriptor: Final = descriptor
+        self._published = published
+        #: Reentrant: a signal handler may use the epoch in the middle of its first use.
+        self._attaching = threading.RLock()
+        self.writer: WriterLock = WriterLock(
+            descriptor, at.WRITER_BYTE, partial(_attend, self._reference)
+        )
 
     @classmethod
     def allocate(
@@ -206,15 +236,15 @@ class SharedSegment(Segment):
         now, because a write to a page that tmpfs cannot provide later is a SIGBUS.
         """
         layout = Layout(config)
-        fd = create_unnamed(layout.size)
+        descriptor = create_unnamed(layout.size)
         try:
-            memory = map_shared(fd, layout.size)
+            memory = map_shared(descriptor, layout.size)
             header = write_header(memory, layout, session_id, epoch_id)
-            try_lock(fd, at.PRESENCE_BYTE, True)
+            try_lock(descriptor, at.PRESENCE_BYTE, True)
             name = _segment_name(namespace, session_id)
-            return cls(namespace, name, fd, memory, header)
+            return cls(namespace, name, descriptor, memory, header, published=False)
         except BaseException:
-            os.close(fd)
+            descriptor.close()
             raise
 
     def publish(self, *, replace: bool = False) -> None:
@@ -224,11 +254,12 @@ class SharedSegment(Segment):
             target = self._replacement
             target.unlink(missing_ok=True)
         try:
-            link(self.fd, target)
+            link(self._descriptor, target)
         except FileExistsError:
             raise SegmentExists(self.name) from None
         if replace:
             target.rename(self.path)
+        self._published = True
 
     @classmethod
     def attach(cls, namespace: str, session_id: SessionId) -> SharedSegment:
@@ -261,16 +292,19 @@ class SharedSegment(Segment):
         require: Callable[[Header], None] | None,
     ) -> SharedSegment:
         name = _segment_name(namespace, session_id)
-        fd, size, head, memory = open_held(f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE, HEADER_SIZE)
+        descriptor, size, head, memory = open_held(
+            f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE, HEADER_SIZE
+        )
         try:
             if size < at.PAGE:
                 raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
             header = read_header(head, name, size, session_id)
             if require is not None:
                 require(header)
-            return cls(namespace, name, fd, memory or map_shared(fd, size), header)
+            memory = memory or map_shared(descriptor, size)
+            return cls(namespace, name, descriptor, memory, header, published=True)
         except BaseException:
-            let_go(fd)
+            descriptor.close()
             raise
 
     @lazy
@@ -278,18 +312,24 @@ class SharedSegment(Segment):
         """Whoever waits for the epoch: they are in its memory, and in the namespace's bells."""
         return self._make_waiters(SharedWaits(self.memory, self.namespace))
 
-    @lazy
+    @property
     def participants(self) -> Participants:
-        """Who is attached, as seen through this attachment."""
-        return Participants(self.memory, self.fd, self.layout.max_participants, self.name)
+        """Who is attached, as seen through this attachment; `BindingsClosed` once it has left."""
+        self.ensure_attached()
+        self._descriptor.fileno()  # raises that this attachment has left
+        return self._participants_of(self._descriptor)
+
+    def _participants_of(self, descriptor: Descriptor) -> Participants:
+        return Participants(self.memory, descriptor, self.layout.max_participants, self.name)
 
     def join(self, role: Role) -> None:
         """Become a participant, or change the role of the one this attachment is."""
-        self.role = role
+        participants = self.participants
         if self.participant:
-            self.participants.announce(self.participant, role)
+            participants.announce(self.participant, role)
         else:
-            self.participant = self.participants.join(role)
+            self.participant = participants.join(role)
+        self.role = role
 
     @property
     def path(self) -> Path:
@@ -304,7 +344,8 @@ class SharedSegment(Segment):
     def try_own(self) -> bool:
         """Become the session's one runtime; False while there is one, here or elsewhere."""
         with self._attaching:
-            if self._owns or not try_lock(self.fd, at.RUNTIME_BYTE, False):
+            self.ensure_attached()
+            if self._owns or not try_lock(self._descriptor, at.RUNTIME_BYTE, False):
                 return False
             self._owns = True
             return True
@@ -312,95 +353,104 @@ class SharedSegment(Segment):
     @property
     def owned(self) -> bool:
         """Whether another attachment is the session's live runtime."""
-        return is_locked(self.fd, at.RUNTIME_BYTE)
+        self.ensure_attached()
+        return is_locked(self._descriptor, at.RUNTIME_BYTE)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number, for one system call; `BindingsClosed` once this has left."""
+        return self._descriptor.fileno()
 
     @property
     def attached(self) -> bool:
         """Whether this process is attached: no more once it has left, nor right after a fork."""
-        return self.fd >= 0
+        return not self._descriptor.closed
+
+    def require_name(self) -> None:
+        """Raise `EpochGone` if the file has lost its name, and not by the end of its epoch.
+
+        GONE-1: then no process can attach any more, and what is committed here is heard of by none
+        but those that are attached. Whichever of them notices says so in the memory that they
+        share, so that all of them hear of it, and those that wait come free.
+        """
+        # The name first: who takes it away in good order has sealed the epoch before.
+        nameless = self._published and os.fstat(self.fd).st_nlink == 0
+        if nameless and not self.ended:
+            self.memory.store(at.STATE_AT, at.GONE)
+            self.waiters.notify()
+        if self.memory.load(at.STATE_AT) == at.GONE:
+            raise self.closed_error()
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
-        unlink(self.fd, self.path)
+        unlink(self._descriptor, self.path)
         self._replacement.unlink(missing_ok=True)  # of a runtime that was killed while it replaced
 
     def close(self) -> bool:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        to whoever still holds a cursor of it.
+        to whoever still holds a cursor of it. Interrupted, it may be called again.
 
         Waits a second for a transition of another thread. False: it takes longer, or it is one of
         this thread's, that a signal handler interrupted; then it leaves the epoch when it is done.
         """
-        if not isinstance(self.writer, WriterLock):
-            self.writer = WriterLock(-1, 0)  # inherited by a fork and not used since
         # Closing the descriptor gives the lock up, in the middle of a transition as well.
-        closed_error = partial(_left_error, self.memory, self.epoch_id)
-        if not self.writer.retire(closed_error, _LEAVE_NS, self._leave):
+        if not self.writer.retire(self._left_error_maker(), _LEAVE_NS, self._leave):
             return False
         self._leave()
         return True
 
     def _leave(self) -> None:
-        if self.fd >= 0 and self.participant:
-            self.participants.leave(self.participant)
-        self._close_fd()
+        if self.attached and self.participant:
+            self._participants_of(self._descriptor).leave(self.participant)
+        self._descriptor.close(self._left_error_maker())
         self.participant = 0
 
-    def _close_fd(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            let_go(fd)
-
-    def __del__(self) -> None:
-        # Not `let_go`: in a child that is being forked this may be of a thread that went with the
-        # parent, whose locks they are. They go with the memory, which mostly goes now.
-        if self.fd >= 0:
-            os.close(self.fd)
+    def _left_error_maker(self) -> Callable[[], Exception]:
+        return partial(_left_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def _after_fork(self) -> None:
-        """In a forked child: let go of the parent's locks and identity.
+        """In a forked child, whose descriptors of its parent's are closed: be nobody yet.
 
         What the memory holds stays readable, and cursors stay usable.
         """
-        self._attaching = threading.Lock()
-        if self.fd < 0:
-            return
-        fd, self.fd = self.fd, -1
+        self._attaching = threading.RLock()
+        self.writer.after_fork()
         self.participant = 0
         self._owns = False
         if self.role is Role.RUNTIME:
             self.role = Role.WORKER
-        self.writer = _AttachAgain(self)
-        try:
-            leave_to_parent(fd, self.memory)
-        except OSError as error:
-            _log.warning("%s: a forked child keeps its parent's locks: %s", self.name, error)
 
     def ensure_attached(self) -> None:
         """Attach again if this was inherited by a fork and not used since.
 
         Raises `EpochGone` or `EpochSealed` if the epoch has ended meanwhile.
         """
-        with self._attaching:
-            if isinstance(self.writer, _AttachAgain):
-                self._attach_again()
+        if self._descriptor.inherited:
+            with self._attaching:
+                if self._descriptor.inherited:
+                    self._attach_again()
 
     def _attach_again(self) -> None:
-        fd = -1
         try:
-            fd, _, head, _ = open_held(f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE, HEADER_SIZE)
-            if head[at.EPOCH_ID_AT : at.EPOCH_ID_AT + at.ID_SIZE] != self.epoch_id.bytes:
-                raise self.closed_error()
+            opened, _, head, _ = open_held(
+                f"{_SHM_DIR}/{self.name}", at.PRESENCE_BYTE, HEADER_SIZE, mapped=False
+            )
         except FileNotFoundError:
             raise EpochGone(self.session_id, self.epoch_id, self.name) from None
-        except BaseException:
-            if fd >= 0:
-                let_go(fd)
-            raise
-        self.writer = WriterLock(fd, at.WRITER_BYTE)
-        self.fd = fd
-        vars(self).pop("participants", None)  # they were seen through the parent's descriptor
-        self.join(self.role)
+        # Not the epoch's id: one that was recovered has that, too, in other memory.
+        if head[at.WITNESS_AT : at.WITNESS_AT + at.ID_SIZE] != self.witness:
+            if self.sealed:
+                raise EpochSealed(self.epoch_id)
+            raise EpochGone(self.session_id, self.epoch_id, self.name)
+        participants = self._participants_of(opened)
+        participant = participants.join(self.role)
+        # A signal handler may have attached meanwhile; from the look on, none comes between. This
+        # process is somebody before it is attached, so that it never writes as nobody.
+        if self._descriptor.inherited:
+            self.participant = participant
+            self._descriptor.take(opened)
+        else:
+            participants.leave(participant)
 
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:
@@ -412,32 +462,28 @@ def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> 
         raise EpochSealed(epoch_id)
 
 
-class _AttachAgain:
-    """The writer lock of a segment that was inherited by a fork: attaches on its first use."""
-
-    def __init__(self, segment: SharedSegment) -> None:
-        self._segment: SharedSegment = weakref.proxy(segment)
-
-    def __enter__(self) -> None:
-        self._segment.ensure_attached()
-        self._segment.writer.__enter__()
-
-    def try_enter(self) -> bool:
-        self._segment.ensure_attached()
-        return self._segment.writer.try_enter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._segment.writer.__exit__(kind, value, traceback)
+def _attend(reference: weakref.ref[Segment]) -> None:
+    """What the writer lock asks for, of a forked child or a file without a name."""
+    segment = reference()
+    if isinstance(segment, SharedSegment):
+        segment.ensure_attached()
+        segment.require_name()
 
 
-def _left_error(memory: Memory, epoch_id: RuntimeEpochId) -> EpochSealed | BindingsClosed:
-    sealed = memory.load(at.STATE_AT) != at.OPEN
-    return EpochSealed(epoch_id) if sealed else BindingsClosed(epoch_id)
+def _ended_error(
+    memory: Memory, session_id: SessionId, epoch_id: RuntimeEpochId, name: str
+) -> EpochSealed | EpochGone:
+    if memory.load(at.STATE_AT) == at.GONE:
+        return EpochGone(session_id, epoch_id, name)
+    return EpochSealed(epoch_id)
+
+
+def _left_error(
+    memory: Memory, session_id: SessionId, epoch_id: RuntimeEpochId, name: str
+) -> EpochSealed | EpochGone | BindingsClosed:
+    if memory.load(at.STATE_AT) == at.OPEN:
+        return BindingsClosed(epoch_id)
+    return _ended_error(memory, session_id, epoch_id, name)
 
 
 def remove_unused(namespace: str, session_id: SessionId) -> bool:
@@ -448,16 +494,17 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
     """
     path = segment_path(namespace, session_id)
     try:
-        fd = open_owned(path)
+        opened = open_owned(path)
     except FileNotFoundError:
         return False
     try:
-        if not try_lock(fd, at.PRESENCE_BYTE, False) or os.fstat(fd).st_nlink == 0:
+        held = try_lock(opened, at.PRESENCE_BYTE, False)
+        if not held or os.fstat(opened.fileno()).st_nlink == 0:
             return False
         path.unlink()
         return True
     finally:
-        os.close(fd)
+        opened.close()
 
 
 #: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.
@@ -465,6 +512,10 @@ _every_segment: set[weakref.ref[Segment]] = set()
 
 
 def _after_fork_in_child() -> None:
+    try:
+        leave_inherited()
+    except OSError as error:
+        _log.warning("a forked child keeps locks of its parent: %s", error)
     for reference in list(_every_segment):
         segment = reference()
         if segment is not None:

@@ -103,6 +103,7 @@ class RuntimeSessionAdapter:
 
     def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
         """The bindings of a session, registering it first if need be: the same ones every time."""
+        self._check_open()
         with self._lock:
             self._check_open()
             bindings = self._sessions.get(session_id)
@@ -116,9 +117,8 @@ class RuntimeSessionAdapter:
         return self._registered(session_id).ops_lifecycle
 
     def contains_session(self, session_id: SessionId) -> bool:
-        """Whether this adapter owns the session."""
-        with self._lock:
-            return session_id in self._sessions
+        """Whether this adapter owns the session; in a forked child it owns none."""
+        return self._pid == os.getpid() and session_id in self._sessions
 
     def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.
@@ -127,6 +127,7 @@ class RuntimeSessionAdapter:
         store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
         one; call it again.
         """
+        self._check_open()
         with self._lock:
             old = self._registered(session_id)
             old.shared_segment().seal()
@@ -147,6 +148,7 @@ class RuntimeSessionAdapter:
         Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
         `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
+        self._check_open()
         with self._lock:
             bindings = self._registered(session_id)
             segment = bindings.shared_segment()
@@ -161,12 +163,12 @@ class RuntimeSessionAdapter:
 
     def close(self) -> None:
         """Give up every session, leaving the segments for the next runtime."""
+        if self._pid != os.getpid():
+            return  # closed, or the parent's
         with self._lock:
             if self._pid is None:
                 return
-            mine, self._pid = self._pid == os.getpid(), None
-        if not mine:
-            return
+            self._pid = None
         if self._supervisor is not None:
             self._supervisor.stop()
         if self._durability is not None:
@@ -279,6 +281,7 @@ class RuntimeSessionAdapter:
             return list(self._supervised.values())
 
     def _registered(self, session_id: SessionId) -> SessionRuntimeBindings:
+        self._check_open()
         with self._lock:
             self._check_open()
             bindings = self._sessions.get(session_id)
@@ -287,5 +290,6 @@ class RuntimeSessionAdapter:
             return bindings
 
     def _check_open(self) -> None:
+        """Asked before the lock, too: in a forked child, what held that does not exist."""
         if self._pid != os.getpid():
             raise AdapterClosed

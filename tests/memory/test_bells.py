@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -286,7 +285,7 @@ def retire(namespace: str) -> None:
     """Do half of a removal: who did this was killed before the other half."""
     fd = open_owned(bells_path(namespace))
     map_shared(fd, 4096).store(RETIRED_AT, 1)
-    os.close(fd)
+    fd.close()
 
 
 def test_a_page_that_is_being_removed_is_replaced(

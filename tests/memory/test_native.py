@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +26,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmepoch.memory import _native
-from shmepoch.memory._native import Cell, Memory, WriterLock, is_locked, try_lock, unlock
+from shmepoch.memory._native import (
+    Cell,
+    Descriptor,
+    Memory,
+    WriterLock,
+    is_locked,
+    leave_inherited,
+    try_lock,
+    unlock,
+)
 from shmepoch.memory.layout import Ring
 from tests.epoch.deadline import UNHURRIED
 from tests.support import eventually
@@ -186,7 +196,7 @@ def test_any_number_of_arguments(memory: Memory, name: str) -> None:
             except (TypeError, ValueError, IndexError, OverflowError):
                 continue
             except OSError as refused:  # no room for a mapping of the size, no such descriptor
-                assert name in ("private", "reopen"), refused
+                assert name == "private", refused
 
 
 def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
@@ -200,9 +210,9 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
         (native.Cell, (memory, 0, 0)),
         (native.WriterLock, ()),
         (native.WriterLock, ("0", 0)),
-        (native.Memory.open_held, ("/dev/null", 0, 0)),
-        (native.Memory.open_held, (0, 0, 0, 0)),
-        (native.Memory.open_held, ("/dev/null", 0, "0", 0)),
+        (native.Descriptor.open_held, ("/dev/null", 0, 0)),
+        (native.Descriptor.open_held, (0, 0, 0, 0, True)),
+        (native.Descriptor.open_held, ("/dev/null", 0, "0", 0, True)),
         (native.try_lock, (0, 0)),
         (native.unlock, (0,)),
         (native.is_locked, ("0", 0)),
@@ -212,10 +222,10 @@ def test_types_are_made_by_their_own_rules(memory: Memory) -> None:
     for call, values in (
         (native.WriterLock, (-2, 0)),
         (native.WriterLock, (0, -1)),
-        (native.Memory.open_held, ("/dev/null", -1, 0, 0)),
-        (native.Memory.open_held, ("/dev/null", 0, -1, 0)),
-        (native.Memory.open_held, ("/dev/null", 0, 0, -1)),
-        (native.Memory.open_held, ("/dev/\0null", 0, 0, 0)),
+        (native.Descriptor.open_held, ("/dev/null", -1, 0, 0, True)),
+        (native.Descriptor.open_held, ("/dev/null", 0, -1, 0, True)),
+        (native.Descriptor.open_held, ("/dev/null", 0, 0, -1, True)),
+        (native.Descriptor.open_held, ("/dev/\0null", 0, 0, 0, True)),
         (native.try_lock, (-1, 0, False)),
         (native.unlock, (2**40, 0)),
         (native.is_locked, (0, -1)),
@@ -352,8 +362,8 @@ def test_no_descriptor_is_left_open(fds: tuple[int, int]) -> None:
     for size in (0, sys.maxsize):
         with pytest.raises((OSError, ValueError)):
             Memory(fds[0], size)
-    assert Memory.open_held("/dev/shm/shmepoch.missing", 0, OWNED, 0) is None
-    assert Memory.open_held(__file__, 0, 0, 0) is None
+    assert Descriptor.open_held("/dev/shm/shmepoch.missing", 0, OWNED, 0, True) is None
+    assert Descriptor.open_held(__file__, 0, 0, 0, True) is None
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -795,13 +805,14 @@ def test_byte_locks_are_between_descriptions(fds: tuple[int, int]) -> None:
     assert is_locked(two, 2**62)
 
 
-def held(path: Path) -> tuple[int, Memory]:
+def held(path: Path) -> tuple[Descriptor, Memory]:
     """The descriptor of a file of this user's alone that byte 5 is held of, and the file mapped."""
-    opened = Memory.open_held(path, 5, OWNED, 3)
+    opened = Descriptor.open_held(path, 5, OWNED, 3, True)
     assert opened is not None
-    fd, size, head, memory = opened
+    descriptor, size, head, memory = opened
+    assert memory is not None
     assert (size, head) == (len(memory), bytes(memory)[:3])
-    return fd, memory
+    return descriptor, memory
 
 
 @pytest.fixture
@@ -819,37 +830,163 @@ def test_a_file_is_opened_and_held_in_one(path: Path) -> None:
     two, other = held(path)
     assert is_locked(one, 5)
     assert not is_locked(one, 4)
-    os.close(two)
-    assert is_locked(one, 5), "the memory holds the lock"
-    del other
-    assert not is_locked(one, 5)
-    assert not os.get_inheritable(one)
-    os.close(one)
+    two.close()
+    assert not is_locked(one, 5), "the memory, which is there still, holds no lock"
+    assert bytes(other) == b"12345"
+    unmapped = Descriptor.open_held(path, 5, OWNED, 3, False)
+    assert unmapped is not None
+    assert unmapped[3] is None
+    assert not os.get_inheritable(one.fileno())
 
 
-def test_reopened_memory_is_the_same_and_holds_no_lock(path: Path) -> None:
+# --- descriptors ----------------------------------------------------------------------------------
+
+
+def open_descriptors() -> list[str]:
+    """The numbers that are open, but for that of the listing."""
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def test_a_descriptor_is_closed_with_its_object(path: Path) -> None:
+    before = open_descriptors()
+    two = Descriptor.open(path, os.O_RDWR)
+    one, memory = held(path)
+    assert is_locked(two, 5)
+    del one
+    assert not is_locked(two, 5)
+    assert bytes(memory) == b"12345"
+    del two
+    assert open_descriptors() == before
+
+
+def test_a_number_does_not_outlive_its_descriptor(path: Path) -> None:
+    one = Descriptor.open(path, os.O_RDWR)
+    lock = WriterLock(one, 0)
+    number = one.fileno()
+    assert (one.closed, one.inherited) == (False, False)
+    one.close()
+    assert (one.closed, one.inherited) == (True, False)
+    other = open(path, "rb")  # noqa: SIM115 # it takes the number
+    with other:
+        assert other.fileno() == number
+        for use in (
+            one.fileno,
+            lambda: try_lock(one, 0, False),
+            lambda: unlock(one, 0),
+            lambda: is_locked(one, 0),
+            lambda: Memory(one, 1),
+            lock.__enter__,
+            lock.try_enter,
+        ):
+            with pytest.raises(ValueError, match="closed"):
+                use()
+    one.close(Closed)
+    one.close()
+    with pytest.raises(Closed):
+        one.fileno()
+    with pytest.raises(Closed):
+        lock.__enter__()
+
+
+def test_what_cannot_be_opened(path: Path) -> None:
+    before = open_descriptors()
+    with pytest.raises(FileNotFoundError) as missing:
+        Descriptor.open(path / "none" if path.is_dir() else path.parent / "none", os.O_RDWR)
+    assert missing.value.filename == path.parent / "none"
+    with pytest.raises(NotADirectoryError):
+        Descriptor.open(f"{path}/none", os.O_RDWR)
+    with pytest.raises(TypeError):
+        Descriptor.open(path)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        Descriptor.open(path, os.O_RDWR).close(5)  # type: ignore[arg-type]
+    assert open_descriptors() == before
+
+
+def test_a_descriptor_takes_over_another(path: Path) -> None:
+    one, two = Descriptor.open(path, os.O_RDWR), Descriptor.open(path, os.O_RDWR)
+    assert not one.take(two), "it is open"
+    number = two.fileno()
+    assert try_lock(two, 3, False)
+    one.close(Closed)
+    assert one.take(two)
+    assert (one.fileno(), two.closed) == (number, True)
+    with pytest.raises(ValueError, match="closed"):
+        two.fileno()
+    assert not one.take(two)
+    with pytest.raises(TypeError):
+        one.take(number)  # type: ignore[arg-type]
+    three = Descriptor.open(path, os.O_RDWR)
+    assert is_locked(three, 3)
+    del one
+    assert not is_locked(three, 3)
+
+
+def in_a_child(act: Callable[[], object]) -> None:
+    """Do this in a forked child, which has to succeed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_child_leaves_what_it_inherited_to_its_parent(path: Path) -> None:
+    """However it is closed there, also beside memory that is mapped through it."""
     path.write_bytes(bytes(SIZE))
-    one, _ = held(path)
-    two, other = held(path)
-    cell, view = Cell(other, 8, 16, ValueError), memoryview(other)
-    assert cell.advance(5)
-    other.reopen(two)
-    assert cell.load() == other.load(8) == 5
-    assert cell.advance(6)
-    assert path.read_bytes()[8] == view[8] == 6
-    assert is_locked(one, 5)
-    os.close(two)
-    assert not is_locked(one, 5)
-    for elsewhere in (Memory.private(SIZE), Memory(one, SIZE)):
-        before = os.listdir("/proc/self/fd")
-        with open(__file__, "r+b") as another, pytest.raises(ValueError, match="not of the file"):
-            elsewhere.reopen(another.fileno())
-        with pytest.raises(OSError):
-            elsewhere.reopen(two)
-        with pytest.raises(ValueError):
-            elsewhere.reopen(-1)
-        assert os.listdir("/proc/self/fd") == before
-    os.close(one)
+    path.chmod(0o600)
+    one, memory = held(path)
+    by_hand, dropped = Descriptor.open(path, os.O_RDWR), Descriptor.open(path, os.O_RDWR)
+    assert try_lock(by_hand, 6, False)
+    assert try_lock(dropped, 7, False)
+    cell, view = Cell(memory, 8, 16, ValueError), memoryview(memory)
+
+    def leave() -> None:
+        nonlocal dropped
+        del dropped
+        by_hand.close()
+        assert (by_hand.closed, by_hand.inherited) == (True, False), "it was told to"
+        leave_inherited()
+        leave_inherited()
+        assert (one.closed, one.inherited) == (True, True)
+        assert cell.advance(5)
+        assert view[8] == 5
+        mine = Descriptor.open(path, os.O_RDWR)
+        assert [is_locked(mine, byte) for byte in (5, 6, 7)] == [True] * 3
+        assert one.take(mine)
+        assert (one.closed, one.inherited) == (False, False)
+
+    in_a_child(leave)
+    assert cell.load() == 5
+    other = Descriptor.open(path, os.O_RDWR)
+    assert [is_locked(other, byte) for byte in (5, 6, 7)] == [True] * 3
+
+
+def test_what_a_child_left_ends_with_its_parent(path: Path) -> None:
+    path.write_bytes(bytes(SIZE))
+    path.chmod(0o600)
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        kept = held(path)
+        child = os.fork()
+        if child == 0:
+            leave_inherited()
+            os.write(writer, b"%d" % os.getpid())
+            signal.pause()
+        assert kept
+        os._exit(0)
+    child = int(os.read(reader, 10))
+    os.waitpid(parent, 0)
+    other = Descriptor.open(path, os.O_RDWR)
+    assert not is_locked(other, 5), "the child lives, and holds nothing of its parent"
+    os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_locks_are_given_up_by_range(fds: tuple[int, int]) -> None:
@@ -884,16 +1021,14 @@ def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> 
     others = [link, pipe, wide, tmp_path, tmp_path / "missing", Path("/dev/zero")]
     before = os.listdir("/proc/self/fd")
     for other in [*others, foreign] if os.geteuid() == 0 else others:
-        assert Memory.open_held(other, 5, OWNED, 3) is None
-    assert Memory.open_held(path, 5, OWNED, 6) is None, "it is too short"
+        assert Descriptor.open_held(other, 5, OWNED, 3, True) is None
+    assert Descriptor.open_held(path, 5, OWNED, 6, True) is None, "it is too short"
     assert os.listdir("/proc/self/fd") == before
     fd, _ = held(path)
     assert try_lock(fd, 5, False)
-    assert Memory.open_held(path, 5, OWNED, 3) is None, "somebody has the lock alone"
-    other_byte = Memory.open_held(path, 4, OWNED, 3)
+    assert Descriptor.open_held(path, 5, OWNED, 3, True) is None, "somebody has the lock alone"
+    other_byte = Descriptor.open_held(path, 4, OWNED, 3, True)
     assert other_byte is not None
-    os.close(other_byte[0])
-    os.close(fd)
 
 
 def test_what_is_opened_is_what_is_mapped(tmp_path: Path) -> None:
@@ -913,11 +1048,11 @@ def test_what_is_opened_is_what_is_mapped(tmp_path: Path) -> None:
     opened = 0
     try:
         while opened < 10_000:
-            whole = Memory.open_held(name, 0, OWNED, SIZE)
+            whole = Descriptor.open_held(name, 0, OWNED, SIZE, True)
             if whole is not None:
-                fd, _, head, memory = whole
+                _, _, head, memory = whole
+                assert memory is not None
                 assert bytes(memory) == head
-                os.close(fd)
                 opened += 1
     finally:
         os.kill(child, signal.SIGKILL)
@@ -1243,8 +1378,12 @@ def test_nothing_is_leaked_or_freed_twice(fds: tuple[int, int]) -> None:
         Cell(memory, 0, 8, closed)
         Memory(fds[0], SIZE)
         with_errors(Memory, fds[0], 0)
-        Memory.open_held("/dev/null", 0, 0, 0)
-        with_errors(Memory.open_held, "/dev/null", -1, 0, 0)
+        Descriptor.open_held("/dev/null", 0, 0, 0, True)
+        with_errors(Descriptor.open_held, "/dev/null", -1, 0, 0, True)
+        with_errors(Descriptor.open, "/dev/null/none", 0)
+        opened = Descriptor.open("/dev/null", os.O_RDWR)
+        opened.close(partial(Closed, opened))  # a cycle
+        with_errors(opened.fileno)
         retired = WriterLock(-1, 0)
         retired.retire(partial(Closed, retired))  # a cycle
         with_errors(retired.__enter__)
@@ -1295,7 +1434,16 @@ def test_mappings_are_given_back() -> None:
 
 def test_the_module_names_what_it_has() -> None:
     public = {name for name in dir(_native) if not name.startswith("_")}
-    assert public == {"Cell", "Memory", "WriterLock", "is_locked", "try_lock", "unlock"}
+    assert public == {
+        "Cell",
+        "Descriptor",
+        "Memory",
+        "WriterLock",
+        "is_locked",
+        "leave_inherited",
+        "try_lock",
+        "unlock",
+    }
 
 
 # --- snapshots ------------------------------------------------------------------------------------

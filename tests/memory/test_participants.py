@@ -52,7 +52,7 @@ def attach(namespace: str, observer: SharedSegment) -> Iterator[Attach]:
 
 def die(segment: SharedSegment) -> None:
     """End as a killed process does: its locks go, and nothing else."""
-    segment._close_fd()
+    segment._descriptor.close()
 
 
 def test_who_joins_is_seen(observer: SharedSegment, attach: Attach) -> None:

@@ -22,7 +22,7 @@ from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
 from shmepoch.memory import layout as at
 from shmepoch.memory import segment as segment_module
-from shmepoch.memory._native import Memory
+from shmepoch.memory._native import Descriptor
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
@@ -210,11 +210,14 @@ def test_attached_step_by_step(
 ) -> None:
     """As where something was out of the ordinary for a moment."""
 
-    def declining(fd: int, size: int) -> Memory:
-        return Memory(fd, size)
+    class Declining:
+        open = Descriptor.open
 
-    monkeypatch.setattr(declining, "open_held", lambda *args: None, raising=False)
-    monkeypatch.setattr(files, "Memory", declining)
+        @staticmethod
+        def open_held(*args: object) -> None:
+            return None
+
+    monkeypatch.setattr(files, "Descriptor", Declining)
     other = attach()
     segment.memory.store(at.CURSORS_AT, 5)
     assert other.memory.load(at.CURSORS_AT) == 5

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,18 +301,11 @@ def test_a_transition_in_progress_in_the_parent_is_waited_for(
     with segment.writer:
         child = start(register, bindings, id)
         # It was forked inside the parent's transition, and has to wait for its end.
-        eventually(lambda: waited_for(segment.path))
+        eventually(lambda: child.pid in [one.pid for one in bindings.participants()])
         assert child.silent
     with child:
         assert child.pid in child.result()
     assert bindings.ops_lifecycle.snapshot(id) is not None
-
-
-def waited_for(path: Path) -> bool:
-    """Whether a process waits for a lock on this file, as the kernel lists it."""
-    inode = f":{path.stat().st_ino} "
-    waiting = (line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
-    return any(inode in line for line in waiting)
 
 
 def test_what_a_process_starts_by_exec_holds_nothing(bindings: SessionRuntimeBindings) -> None:

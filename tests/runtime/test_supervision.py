@@ -47,7 +47,7 @@ class Worker:
 
     def die(self) -> None:
         """End as a killed process does: its locks go, and nothing else."""
-        self.segment._close_fd()
+        self.segment._descriptor.close()
 
 
 @pytest.fixture
