@@ -312,6 +312,50 @@ class RuntimeAlreadyActive(ShmepochError):
         )
 
 
+class AgentAlreadyActive(ShmepochError):
+    """The session has a live agent already."""
+
+    session_id: SessionId
+    pid: int
+
+    def __init__(self, session_id: SessionId, pid: int) -> None:
+        super().__init__(
+            f"session {session_id} already has a live agent: process {pid} (its own PID "
+            "namespace; 0: unknown); close that agent's boundary or end its process first, "
+            "or build every agent of the session with sharing=True",
+            session_id=session_id,
+            pid=pid,
+        )
+
+
+class LoopAlreadyActive(ShmepochError):
+    """A runtime loop runs on the epoch already."""
+
+    session_id: SessionId
+    pid: int
+
+    def __init__(self, session_id: SessionId, pid: int) -> None:
+        super().__init__(
+            f"session {session_id} already has a running loop: in process {pid} (its own PID "
+            "namespace; 0: unknown); stop that one first, or let it do the work",
+            session_id=session_id,
+            pid=pid,
+        )
+
+
+class BoundaryClosed(ShmepochError):
+    """This process is not the session's agent any more."""
+
+    session_id: SessionId
+
+    def __init__(self, session_id: SessionId) -> None:
+        super().__init__(
+            f"this boundary of session {session_id} is closed: it or its bindings were closed, or "
+            "the process that built it has forked this one; build the agent again",
+            session_id=session_id,
+        )
+
+
 class AdapterClosed(ShmepochError):
     """The session adapter was closed."""
 

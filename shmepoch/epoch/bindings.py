@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import hmac
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, 
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
+from shmepoch.memory.claims import Claim
 from shmepoch.memory.layout import ID_SIZE, OpsLifecycleConfig
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.memory.segment import Segment, SharedSegment, resolve_namespace
@@ -229,6 +231,22 @@ class SessionRuntimeBindings:
             return []
         self._segment.ensure_attached()
         return self._segment.participants.list(me=self._segment.participant)
+
+    def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
+        """Claim a byte of the epoch, as `Segment.claim` does; for who drives the epoch.
+
+        Raises `BindingsClosed`, and what attaching raises.
+        """
+        return self._segment.claim(byte, shared=shared)
+
+    def claimed_by(self, byte: int, *roles: Role) -> int:
+        """The pid of the process that has claimed `byte`: this one, or else the first live
+        participant in one of `roles`, tried in their order; 0 if it cannot be told."""
+        if any(claim.byte == byte and claim.held for claim in self._segment.claims):
+            return os.getpid()
+        others = [one for one in self.participants() if one.alive and not one.is_self]
+        pids = [one.pid for role in roles for one in others if one.role is role]
+        return pids[0] if pids else 0
 
     def shared_segment(self) -> SharedSegment:
         """The segment, for who drives the epoch; `BindingsNotTransferable` for private memory."""

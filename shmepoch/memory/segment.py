@@ -36,6 +36,7 @@ from shmepoch.memory._native import (
     try_lock,
 )
 from shmepoch.memory.bells import SharedWaits
+from shmepoch.memory.claims import Claim, claim, claims_after_fork, lose_claims
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
@@ -117,6 +118,8 @@ class Segment:
     """
 
     name: str = "private memory"
+    #: What carries this process's locks; private memory has none.
+    carrier: Descriptor | None = None
     #: Who this process is in the slots it writes; private memory has nobody else.
     participant: int = 0
     writer: Lock
@@ -128,6 +131,7 @@ class Segment:
         self.layout: Final = header.layout
         self.epoch_id: Final = header.epoch_id
         self.session_id: Final = header.session_id
+        self.claims: Final[list[Claim]] = []
         self._reference: Final = weakref.ref(self, _every_segment.discard)
         _every_segment.add(self._reference)
 
@@ -181,11 +185,18 @@ class Segment:
             self.memory.store(at.STATE_AT, at.SEALED)
         self.waiters.notify()
 
+    def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
+        """Claim `byte` of the epoch for this process, alone or with others that share it; None
+        while other claims exclude that. Lost when this process leaves the epoch, and in a child
+        that it forks."""
+        return claim(self, byte, shared=shared)
+
     def _make_waiters(self, waits: AsyncWaits) -> Waiters:
         return Waiters(self.memory, self._closed_error_maker(), waits)
 
     def _after_fork(self) -> None:
         self.writer.after_fork()
+        lose_claims(self)
         self._waits.after_fork()
 
 
@@ -213,7 +224,7 @@ class SharedSegment(Segment):
         self.name = name
         super().__init__(memory, header)
         self.witness: Final = header.witness
-        self._descriptor: Final = descriptor
+        self.carrier = self._descriptor = descriptor
         self._published = published
         #: Reentrant: a signal handler may use the epoch in the middle of its first use.
         self._attaching = threading.RLock()
@@ -361,6 +372,15 @@ class SharedSegment(Segment):
         """The descriptor's number, for one system call; `BindingsClosed` once this has left."""
         return self._descriptor.fileno()
 
+    def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
+        self.ensure_attached()
+        made = super().claim(byte, shared=shared)
+        if not self.attached:  # afterwards, since another thread may leave at any moment
+            if made is not None:
+                made.release()
+            raise self._left_error_maker()()
+        return made
+
     @property
     def attached(self) -> bool:
         """Whether this process is attached: no more once it has left, nor right after a fork."""
@@ -402,6 +422,7 @@ class SharedSegment(Segment):
     def _leave(self) -> None:
         if self.attached and self.participant:
             self._participants_of(self._descriptor).leave(self.participant)
+        lose_claims(self)
         self._descriptor.close(self._left_error_maker())
         self.participant = 0
 
@@ -415,6 +436,7 @@ class SharedSegment(Segment):
         """
         self._attaching = threading.RLock()
         self.writer.after_fork()
+        lose_claims(self)
         self.participant = 0
         self._owns = False
         if self.role is Role.RUNTIME:
@@ -516,6 +538,7 @@ def _after_fork_in_child() -> None:
         leave_inherited()
     except OSError as error:
         _log.warning("a forked child keeps locks of its parent: %s", error)
+    claims_after_fork()
     for reference in list(_every_segment):
         segment = reference()
         if segment is not None:

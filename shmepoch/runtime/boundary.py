@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from shmepoch.epoch.bindings import History, SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
-from shmepoch.epoch.cursors import CursorCell
 from shmepoch.epoch.operations import OperationKind
 from shmepoch.epoch.persisted import SkippedRange
+from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
+from shmepoch.memory.claims import Claim
+from shmepoch.memory.layout import AGENT_BYTE
+from shmepoch.memory.participants import Role
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
 """What an agent is told: completions, and before them what cannot be had any more."""
@@ -21,16 +24,20 @@ class Drain:
     the cursor is where it was, and the same notices come again."""
 
     def __init__(
-        self, cursor: CursorCell, notices: Sequence[Notice], watermark: CompletionSeq
+        self, boundary: AgentBoundary, notices: Sequence[Notice], watermark: CompletionSeq
     ) -> None:
-        self._cursor: Final = cursor
+        self._boundary: Final = boundary
         self.notices: Final = tuple(notices)
         self.watermark: Final = watermark
 
     def commit(self) -> None:
         """The notices are in the agent's context: move the cursor past them, and past the entries
-        of other kinds between them."""
-        self._cursor.advance(self.watermark)
+        of other kinds between them.
+
+        Raises `EpochSealed`, and `BoundaryClosed` after the boundary was closed: the notices come
+        again, to the next agent.
+        """
+        self._boundary.apply(self.watermark)
 
     def __iter__(self) -> Iterator[Notice]:
         return iter(self.notices)
@@ -52,21 +59,78 @@ class Drain:
 
 
 class AgentBoundary:
-    """One agent's end of an epoch. Made by `AgentFactory.build`."""
+    """One agent's end of an epoch. Made by `AgentFactory.build`.
 
-    def __init__(self, bindings: SessionRuntimeBindings, history: History | None = None) -> None:
+    AGENT-1: a session has one live agent, or several that all agreed to share it. A boundary is the
+    agent until it is closed or collected, its bindings are closed, or its process ends. In a forked
+    child it is not.
+    """
+
+    _claim: Claim | None = None
+
+    def __init__(
+        self,
+        bindings: SessionRuntimeBindings,
+        history: History | None = None,
+        *,
+        sharing: bool = False,
+    ) -> None:
         self.bindings: Final = bindings
         self.session_id: Final = bindings.session_id
         self._cursor = bindings.cursor_state.agent_applied_cursor
         self._feed = bindings.ops_lifecycle.completion_feed()
         self._history = history or bindings.history
+        self._claim = bindings.claim(AGENT_BYTE, shared=sharing)
+        if self._claim is None:
+            pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT, Role.RUNTIME)
+            raise AgentAlreadyActive(bindings.session_id, pid)
+        try:
+            if (
+                bindings.role is not Role.RUNTIME
+            ):  # a runtime that hosts its agent stays the runtime
+                bindings.announce(Role.AGENT)
+        except BaseException:
+            self._claim.release()
+            raise
+
+    def close(self) -> None:
+        """Stop being the agent, so that another can be built. The bindings stay open."""
+        if self._claim is not None and self._claim.held:
+            self._claim.release()
+            if self.bindings.role is Role.AGENT and not self.bindings.claimed_by(AGENT_BYTE):
+                self.bindings.announce(Role.WORKER)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Not `close`, which takes locks: a finalizer may run while they are held.
+        if self._claim is not None:
+            self._claim.release()
+
+    def apply(self, watermark: CompletionSeq) -> None:
+        """The agent has been told of everything up to `watermark`; for `Drain.commit`."""
+        self._require_agent()
+        self._cursor.advance(watermark)
+
+    def _require_agent(self) -> None:
+        if self._claim is None or not self._claim.held:
+            if self.bindings.sealed:
+                raise EpochSealed(self.bindings.epoch_id)
+            raise BoundaryClosed(self.session_id)
 
     def drain(self) -> Drain:
         """What the agent has not been told: the `background_tool_op` completions since its cursor.
 
         BOUNDARY-1: a gap is never silent. What the feed has dropped is read from the history, and
         what that does not have either is reported in front of the notices.
+
+        Raises `EpochSealed` or `BoundaryClosed` once this is not the agent any more.
         """
+        self._require_agent()
         applied = self._cursor.load()
         batch = self._feed.list_since(applied)
         gap = batch.gap_after(applied)
@@ -81,7 +145,7 @@ class AgentBoundary:
             notices += _missing(gap, entries, skipped)
         entries += batch.entries
         notices += (entry for entry in entries if entry.kind is OperationKind.BACKGROUND_TOOL_OP)
-        return Drain(self._cursor, notices, batch.watermark)
+        return Drain(self, notices, batch.watermark)
 
 
 def _missing(

@@ -10,7 +10,6 @@ from shmepoch.epoch.bindings import (
 )
 from shmepoch.errors import BindingsMismatch, EpochSealed
 from shmepoch.ids import SessionId
-from shmepoch.memory.participants import Role
 from shmepoch.runtime.boundary import AgentBoundary
 
 
@@ -24,25 +23,30 @@ class AgentFactory:
     def __init__(self, history: History | None = None) -> None:
         self._history = history
 
-    def build(self, session_id: SessionId, build_mode: RuntimeBuildMode) -> AgentBoundary:
+    def build(
+        self, session_id: SessionId, build_mode: RuntimeBuildMode, *, sharing: bool = False
+    ) -> AgentBoundary:
         """The boundary of the agent of `session_id`.
 
         With `SessionOwned` it starts at the shared cursor, whatever that holds: a zero is a
         position, not a sign that nothing was recovered. With `StandaloneEphemeral` it starts at
         the watermark of a feed of its own.
 
-        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` for an ended epoch.
+        A session has one live agent. With `sharing` it may have several that are all built so: they
+        share one cursor, and each is told what none of them has applied. The boundary is the agent
+        until it is closed or collected; that of an agent that died is free at once.
+
+        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` for an ended epoch,
+        `BindingsClosed` for bindings that this process gave up, and `AgentAlreadyActive`.
         """
         if not isinstance(build_mode, SessionOwned):
             bindings = SessionRuntimeBindings.standalone(session_id)
             watermark = bindings.ops_lifecycle.completion_feed().watermark()
             bindings.cursor_state.agent_applied_cursor.advance(watermark)
-            return AgentBoundary(bindings)
+            return AgentBoundary(bindings, sharing=sharing)
         bindings = build_mode.bindings
         if bindings.session_id != session_id:
             raise BindingsMismatch(session_id, bindings.session_id)
         if bindings.sealed:
             raise EpochSealed(bindings.epoch_id)
-        if bindings.role is not Role.RUNTIME:  # a runtime that hosts its agent stays the runtime
-            bindings.announce(Role.AGENT)
-        return AgentBoundary(bindings, self._history)
+        return AgentBoundary(bindings, self._history, sharing=sharing)

@@ -136,6 +136,7 @@ def test_a_rebuilt_agent_goes_on_where_the_last_one_was(bindings: SessionRuntime
     first = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     assert told(first.drain()) == [1, 2]  # the cursor is zero, which is a position
     first.drain().commit()
+    first.close()
     end(bindings, TOOL)
     second = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     assert told(second.drain()) == [3]

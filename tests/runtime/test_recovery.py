@@ -512,7 +512,7 @@ def test_an_agent_without_the_store_is_shown_the_gap(machine: Machine) -> None:
         end(bindings, *[TOOL] * 60, reason="x" * 300)
         bindings.history = None  # as it is in another process
         dropped = bindings.ops_lifecycle.completion_feed().list_since(0).dropped_through
-        with agent(bindings).drain() as notices:
+        with agent(bindings) as boundary, boundary.drain() as notices:
             assert next(iter(notices)) == CompletionFeedGap(0, dropped)
         bindings.cursor_state.runtime_observed_seq.advance(1)
         boundary = AgentFactory(machine.store).build(bindings.session_id, SessionOwned(bindings))
