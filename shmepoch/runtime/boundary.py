@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -14,6 +15,7 @@ from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
 from shmepoch.memory.claims import Claim
 from shmepoch.memory.layout import AGENT_BYTE
 from shmepoch.memory.participants import Role
+from shmepoch.runtime.ahead import CursorsAhead
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
 """What an agent is told: completions, and before them what cannot be had any more."""
@@ -26,7 +28,10 @@ class Drain:
     def __init__(
         self, boundary: AgentBoundary, notices: Sequence[Notice], watermark: CompletionSeq
     ) -> None:
-        self._boundary: Final = boundary
+        self._session_id: Final = boundary.session_id
+        self._boundary: Final = weakref.ref(boundary)
+        #: The agent stays the agent during its turn, though nothing else may hold the boundary.
+        self._turn: AgentBoundary | None = boundary
         self.notices: Final = tuple(notices)
         self.watermark: Final = watermark
 
@@ -37,7 +42,10 @@ class Drain:
         Raises `EpochSealed`, and `BoundaryClosed` after the boundary was closed: the notices come
         again, to the next agent.
         """
-        self._boundary.apply(self.watermark)
+        boundary = self._boundary()
+        if boundary is None:
+            raise BoundaryClosed(self._session_id)
+        boundary.apply(self.watermark)
 
     def __iter__(self) -> Iterator[Notice]:
         return iter(self.notices)
@@ -54,8 +62,11 @@ class Drain:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.commit()
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self._turn = None
 
 
 class AgentBoundary:
@@ -80,6 +91,7 @@ class AgentBoundary:
         self._cursor = bindings.cursor_state.agent_applied_cursor
         self._feed = bindings.ops_lifecycle.completion_feed()
         self._history = history or bindings.history
+        self._ahead = CursorsAhead(bindings)
         self._claim = bindings.claim(AGENT_BYTE, shared=sharing)
         if self._claim is None:
             pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT, Role.RUNTIME)
@@ -133,6 +145,7 @@ class AgentBoundary:
         self._require_agent()
         applied = self._cursor.load()
         batch = self._feed.list_since(applied)
+        self._ahead.look("agent_applied_cursor", applied, batch.watermark)
         gap = batch.gap_after(applied)
         entries: list[CompletionEntry] = []
         skipped = [self.bindings.skipped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 
@@ -93,6 +94,27 @@ def test_a_boundary_that_is_collected_is_no_agent(bindings_: SessionRuntimeBindi
     drain.commit()
     del drain
     build(bindings_)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("the turn failed")])
+def test_after_its_turn_a_drain_holds_no_agent(
+    bindings_: SessionRuntimeBindings, error: Exception | None
+) -> None:
+    end(bindings_, TOOL)
+    with contextlib.suppress(ValueError), build(bindings_).drain() as notices:
+        refused(bindings_)
+        if error is not None:
+            raise error
+    applied = bindings_.cursor_state.agent_applied_cursor.load()
+    assert applied == (1 if error is None else 0)
+    with pytest.raises(BoundaryClosed):
+        notices.commit()
+    with build(bindings_) as boundary:
+        drain = boundary.drain()
+        with contextlib.suppress(ValueError), drain:
+            raise ValueError("the turn failed, and was taken after all")
+        drain.commit()
+    assert bindings_.cursor_state.agent_applied_cursor.load() == 1
 
 
 def test_those_that_share_are_all_agents(bindings_: SessionRuntimeBindings) -> None:

@@ -1,0 +1,36 @@
+"""Cursors that are ahead of the feed: their consumer hears of nothing before the feed is there."""
+
+from __future__ import annotations
+
+import logging
+
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.epoch.completions import CompletionSeq
+
+_log = logging.getLogger(__name__)
+
+
+class CursorsAhead:
+    """Warns of each cursor of an epoch that is ahead of its feed, once.
+
+    Nothing of shmepoch moves a cursor there, and since it cannot be moved back, nobody but the
+    operator can do anything about it.
+    """
+
+    def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        self._bindings = bindings
+        self._said: set[str] = set()
+
+    def look(self, name: str, cursor: CompletionSeq, watermark: CompletionSeq) -> None:
+        """Warn if `cursor`, which was loaded before `watermark`, is above it."""
+        if cursor > watermark and name not in self._said:
+            self._said.add(name)
+            _log.warning(
+                "session %s: %s is %d, ahead of the feed, whose watermark is %d; completions up to "
+                "the cursor count as seen and wake nobody. Reset the session (reset_session) for "
+                "an epoch with fresh cursors, and advance cursors to a batch's watermark only",
+                self._bindings.session_id,
+                name,
+                cursor,
+                watermark,
+            )
