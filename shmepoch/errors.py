@@ -343,6 +343,28 @@ class LoopAlreadyActive(ShmepochError):
         )
 
 
+class LoopAnswerInvalid(ShmepochError, TypeError):
+    """A function of a runtime loop answered with something else than True and False."""
+
+    function: str
+    answer: str
+
+    def __init__(self, function: str, answer: object) -> None:
+        super().__init__(
+            f"{function} of a RuntimeLoop returned {_short(repr(answer))}; {_ANSWERS[function]}",
+            function=function,
+            answer=repr(answer),
+        )
+
+
+_ANSWERS = {
+    "inject": "it returns True for a continuation that the session accepted, False for a refused "
+    "one, and may be a coroutine function",
+    "quiescent": "it returns True while the session is between turns, else False, and may not be a "
+    "coroutine function",
+}
+
+
 class BoundaryClosed(ShmepochError):
     """This process is not the session's agent any more."""
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Self
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
-from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationKind
-from shmepoch.errors import EpochSealed
+from shmepoch.errors import EpochSealed, LoopAlreadyActive, LoopAnswerInvalid
 from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.claims import Claim
+from shmepoch.memory.layout import LOOP_BYTE
+from shmepoch.memory.participants import Role
+from shmepoch.runtime.ahead import CursorsAhead
 
 _log = logging.getLogger(__name__)
 
-_FIRST_RETRY_S: Final = 0.05
-_LAST_RETRY_S: Final = 5.0
 #: A position that no feed gets above: waiting for it is waiting for the end of the epoch.
 _THE_END: Final = 2**64 - 1
 
@@ -39,16 +44,121 @@ class _Pause(NamedTuple):
     timeout: float | None = None
 
 
+class _Growing:
+    """Pauses in seconds, each twice as long as the one before, up to a longest one."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self._first: Final = first
+        self._longest: Final = longest
+        self._next = first
+
+    def take(self) -> float:
+        """The next pause."""
+        pause = self._next
+        self._next = min(2 * pause, self._longest)
+        return pause
+
+    def reset(self) -> None:
+        """Begin again with the first one."""
+        self._next = self._first
+
+
+class _Owed:
+    """What the agent is to be told of, up to `through`, and what was promised of that.
+
+    LOOP-2: only the agent's cursor says that it was told. That a continuation was accepted is a
+    promise, good for a while: long enough for the turn to begin. What is still owed is then offered
+    again, after growing pauses.
+    """
+
+    def __init__(self, applied: CompletionSeq) -> None:
+        self.through = applied
+        self.examined = applied
+        self._promised = applied
+        self._promise_ends = 0.0
+        self._promises: Final = _Growing(0.5, 30.0)
+
+    def examine(self, batch: CompletionBatch) -> None:
+        """Look for what wakes the agent in a batch of what follows `examined`."""
+        # What was dropped may have carried an obligation, so a gap counts as one.
+        if batch.dropped_through > self.examined:
+            self.through = max(self.through, batch.dropped_through)
+        for entry in reversed(batch.entries):
+            if entry.kind is OperationKind.BACKGROUND_TOOL_OP:
+                self.through = max(self.through, entry.seq)
+                break
+        self.examined = max(self.examined, batch.watermark)
+
+    def promise(self, watermark: CompletionSeq) -> float:
+        """A continuation up to `watermark` was accepted; for how many seconds that is good."""
+        if self.through > self._promised:
+            self._promises.reset()
+        self._promised = watermark
+        good_for = self._promises.take()
+        self._promise_ends = time.monotonic() + good_for
+        return good_for
+
+    def promised_for(self) -> float:
+        """For how many seconds more all that is owed is promised."""
+        if self.through > self._promised:
+            return 0.0
+        return max(0.0, self._promise_ends - time.monotonic())
+
+
+class _Run:
+    """One run of a loop, which any thread and any signal handler may wake or stop."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim: Final = claim
+        self._stopping = False
+        self._wake: Final = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self) -> None:
+        """The running task is the one to be woken, and its event loop is the one to wake it in."""
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._cancellations = self._task.cancelling() if self._task else 0
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its task was cancelled, and not only something that it awaits."""
+        return self._task is None or self._task.cancelling() > self._cancellations
+
+    @property
+    def over(self) -> bool:
+        """Whether it is to end: it was stopped, or its bindings were closed."""
+        return self._stopping or not self.claim.held
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop was closed under it
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def woken(self) -> None:
+        """Return once it was woken; it can be woken anew from then on."""
+        await self._wake.wait()
+        self._wake.clear()
+
+
 class RuntimeLoop:
     """Follows one epoch's feed and injects one continuation into the session when it is quiescent.
 
-    `inject` hands a continuation to the session and returns whether it was accepted; it may be a
-    coroutine function. `quiescent` says whether the session is between turns; call
-    `session_changed` whenever its answer may have changed. What either of them raises is logged,
-    and they are asked again later, as after a refusal.
+    `inject` hands a continuation to the session and returns True if it was accepted and False if
+    it was refused; it may be a coroutine function. `quiescent` returns whether the session is
+    between turns; call `session_changed` whenever its answer may have changed. What either of them
+    raises is logged, and they are asked again later, as after a refusal. An injection that is
+    cancelled, while the loop is not, was refused, too. An answer other than True and False ends the
+    loop with `LoopAnswerInvalid`.
+
+    An epoch has one running loop; it may run again after its end, and in another event loop.
 
     LOOP-1: only an accepted continuation advances `runtime_last_injected_seq`, and nothing
-    advances `runtime_observed_seq` past an obligation that was not met.
+    advances `runtime_observed_seq` past an obligation that was neither accepted nor met.
     """
 
     def __init__(
@@ -60,58 +170,72 @@ class RuntimeLoop:
     ) -> None:
         self._bindings = bindings
         self._feed = bindings.ops_lifecycle.completion_feed()
-        self._observed = bindings.cursor_state.runtime_observed_seq
-        self._injected = bindings.cursor_state.runtime_last_injected_seq
+        self._cursors = bindings.cursor_state
         self._inject = inject
         self._quiescent = quiescent
-        self._retry_s = _FIRST_RETRY_S
-        self._state = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake = asyncio.Event()
-        self._stopping = False
+        self._retries = _Growing(0.05, 5.0)
+        self._looks = _Growing(0.025, 1.0)
+        self._ahead = CursorsAhead(bindings)
+        self._run: _Run | None = None
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     # --- driving it ---------------------------------------------------------------------------
 
     async def run_async(self) -> None:
-        """Run until `stop` is called or the epoch ends."""
-        with self._state:
-            self._loop = asyncio.get_running_loop()
-        try:
-            while not self._stopping:
-                self._wake.clear()
-                await self._pause(await self._step())
-        except EpochSealed:
-            _log.info("epoch %s was sealed; its loop ends", self._bindings.epoch_id)
-        finally:
-            with self._state:
-                self._loop = None
+        """Run until `stop` is called, the epoch ends or the bindings are closed.
+
+        Raises `LoopAlreadyActive` while a loop runs on the epoch, in this process or another one,
+        `BindingsClosed`, and `LoopAnswerInvalid`.
+        """
+        await self._drive(self._begin())
 
     def run(self) -> None:
-        """Run in this thread, until `stop` is called or the epoch ends."""
+        """Run in this thread; otherwise like `run_async`."""
         asyncio.run(self.run_async())
 
     def start(self) -> Self:
-        """Run in a thread of its own."""
-        self._thread = threading.Thread(
-            target=self.run, name=f"shmepoch-loop-{self._bindings.session_id}", daemon=True
-        )
-        self._thread.start()
+        """Run in a thread of its own. What ends that thread is logged, and raised by `stop`.
+
+        Raises `LoopAlreadyActive` while a loop runs on the epoch, this one included.
+        """
+        run = self._begin()
+        self._failure = None
+        name = f"shmepoch-loop-{self._bindings.session_id}"
+        try:
+            thread = threading.Thread(
+                target=self._run_in_thread, args=(run,), name=name, daemon=True
+            )
+            thread.start()
+        except BaseException:
+            run.claim.release()
+            raise
+        self._thread = thread
         return self
 
     def stop(self) -> None:
-        """End the loop, from any thread, and wait for the thread of `start`."""
-        self._stopping = True
-        self.session_changed()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        """End the run, from any thread, and wait for the thread of `start`.
+
+        Without a run this does nothing, not to the next one either. Raises, once, what ended the
+        thread of `start`.
+        """
+        run = self._run
+        if run is not None:
+            run.stop()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join()
+        self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def session_changed(self) -> None:
         """Look again: the session may have become quiescent. From any thread."""
-        with self._state:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._wake.set)
+        run = self._run
+        if run is not None:
+            run.wake()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -119,33 +243,63 @@ class RuntimeLoop:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
+    def _begin(self) -> _Run:
+        claim = self._bindings.claim(LOOP_BYTE)
+        if claim is None:
+            pid = self._bindings.claimed_by(LOOP_BYTE, Role.RUNTIME)
+            raise LoopAlreadyActive(self._bindings.session_id, pid)
+        self._run = _Run(claim)
+        return self._run
+
+    def _run_in_thread(self, run: _Run) -> None:
+        try:
+            asyncio.run(self._drive(run))
+        except BaseException as error:
+            self._failure = error
+            session_id = self._bindings.session_id
+            _log.error("the loop of session %s ended: %s", session_id, error, exc_info=error)
+        finally:
+            run.claim.release()
+
+    async def _drive(self, run: _Run) -> None:
+        try:
+            run.begin()
+            self._retries.reset()
+            self._looks.reset()
+            owed = _Owed(self._cursors.agent_applied_cursor.load())
+            while not run.over:
+                await self._pause(run, await self._step(run, owed))
+            _log.debug("the loop of session %s ends", self._bindings.session_id)
+        except EpochSealed:
+            _log.info("epoch %s was sealed; its loop ends", self._bindings.epoch_id)
+        finally:
+            run.claim.release()
+
     # --- what it does -------------------------------------------------------------------------
 
-    async def _step(self) -> _Pause:
-        observed = self._observed.load()
-        batch = self._feed.list_since(observed)
-        if batch.watermark <= observed:
-            return _Pause(observed)
-        injected = self._injected.load()
-        # What was dropped may have carried an obligation, so a gap counts as one.
-        owed = batch.dropped_through > max(observed, injected) or any(
-            entry.seq > injected and entry.kind is OperationKind.BACKGROUND_TOOL_OP
-            for entry in batch.entries
-        )
-        if owed:
-            accepted = await self._offer(batch.watermark)
+    async def _step(self, run: _Run, owed: _Owed) -> _Pause:
+        cursors = self._cursors.snapshot()  # before the batch, which they are held against
+        batch = self._feed.list_since(owed.examined)
+        for name in EpochCursorSnapshot.__struct_fields__:
+            self._ahead.look(name, getattr(cursors, name), batch.watermark)
+        owed.examine(batch)
+        is_owed = self._cursors.agent_applied_cursor.load() < owed.through
+        promised_for = owed.promised_for() if is_owed else 0.0
+        if is_owed and not promised_for:
+            accepted = await self._offer(run, batch.watermark)
             if accepted is None:
-                return _Pause(batch.watermark)
+                return _Pause(batch.watermark, self._looks.take())
+            self._looks.reset()
             if not accepted:
-                pause = _Pause(_THE_END, self._retry_s)
-                self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
-                return pause
-            self._injected.advance(batch.watermark)
-        self._retry_s = _FIRST_RETRY_S
-        self._observed.advance(batch.watermark)
-        return _Pause(batch.watermark)
+                return _Pause(_THE_END, self._retries.take())
+            promised_for = owed.promise(batch.watermark)
+            self._cursors.runtime_last_injected_seq.advance(batch.watermark)
+        self._looks.reset()
+        self._retries.reset()
+        self._cursors.runtime_observed_seq.advance(batch.watermark)
+        return _Pause(batch.watermark, promised_for or None)
 
-    async def _offer(self, watermark: CompletionSeq) -> bool | None:
+    async def _offer(self, run: _Run, watermark: CompletionSeq) -> bool | None:
         """Whether the session took the continuation; None if it is not the moment to offer it."""
         continuation = Continuation(
             session_id=self._bindings.session_id,
@@ -153,21 +307,23 @@ class RuntimeLoop:
             watermark=watermark,
         )
         try:
-            if not self._quiescent():
+            if not _answer("quiescent", self._quiescent()):
                 return None
             answer = self._inject(continuation)
-            return bool(await answer if inspect.isawaitable(answer) else answer)
+            return _answer("inject", await answer if inspect.isawaitable(answer) else answer)
+        except LoopAnswerInvalid:
+            raise
+        except asyncio.CancelledError:
+            if run.cancelled:
+                raise
+            _log.warning("injecting into session %s was cancelled", self._bindings.session_id)
         except Exception:
-            _log.exception(
-                "injecting into session %s failed; trying again in %.2f s",
-                self._bindings.session_id,
-                self._retry_s,
-            )
-            return False
+            _log.exception("injecting into session %s failed", self._bindings.session_id)
+        return False
 
-    async def _pause(self, pause: _Pause) -> None:
+    async def _pause(self, run: _Run, pause: _Pause) -> None:
         waits: set[asyncio.Future[object]] = {
-            asyncio.ensure_future(self._wake.wait()),
+            asyncio.ensure_future(run.woken()),
             asyncio.ensure_future(self._feed.advanced(pause.after)),
         }
         try:
@@ -180,3 +336,9 @@ class RuntimeLoop:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+
+
+def _answer(question: str, answer: object) -> bool:
+    if not isinstance(answer, bool):
+        raise LoopAnswerInvalid(question, answer)
+    return answer

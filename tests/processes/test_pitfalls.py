@@ -528,6 +528,7 @@ def test_a_cursor_of_zero_is_a_position(bindings: SessionRuntimeBindings) -> Non
 
     def inject(continuation: Continuation) -> bool:
         injected.append(continuation.watermark)
+        boundary.drain().commit()
         return True
 
     with RuntimeLoop(bindings, inject=inject, quiescent=lambda: True):
@@ -544,7 +545,7 @@ def test_a_refused_continuation_advances_nothing(bindings: SessionRuntimeBinding
         seen.append(bindings.cursor_state.snapshot())
         if len(seen) == 2:
             raise RuntimeError("not now")
-        return len(seen) == 3
+        return len(seen) == 3 and bindings.cursor_state.agent_applied_cursor.advance(1)
 
     with RuntimeLoop(bindings, inject=inject, quiescent=lambda: True):
         eventually(lambda: bindings.cursor_state.runtime_observed_seq.load() == 1)

@@ -10,25 +10,37 @@ from typing import Any
 import pytest
 
 from shmepoch import (
+    AgentFactory,
+    CompletionBatch,
+    CompletionEntry,
     Continuation,
     EpochCursorSnapshot,
+    OperationId,
+    OperationKind,
     OpsLifecycleConfig,
+    Retired,
     RuntimeLoop,
     SessionId,
+    SessionOwned,
     SessionRuntimeBindings,
 )
+from shmepoch.runtime.loop import _Growing, _Owed
 from tests.processes.children import Channel, start
 from tests.runtime.completions import CHILD, TOOL, drop_through, end
 from tests.support import eventually
 
 
 class Session:
-    """What a loop drives: it takes continuations or refuses them, between its turns."""
+    """What a loop drives: it takes continuations or refuses them, between its turns.
+
+    One that it takes is a turn, in which the agent applies what it is told.
+    """
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
         self.bindings = bindings
         self.quiet = True
         self.accepts = True
+        self.applies = True
         self.failure: Exception | None = None
         self.looks = 0
         #: Every continuation it was offered, with the cursors as they were then.
@@ -41,7 +53,13 @@ class Session:
             raise self.failure
         if self.accepts:
             self.taken.append(continuation.watermark)
+            if self.applies:
+                self.apply(continuation.watermark)
         return self.accepts
+
+    def apply(self, seq: int) -> None:
+        """The agent was told of everything up to `seq`."""
+        self.bindings.cursor_state.agent_applied_cursor.advance(seq)
 
     def quiescent(self) -> bool:
         self.looks += 1
@@ -151,6 +169,7 @@ def test_a_completion_of_another_process_is_injected(bindings: SessionRuntimeBin
 
 def test_it_starts_at_the_shared_cursors(session: Session) -> None:
     end(session.bindings, TOOL, TOOL)
+    session.apply(2)
     session.bindings.cursor_state.runtime_last_injected_seq.advance(2)
     session.bindings.cursor_state.runtime_observed_seq.advance(2)
     with session.loop():
@@ -162,12 +181,51 @@ def test_it_starts_at_the_shared_cursors(session: Session) -> None:
     assert session.taken == [4]
 
 
-def test_killed_between_its_two_cursors_it_does_not_inject_again(session: Session) -> None:
-    end(session.bindings, TOOL, TOOL)
+@pytest.mark.parametrize("observed", [0, 2])
+def test_what_was_accepted_and_not_applied_is_offered_by_the_next_loop(
+    session: Session, observed: int
+) -> None:
+    """The runtime died after the acceptance, or the turn never came."""
+    end(session.bindings, TOOL, CHILD)
     session.bindings.cursor_state.runtime_last_injected_seq.advance(2)
+    session.bindings.cursor_state.runtime_observed_seq.advance(observed)
+    with session.loop():
+        eventually(lambda: session.taken)
+    assert session.taken == [2]
+    session.applies = False
+    end(session.bindings, TOOL)
+    for times in (2, 3):
+        with session.loop():
+            eventually(lambda times=times: len(session.taken) == times)  # type: ignore[misc]
+    assert session.taken == [2, 3, 3], "once for each loop, and only what was not applied"
+
+
+def test_what_the_agent_has_applied_is_not_injected(session: Session) -> None:
+    """An agent that was told between two model calls of one turn, or by a turn of its own."""
+    end(session.bindings, TOOL, TOOL)
+    session.apply(2)
     with session.loop():
         session.observed(2)
+        end(session.bindings, CHILD)
+        session.observed(3)
+        assert session.offered == []
+        end(session.bindings, TOOL)
+        session.observed(4)
+    assert session.taken == [4]
+    assert session.cursors == (4, 4)
+
+
+def test_what_the_agent_applies_while_the_session_is_busy_is_not_injected(session: Session) -> None:
+    session.quiet = False
+    end(session.bindings, TOOL)
+    with session.loop() as loop:
+        session.looked(1)
+        session.apply(1)
+        session.quiet = True
+        loop.session_changed()
+        session.observed(1)
     assert session.offered == []
+    assert session.cursors == (1, 0)
 
 
 def test_the_cursors_advance_in_an_order_that_loses_nothing(session: Session) -> None:
@@ -186,13 +244,145 @@ def test_the_cursors_advance_in_an_order_that_loses_nothing(session: Session) ->
             order.append(self._name)
             return bool(self._cell.advance(value))
 
+    class RecordedState:
+        snapshot = session.bindings.cursor_state.snapshot
+        agent_applied_cursor = Recorded("agent_applied_cursor")
+        runtime_observed_seq = Recorded("runtime_observed_seq")
+        runtime_last_injected_seq = Recorded("runtime_last_injected_seq")
+
     loop = session.loop()
-    loop._injected = Recorded("runtime_last_injected_seq")  # type: ignore[assignment]
-    loop._observed = Recorded("runtime_observed_seq")  # type: ignore[assignment]
+    loop._cursors = RecordedState()  # type: ignore[assignment]
     end(session.bindings, TOOL)
     with loop:
         session.observed(1)
     assert order == ["runtime_last_injected_seq", "runtime_observed_seq"]
+
+
+# --- a promise that is not kept ---------------------------------------------------------------
+
+
+class Pauses:
+    """The timeouts that a loop waits for, each cut short."""
+
+    def __init__(self, loop: RuntimeLoop) -> None:
+        self.taken: list[float] = []
+        self._wait = loop._pause
+        loop._pause = self._pause  # type: ignore[method-assign]
+
+    async def _pause(self, run: Any, pause: Any) -> None:
+        if pause.timeout is not None:
+            self.taken.append(pause.timeout)
+            pause = pause._replace(timeout=0.001)
+        await self._wait(run, pause)
+
+
+def test_what_was_accepted_and_not_applied_is_offered_again(session: Session) -> None:
+    """The turn failed, or never began, and the session is quiescent again."""
+    session.applies = False
+    end(session.bindings, TOOL)
+    with session.loop():
+        eventually(lambda: len(session.taken) == 2)
+        assert session.cursors == (1, 1)
+        session.applies = True
+        eventually(lambda: len(session.taken) == 3)
+        end(session.bindings, CHILD)
+        session.observed(2)
+        end(session.bindings, TOOL)
+        session.observed(3)
+    assert session.taken == [1, 1, 1, 3]
+
+
+def test_a_turn_that_raises_in_its_drain_is_offered_again(session: Session) -> None:
+    boundary = AgentFactory().build(session.bindings.session_id, SessionOwned(session.bindings))
+    turns: list[int] = []
+
+    def turn(loop: RuntimeLoop) -> None:
+        try:
+            with boundary.drain() as notices:
+                turns.append(len(notices))
+                if len(turns) < 3:
+                    raise ValueError("the model was not to be had")
+        finally:
+            session.quiet = True
+            loop.session_changed()
+
+    def inject(continuation: Continuation) -> bool:
+        session.quiet = False
+        threads.append(threading.Thread(target=turn, args=(loop,)))
+        threads[-1].start()
+        return True
+
+    threads: list[threading.Thread] = []
+    loop = RuntimeLoop(session.bindings, inject=inject, quiescent=session.quiescent)
+    end(session.bindings, TOOL)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        loop,
+    ):
+        patch.setattr(threading, "excepthook", lambda args: None)
+        eventually(lambda: session.bindings.cursor_state.agent_applied_cursor.load() == 1)
+        for thread in threads:
+            thread.join()
+    assert turns == [1, 1, 1]
+
+
+def test_a_turn_that_goes_on_is_not_offered_again(session: Session) -> None:
+    session.applies = False
+    take = session.inject
+
+    def inject(continuation: Continuation) -> bool:
+        session.quiet = False
+        return take(continuation)
+
+    session.inject = inject  # type: ignore[method-assign]
+    loop = session.loop()
+    pauses = Pauses(loop)
+    end(session.bindings, TOOL)
+    with loop:
+        eventually(lambda: pauses.taken and pauses.taken[-1] == 1.0)  # it looked at the busy one
+        assert session.taken == [1]
+        session.apply(1)
+        session.quiet = True
+        end(session.bindings, CHILD)
+        session.observed(2)
+    assert session.taken == [1]
+
+
+def test_a_promise_is_good_for_growing_times(session: Session) -> None:
+    """A session that stays quiescent may not have begun its turn yet."""
+    now = 1000.0
+    owed = _Owed(0)
+    owed.examine(batch(1))
+    assert owed.promised_for() == 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shmepoch.runtime.loop.time.monotonic", lambda: now)
+        good = []
+        for _ in range(8):
+            good.append(owed.promise(1))
+            assert owed.promised_for() == good[-1]
+            now += good[-1]
+            assert owed.promised_for() == 0.0
+        assert good == sorted(good)
+        assert good[0] < good[1] < good[6] == good[7] <= 60
+        owed.examine(batch(2, CHILD))
+        owed.promise(1)
+        assert owed.promised_for(), "what wakes nobody was not to be promised"
+        owed.examine(batch(3))
+        assert owed.promised_for() == 0.0, "what came since was not promised"
+        assert owed.promise(3) == good[0]
+
+
+def batch(seq: int, kind: OperationKind = TOOL) -> CompletionBatch:
+    """One completion."""
+    entry = CompletionEntry(
+        seq=seq,
+        operation_id=OperationId.new(),
+        kind=kind,
+        display_name="work",
+        terminal_outcome=Retired(),
+        completed_at_ms=0,
+    )
+    return CompletionBatch(entries=(entry,), watermark=seq)
 
 
 # --- gaps -------------------------------------------------------------------------------------
@@ -207,10 +397,10 @@ def test_a_gap_counts_as_something_owed(small: Session) -> None:
     assert small.taken == [watermark]
 
 
-def test_a_gap_below_the_last_injection_does_not(small: Session) -> None:
+def test_a_gap_that_was_applied_does_not(small: Session) -> None:
     end(small.bindings, TOOL)
     dropped = drop_through(small.bindings, 1)
-    small.bindings.cursor_state.runtime_last_injected_seq.advance(dropped)
+    small.apply(dropped)
     watermark = small.bindings.ops_lifecycle.completion_feed().watermark()
     with small.loop():
         small.observed(watermark)
@@ -220,10 +410,12 @@ def test_a_gap_below_the_last_injection_does_not(small: Session) -> None:
 # --- a session that is busy -------------------------------------------------------------------
 
 
-def test_a_busy_session_is_left_alone_until_it_says_so(session: Session) -> None:
+def test_a_busy_session_is_looked_at_when_something_may_have_changed(session: Session) -> None:
     session.quiet = False
     end(session.bindings, TOOL)
-    with session.loop() as loop:
+    loop = session.loop()
+    loop._looks = _Growing(10_000.0, 10_000.0)
+    with loop:
         eventually(lambda: session.looks == 1)
         # It looks once for each time that something may have changed, and never in between.
         for looks in range(2, 5):
@@ -237,6 +429,34 @@ def test_a_busy_session_is_left_alone_until_it_says_so(session: Session) -> None
         session.observed(2)
     assert session.looks == 6
     assert session.taken == [2]
+
+
+def test_a_busy_session_is_looked_at_again_without_a_word(session: Session) -> None:
+    session.quiet = False
+    end(session.bindings, TOOL)
+    with session.loop():
+        session.looked(4)
+        session.quiet = True
+        session.observed(1)
+    assert session.taken == [1]
+
+
+def test_the_pauses_of_a_busy_session_grow_and_begin_anew(session: Session) -> None:
+    session.quiet = False
+    end(session.bindings, TOOL)
+    loop = session.loop()
+    pauses = Pauses(loop)
+    with loop:
+        eventually(lambda: len(pauses.taken) >= 10)
+        session.quiet = True
+        session.observed(1)
+        held = [pause for pause in pauses.taken if pause <= 1.0][:10]
+        assert (held[0], held[-1]) == (0.025, 1.0)
+        assert held == sorted(held)
+        session.quiet = False
+        before = len(pauses.taken)
+        end(session.bindings, TOOL)
+        eventually(lambda: 0.025 in pauses.taken[before:])
 
 
 def test_a_change_that_is_told_while_it_looks_is_not_lost(session: Session) -> None:
@@ -279,7 +499,7 @@ def test_a_refusal_advances_nothing_and_is_tried_again(session: Session, how: st
 def test_a_session_that_changed_is_tried_at_once(session: Session) -> None:
     session.accepts = False
     loop = session.loop()
-    loop._retry_s = 10_000.0
+    loop._retries = _Growing(10_000.0, 10_000.0)
     end(session.bindings, TOOL)
     with loop:
         eventually(lambda: len(session.offered) == 1)
@@ -292,30 +512,22 @@ def test_a_session_that_changed_is_tried_at_once(session: Session) -> None:
 def test_attempts_become_rarer_and_after_a_success_do_not_stay_so(session: Session) -> None:
     session.accepts = False
     loop = session.loop()
-    pauses: list[float] = []
-    waited = loop._pause
-
-    async def pause(pause: Any) -> None:
-        if pause.timeout is not None:
-            pauses.append(pause.timeout)
-            pause = pause._replace(timeout=0.001)
-        await waited(pause)
-
-    loop._pause = pause  # type: ignore[method-assign]
+    pauses = Pauses(loop).taken
     end(session.bindings, TOOL)
     with loop:
         eventually(lambda: len(pauses) >= 12)
         session.accepts = True
         session.observed(1)
-        refused = len(pauses)
+        refused = 12
+        del pauses[refused:]
         session.accepts = False
         end(session.bindings, TOOL)
-        eventually(lambda: len(pauses) > refused)
+        eventually(lambda: len(pauses) > refused + 1)
         session.accepts = True
         session.observed(2)
     assert pauses[:refused] == sorted(pauses[:refused])
     assert pauses[0] < pauses[1] < pauses[11] == pauses[refused - 1] <= 60
-    assert pauses[refused] == pauses[0]
+    assert pauses[0] in pauses[refused:]
 
 
 # --- coroutines -------------------------------------------------------------------------------
@@ -345,12 +557,15 @@ def test_a_coroutine_that_refuses_or_raises_advances_nothing(session: Session) -
     assert [cursors for _, cursors in session.offered] == [EpochCursorSnapshot()] * 3
 
 
-def test_it_runs_in_an_event_loop_beside_others(session: Session) -> None:
+def test_it_runs_in_an_event_loop_beside_others() -> None:
+    sessions = [Session(SessionRuntimeBindings.standalone(SessionId.new())) for _ in range(3)]
+
     async def together() -> None:
-        loops = [session.loop() for _ in range(3)]
+        loops = [session.loop() for session in sessions]
         tasks = [asyncio.ensure_future(loop.run_async()) for loop in loops]
-        end(session.bindings, TOOL)
-        while session.cursors != (1, 1):
+        for session in sessions:
+            end(session.bindings, TOOL)
+        while any(session.cursors != (1, 1) for session in sessions):
             await asyncio.sleep(0)
         for loop in loops:
             loop.stop()
@@ -392,9 +607,11 @@ def test_stopping_twice_or_before_it_runs_does_nothing(session: Session) -> None
     loop = session.loop()
     loop.stop()
     loop.stop()
-    loop.run()
     end(session.bindings, TOOL)
-    assert session.offered == []
+    with loop:
+        session.observed(1)
+    loop.stop()
+    assert session.taken == [1]
 
 
 def test_the_session_may_stop_it_from_within(session: Session) -> None:

@@ -210,6 +210,7 @@ def test_cursors_of_zero_are_positions(machine: Machine) -> None:
 
         def inject(continuation: Continuation) -> bool:
             injected.append(continuation)
+            assert told(agent(bindings)) == seqs
             return True
 
         loop = RuntimeLoop(bindings, inject=inject, quiescent=lambda: True)
@@ -219,7 +220,6 @@ def test_cursors_of_zero_are_positions(machine: Machine) -> None:
         finally:
             loop.stop()
         assert len(injected) == 1
-        assert told(agent(bindings)) == seqs
 
 
 def test_notices_that_were_not_committed_come_again_and_the_others_do_not(machine: Machine) -> None:

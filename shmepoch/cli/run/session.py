@@ -317,7 +317,6 @@ class SessionRun:
         self.not_completed += status is not OperationStatus.COMPLETED
 
     def _look_if_finished(self) -> None:
-        cursors = self.cursors()
-        through = min(cursors.agent_applied_cursor, cursors.runtime_observed_seq)
-        if self.undecided == 0 and self._agent_idle and through >= self.watermark:
+        applied = self.bindings.cursor_state.agent_applied_cursor.load()
+        if self.undecided == 0 and self._agent_idle and applied >= self.watermark:
             self.finished.set()
