@@ -152,10 +152,17 @@ class SegmentFeed:
         begin, length, _ = memory.ring_at(ring, watermark)
         if begin % at.WORD or begin > _LAST_POSITION:
             raise self._corrupted(watermark, "a position on a word", begin)
+        if length > ring[3]:
+            raise self._corrupted(watermark, f"a length of at most {ring[3]}", length)
         begin += _padded(length)
         end = begin + sum(map(_padded, lengths))
         dropped = max(dropped, watermark + len(lengths) - ring[1])
-        while dropped < watermark and memory.ring_at(ring, dropped + 1)[0] + ring[3] < end:
+        while dropped < watermark:
+            oldest, *_ = memory.ring_at(ring, dropped + 1)
+            if oldest > begin:
+                raise self._corrupted(dropped + 1, f"a position of at most {begin}", oldest)
+            if oldest + ring[3] >= end:
+                break
             dropped += 1
         return begin, dropped
 

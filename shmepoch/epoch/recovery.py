@@ -53,8 +53,6 @@ def restore_completions(
     specs = {spec.id: spec for spec in snapshot.specs}
     memory, position = segment.memory, 0
     retained: list[int] = []
-    memory.store(at.SKIPPED_AT, newest)
-    memory.store(at.SKIPPED_AT + at.WORD, last)
     assert segment.layout.config is not None
     floor = newest - segment.layout.config.max_completed
     for seq in range(dropped + 1, last + 1):
@@ -74,6 +72,8 @@ def restore_completions(
     memory.store(at.COLLECTED_AT, min(retained, default=last + 1) - 1)
     memory.store(at.ORIGIN_AT, last - len(retained))
     memory.store(at.WATERMARK_AT, last)
+    memory.store(at.SKIPPED_AT, newest)
+    memory.store(at.SKIPPED_AT + at.WORD, last)
     memory.store(at.RECLAIMED_AT, max(0, table.floor(table.words())))
 
 
@@ -84,7 +84,7 @@ def _restore_operation(
     birth: int,
     seq: int,
 ) -> int:
-    index = table.free_slot()
+    [index] = table.free_slots(1)
     table.fill(index, birth, encode_spec(spec), operation.created_at_ms, 0)
     slot = table.slot(index)
     table.change(slot, OperationStatus.RUNNING, Detail.of(operation))

@@ -152,9 +152,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def _enter(self, encoded: Sequence[EncodedSpec], words: Words, created_ms: int) -> None:
         memory, births, now_ns = self._memory, words.registrations, time.monotonic_ns()
         self._table.reclaim(words)
+        slots = self._table.free_slots(len(encoded))
         memory.store(at.INTENT_AT, 1)
-        for birth, each in enumerate(encoded, births + 1):
-            self._table.fill(self._table.free_slot(), birth, each, created_ms, now_ns)
+        for birth, (slot, each) in enumerate(zip(slots, encoded, strict=True), births + 1):
+            self._table.fill(slot, birth, each, created_ms, now_ns)
         memory.store(at.REGISTRATIONS_AT, births + len(encoded))
         memory.store(at.INTENT_AT, 0)
         for birth, each in enumerate(encoded, births + 1):
@@ -465,7 +466,12 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def active_count(self) -> int:
         """How many operations have not ended."""
-        return self._table.words().active
+        while True:
+            words = self._table.words()
+            # Else some may have been registered and have ended since that was read.
+            if self._memory.load(at.REGISTRATIONS_AT) == words.registrations:
+                words.check_active(self._segment.layout, self._segment.name)
+                return words.active
 
     def completion_feed(self) -> SegmentFeed:
         return self._feed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Final, Self, TypeVar
+from typing import Annotated, Final, Self, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -18,7 +18,7 @@ from shmepoch.epoch.operations import (
     OperationSpec,
     OperationStatus,
 )
-from shmepoch.epoch.words import Words
+from shmepoch.epoch.words import LAST_WATERMARK, Words
 from shmepoch.errors import PayloadTooLarge, RecordInvalid, SegmentCorrupted
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
@@ -38,13 +38,18 @@ STATUSES: Final = (
 
 
 _LAST_VERSION: Final = 2**48 - 1
+#: The bits of a slot's word that are always zero: neither version, nor buffer, nor status.
+_SPARE_BITS: Final = 0xFEFC
+#: What a time, a duration or a count may be at most, for records and stores to take it.
+_LAST_TIME: Final = 2**63 - 1
+_Time: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_LAST_TIME)]
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
     """What changes of an operation while it lives, as its slot holds it."""
 
-    started_at_ms: int | None = None
-    progress_count: int = 0
+    started_at_ms: _Time | None = None
+    progress_count: _Time = 0
     last_progress: OperationProgressUpdate | None = None
     peer_handle: OperationPeerHandle | None = None
 
@@ -165,7 +170,7 @@ class OperationTable:
 
     def words(self) -> Words:
         """What is committed now."""
-        return Words.load(self._memory)
+        return Words.load(self._memory, self._segment.name)
 
     # --- reading, without a lock or as of words that were read under it ---------------------------
 
@@ -193,8 +198,40 @@ class OperationTable:
         return self._raw(index).as_of(words)
 
     def _raw(self, index: int) -> Slot:
+        """A slot's words, each within its bounds, though they may be of different moments."""
         raw = self._memory.read(self._layout.slot(index), _HEADER.size)
-        return Slot(index, *_HEADER.unpack(raw))
+        slot = Slot(index, *_HEADER.unpack(raw))
+        if (
+            slot.word & _SPARE_BITS
+            or slot.terminal_seq > LAST_WATERMARK
+            or max(slot.birth, slot.created_at_ms, slot.created_mono_ns, slot.elapsed_ms)
+            > _LAST_TIME
+            or slot.spec_length > at.SPEC_LIMIT
+            or max(slot.detail_length_0, slot.detail_length_1) > at.DETAIL_LIMIT
+            or slot_of(slot.participant) >= self._layout.max_participants
+        ):
+            raise self._out_of_bounds(slot)
+        return slot
+
+    def _out_of_bounds(self, slot: Slot) -> SegmentCorrupted:
+        participants = self._layout.max_participants
+        field, most, actual = next(
+            bound
+            for bound in (
+                ("word's spare bits", 0, slot.word & _SPARE_BITS),
+                ("birth", _LAST_TIME, slot.birth),
+                ("terminal_seq", LAST_WATERMARK, slot.terminal_seq),
+                ("participant's slot", participants - 1, slot_of(slot.participant)),
+                ("created_at_ms", _LAST_TIME, slot.created_at_ms),
+                ("created_mono_ns", _LAST_TIME, slot.created_mono_ns),
+                ("elapsed_ms", _LAST_TIME, slot.elapsed_ms),
+                ("spec_length", at.SPEC_LIMIT, slot.spec_length),
+                ("detail_length[0]", at.DETAIL_LIMIT, slot.detail_length_0),
+                ("detail_length[1]", at.DETAIL_LIMIT, slot.detail_length_1),
+            )
+            if bound[2] > bound[1]
+        )
+        return self._corrupted(f"slot[{slot.number}].{field}", f"at most {most}", actual)
 
     def view(self, slot: Slot) -> OperationView | None:
         """The whole of the operation in `slot`, or None if the slot has passed to another.
@@ -246,16 +283,17 @@ class OperationTable:
         memory, offset = self._memory, self._layout.slot(slot.number)
         spec: OperationSpec | bytes | None = self._specs.get(slot.birth)
         if spec is None:
-            spec = memory.read(offset + at.SLOT_SPEC, min(slot.spec_length, at.SPEC_LIMIT))
+            spec = memory.read(offset + at.SLOT_SPEC, slot.spec_length)
         detail = memory.read(
-            offset + at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT,
-            min(slot.detail_length, at.DETAIL_LIMIT),
+            offset + at.SLOT_DETAIL + slot.buffer * at.DETAIL_LIMIT, slot.detail_length
         )
         return spec, detail
 
     def _decode(self, slot: Slot, spec: OperationSpec | bytes, detail: bytes) -> OperationView:
         if isinstance(spec, bytes):
             spec = self.remember(slot.birth, self._decoded(slot.number, _spec_decoder, spec))
+        if spec.id.bytes != slot.id:
+            raise self._corrupted(f"slot[{slot.number}].id", spec.id.bytes.hex(), slot.id.hex())
         return OperationView(slot, spec, self.detail(slot.number, detail))
 
     def detail(self, number: int, data: bytes) -> Detail:
@@ -266,9 +304,7 @@ class OperationTable:
         try:
             return decoder.decode(data)
         except (msgspec.DecodeError, ValueError) as error:
-            raise SegmentCorrupted(
-                self._segment.name, f"slot[{number}]", "a decodable operation", str(error)
-            ) from error
+            raise self._corrupted(f"slot[{number}]", "a decodable operation", str(error)) from error
 
     def spec(self, number: int, birth: int) -> OperationSpec:
         """The spec of the operation in a slot, under the writer lock."""
@@ -283,9 +319,18 @@ class OperationTable:
 
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 
-    def free_slot(self) -> int:
-        """The index of a slot that holds nothing; -1 if there is none."""
-        return self._memory.find(self._layout.fingerprints, self._layout.slots, 0, 0)
+    def free_slots(self, count: int) -> list[int]:
+        """The indices of so many slots that hold nothing.
+
+        There always are: whatever was admitted, and whatever is retained besides, has its slot.
+        """
+        layout, found, index = self._layout, list[int](), -1
+        while len(found) < count:
+            index = self._memory.find(layout.fingerprints, layout.slots, 0, index + 1)
+            if index < 0:
+                raise self._corrupted("free slots", f"at least {count}", len(found))
+            found.append(index)
+        return found
 
     def fill(
         self, index: int, birth: int, spec: EncodedSpec, created_at_ms: int, created_mono_ns: int
@@ -361,9 +406,7 @@ class OperationTable:
             if index == NO_SLOT:
                 continue
             if index >= self._layout.slots:
-                raise SegmentCorrupted(
-                    self._segment.name, f"feed[{seq}].slot", f"below {self._layout.slots}", index
-                )
+                raise self._corrupted(f"feed[{seq}].slot", f"below {self._layout.slots}", index)
             if memory.load(self._layout.slot(index) + at.SLOT_TERMINAL_SEQ) == seq:
                 memory.store(self._layout.fingerprint(index), 0)
         if floor > done:
@@ -380,6 +423,9 @@ class OperationTable:
             elif slot.terminal_seq > words.watermark:
                 memory.store(layout.slot(index) + at.SLOT_TERMINAL_SEQ, 0)
 
+    def _corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
+        return SegmentCorrupted(self._segment.name, field, expected, actual)
+
     @staticmethod
     def _next_word(word: int, status: OperationStatus, buffer: int) -> int:
         version = (word >> 16) + 1 & _LAST_VERSION
@@ -390,7 +436,6 @@ class OperationTable:
     def check(self) -> None:
         """Verify every slot against the words that commit it, and the counts against each other."""
         memory, layout = self._memory, self._layout
-        name = self._segment.name
         self._specs.clear()  # what is remembered cannot vouch for what is there
         words = self.words()
         watermark, floor = words.watermark, self.floor(words)
@@ -398,31 +443,28 @@ class OperationTable:
         for slot in self.held(words):
             view = self.view(slot)
             field = f"slot[{slot.number}]"
-            if view is None or view.spec.id.bytes != slot.id:
-                raise SegmentCorrupted(name, f"{field}.spec.id", slot.id.hex(), view)
+            if view is None:
+                raise self._corrupted(f"{field}.word", "of an operation", slot.word)
             if slot.id in seen:
-                raise SegmentCorrupted(name, f"{field}.id", "held once", slot.id.hex())
+                raise self._corrupted(f"{field}.id", "held once", slot.id.hex())
             seen.add(slot.id)
             fingerprint = OperationId.from_bytes(slot.id).fingerprint
             if memory.load(layout.fingerprint(slot.number)) != fingerprint:
-                raise SegmentCorrupted(name, f"{field}.fingerprint", "that of its id", "another")
+                raise self._corrupted(f"{field}.fingerprint", "that of its id", "another")
             uncommitted = self._raw(slot.number).terminal_seq
             if uncommitted > watermark:
-                raise SegmentCorrupted(
-                    name, f"{field}.terminal_seq", f"at most {watermark}", uncommitted
-                )
+                raise self._corrupted(f"{field}.terminal_seq", f"at most {watermark}", uncommitted)
             if not slot.terminal_seq:
                 live += 1
                 continue
             entry = self._feed.entry(slot.terminal_seq)
             if slot.terminal_seq > floor and (entry is None or entry.operation_id.bytes != slot.id):
-                raise SegmentCorrupted(name, f"{field}.terminal_seq", "its own entry", entry)
+                raise self._corrupted(f"{field}.terminal_seq", "its own entry", entry)
             if self._feed.slot_of(slot.terminal_seq) != slot.number:
-                raise SegmentCorrupted(
-                    name,
+                raise self._corrupted(
                     f"feed[{slot.terminal_seq}].slot",
                     slot.number,
                     self._feed.slot_of(slot.terminal_seq),
                 )
         if live != words.active:
-            raise SegmentCorrupted(name, "registrations", f"{live} operations live", words.active)
+            raise self._corrupted("registrations", f"{live} operations live", words.active)

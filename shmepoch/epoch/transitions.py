@@ -120,7 +120,10 @@ class CommonTransitions:
             return 0
         seq, slot, birth, created_ms, created_mono_ns, detail = found
         started_ms = self._table.detail(slot, detail).started_at_ms or created_ms
-        data = encode_entry(seq, self._table.spec(slot, birth), outcome, started_ms)
+        spec = self._table.spec(slot, birth)
+        if spec.id != id:
+            return 0
+        data = encode_entry(seq, spec, outcome, started_ms)
         elapsed_ns = max(0, time.monotonic_ns() - created_mono_ns)
         return seq if self._native.end(seq, slot, elapsed_ns // 1_000_000, data) else 0
 
@@ -134,6 +137,8 @@ class CommonTransitions:
             first, slot, birth, created_ms, created_mono_ns, detail = found
             started_ms = self._table.detail(slot, detail).started_at_ms or created_ms
             spec = self._table.spec(slot, birth)
+            if spec.id != id:
+                return False
             data = encode_entry(first + ahead, spec, outcome, started_ms)
             endings.append((slot, max(0, now_ns - created_mono_ns) // 1_000_000, data))
         if len({slot for slot, _, _ in endings}) < len(endings):

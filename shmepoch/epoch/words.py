@@ -39,18 +39,33 @@ class Words(msgspec.Struct, frozen=True, gc=False):
     reclaimed: int
 
     @classmethod
-    def load(cls, memory: Memory) -> Self:
+    def load(cls, memory: Memory, name: str) -> Self:
         """The words as they stand.
+
+        Those that never change once an epoch is found are held against each other here; the rest
+        may be of different moments, and are held against each other by `check`.
 
         OPS-5: loaded before the slots that are held against them. What a killed writer had prepared
         is undone before its birth or sequence is committed for another operation; so who sees that
         commit first cannot see the leftover any more.
         """
-        return cls(
+        words = cls(
             memory.load(at.REGISTRATIONS_AT),
             memory.load(at.WATERMARK_AT),
             *_BESIDES.unpack(memory.read(at.ORIGIN_AT, _BESIDES.size)),
         )
+        watermark = words.watermark
+        if not (
+            words.skipped_after <= words.skipped_through <= watermark <= LAST_WATERMARK
+            and words.origin <= watermark
+        ):
+            _require(
+                name,
+                ("watermark", watermark, 0, LAST_WATERMARK),
+                ("skipped_through", words.skipped_through, words.skipped_after, watermark),
+                ("origin", words.origin, 0, watermark),
+            )
+        return words
 
     @property
     def active(self) -> int:
@@ -69,14 +84,23 @@ class Words(msgspec.Struct, frozen=True, gc=False):
 
         Every walk over sequences or slots is bounded by them, so nothing starts before this.
         """
-        assert layout.config is not None
         lowest = max(0, self.watermark - layout.ring[1])
-        for field, value, least, most in (
-            ("watermark", self.watermark, 0, LAST_WATERMARK),
+        _require(
+            name,
             ("dropped_through", self.dropped, lowest, self.watermark),
             ("collected_through", self.collected, 0, self.watermark),
             ("reclaimed_through", self.reclaimed, lowest, self.watermark),
-            ("registrations less completions", self.active, 0, layout.config.max_operations),
-        ):
-            if not least <= value <= most:
-                raise SegmentCorrupted(name, field, f"{least} to {most}", value)
+        )
+        self.check_active(layout, name)
+
+    def check_active(self, layout: Layout, name: str) -> None:
+        """Hold the two counters against each other, where they are of one moment."""
+        assert layout.config is not None
+        most = layout.config.max_operations
+        _require(name, ("registrations less completions", self.active, 0, most))
+
+
+def _require(name: str, *bounds: tuple[str, int, int, int]) -> None:
+    for field, value, least, most in bounds:
+        if not least <= value <= most:
+            raise SegmentCorrupted(name, field, f"{least} to {most}", value)

@@ -1343,6 +1343,7 @@ static PyType_Spec cell_spec = {
 #define VERSION_SHIFT 16
 #define BUFFER_SHIFT 8
 #define STATUS_MASK 3
+#define SPARE_BITS 0xfefc /* of a slot's word: neither version, nor buffer, nor status */
 #define FREE 0 /* a fingerprint, and the status, of a slot that holds nothing */
 #define HINTS 256
 /* The slot number of an entry whose operation no slot holds. */
@@ -1492,7 +1493,8 @@ load_words(const Transitions *self, Words *words)
     const uint64_t lowest = watermark > capacity ? watermark - capacity : 0;
     if (watermark >= LAST_POSITION || words->dropped < lowest || words->dropped > watermark
         || collected > watermark || words->reclaimed < lowest || words->reclaimed > watermark
-        || words->active > (uint64_t)self->max_operations || skipped_after > skipped_through) {
+        || words->active > (uint64_t)self->max_operations || origin > watermark
+        || skipped_after > skipped_through || skipped_through > watermark) {
         return false;
     }
     uint64_t newest = watermark > max_completed ? watermark - max_completed : 0;
@@ -1570,6 +1572,18 @@ parse_id(PyObject *fingerprint, PyObject *id, uint64_t *parsed_fingerprint, uint
     }
     memcpy(parsed_id, bytes, KEY_SIZE);
     return true;
+}
+
+/* Whether the words of a slot that a transition reads are within their bounds. */
+static bool
+is_sound(const Transitions *self, Py_ssize_t at)
+{
+    const uint64_t limit = (uint64_t)self->detail_limit;
+    return (word_of(self, at) & SPARE_BITS) == 0
+           && word_of(self, at + self->created_ms) <= INT64_MAX
+           && word_of(self, at + self->created_mono) <= INT64_MAX
+           && word_of(self, at + self->detail_length) <= limit
+           && word_of(self, at + self->detail_length + WORD) <= limit;
 }
 
 /* Gives back the slots of operations that are not retained any more. */
@@ -1816,7 +1830,7 @@ transitions_start(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     const Py_ssize_t at = slot_at(self, index);
     const uint64_t word = word_of(self, at), ended = word_of(self, at + self->terminal_seq);
     const uint64_t buffer = word >> BUFFER_SHIFT & 1;
-    if (ended != 0 || (word & STATUS_MASK) != status
+    if (ended != 0 || !is_sound(self, at) || (word & STATUS_MASK) != status
         || word_of(self, at + self->detail_length + (Py_ssize_t)buffer * WORD) != 0
         || word_of(self, at + self->created_ms) > started_ms) {
         Py_RETURN_NONE;
@@ -1852,8 +1866,8 @@ transitions_look(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     const Py_ssize_t at = slot_at(self, index);
     const uint64_t word = word_of(self, at), buffer = word >> BUFFER_SHIFT & 1;
     const uint64_t length = word_of(self, at + self->detail_length + (Py_ssize_t)buffer * WORD);
-    if (word_of(self, at + self->terminal_seq) != 0 || (statuses >> (word & STATUS_MASK) & 1) == 0
-        || length > (uint64_t)self->detail_limit) {
+    if (word_of(self, at + self->terminal_seq) != 0 || !is_sound(self, at)
+        || (statuses >> (word & STATUS_MASK) & 1) == 0) {
         Py_RETURN_NONE;
     }
     PyObject *detail = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
@@ -1904,7 +1918,8 @@ find_room(const Transitions *self, const Words *words, const Ending *endings, Py
     const uint64_t before = atomic_load_explicit(&last[2], memory_order_relaxed) & UINT32_MAX;
     const uint64_t watermark = words->watermark, through = watermark + (uint64_t)count;
     Py_ssize_t size = 0;
-    if (begin % WORD != 0 || begin > LAST_POSITION || count > ring->capacity) {
+    if (begin % WORD != 0 || begin > LAST_POSITION || before > (uint64_t)ring->budget
+        || count > ring->capacity) {
         return false;
     }
     *position = begin + (uint64_t)padded((Py_ssize_t)before);
@@ -1920,12 +1935,15 @@ find_room(const Transitions *self, const Words *words, const Ending *endings, Py
     if (through - *dropped > (uint64_t)ring->capacity) {
         *dropped = through - (uint64_t)ring->capacity;
     }
-    while (*dropped < watermark
-           && atomic_load_explicit(&ring_index(self->memory, ring, *dropped + 1)[0],
-                                   memory_order_relaxed)
-                      + (uint64_t)ring->budget
-                  < end) {
-        ++*dropped;
+    for (; *dropped < watermark; ++*dropped) {
+        const uint64_t oldest = atomic_load_explicit(
+            &ring_index(self->memory, ring, *dropped + 1)[0], memory_order_relaxed);
+        if (oldest > *position) {
+            return false;
+        }
+        if (oldest + (uint64_t)ring->budget >= end) {
+            break;
+        }
     }
     return true;
 }

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,24 +17,22 @@ from typing import Final
 import pytest
 
 from shmepoch.epoch.cursors import EpochCursorState
-from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
-from shmepoch.errors import SegmentCorrupted, ShmepochError
-from shmepoch.ids import OperationId, RunId, RuntimeEpochId, SessionId
+from shmepoch.epoch.operations import OperationProgressUpdate
+from shmepoch.errors import SegmentCorrupted
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import SharedSegment
-from tests.epoch.operations import Registry, end, reach, result, spec
-
-CONFIG: Final = OpsLifecycleConfig(
-    max_operations=4, max_completed=2, feed_bytes=at.PAGE + 4 * 1024, max_participants=2
+from shmepoch.memory.segment import Segment, SharedSegment
+from tests.epoch.damage import (
+    CONFIG,
+    WORDS,
+    calls,
+    fill,
+    in_a_child,
+    make_calls,
+    mutate,
 )
-
-#: What a word may hold that no writer put there.
-WORDS: Final = (1, 2, 7, 2**16, 2**31, 2**32 - 1, 2**32 + 1, 2**48, 2**63 - 1, 2**63, 2**64 - 1)
-
-#: Seconds of processor time that no call needs; a child that takes them was in an endless loop.
-PROCESSOR_LIMIT_S: Final = 5
+from tests.epoch.operations import Registry, result, spec
 
 
 @dataclass
@@ -62,92 +58,16 @@ def subject(namespace: str) -> Iterator[Subject]:
     )
     segment.join(Role.RUNTIME)
     segment.publish()
-    registry = Registry(segment)
-    for turn in range(5):
-        end(registry, "r" * 900 * turn)
-    for status in (OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.RETIRING):
-        reach(registry, status)
-    known = [operation.id for operation in registry.list_operations()]
+    known = fill(Registry(segment))
     yield Subject(segment, known, os.pread(segment.fd, segment.layout.size, 0))
     segment.unlink()
     segment.close()
 
 
-def calls(segment: SharedSegment, known: list[OperationId]) -> Iterator[Callable[[], object]]:
-    """Every public look at an epoch, then every way to change it."""
-    registry, cursors = Registry(segment), EpochCursorState(segment)
-    feed = registry.completion_feed()
-    yield from (
-        feed.watermark,
-        lambda: feed.list_since(0),
-        lambda: feed.list_since(4),
-        lambda: feed.wait_for_advance(0, 0),
-        cursors.snapshot,
-        registry.active_count,
-        registry.list_operations,
-        lambda: registry.capture_persistence_snapshot(segment.epoch_id, cursors),
-        lambda: segment.participants.list(me=segment.participant),
-        registry.check,
-    )
-    for id in known:
-        yield from (
-            partial(registry.snapshot, id),
-            partial(watch, registry, id),
-            partial(registry.report_progress, id, OperationProgressUpdate("on")),
-            partial(registry.request_retire, id),
-            partial(registry.wait_all, RunId.new(), [id], 0),
-            partial(registry.complete_operation, id, result(id)),
-        )
-    yield from (
-        lambda: registry.register_operation(spec()),
-        lambda: cursors.agent_applied_cursor.advance(5),
-        registry.collect_completed,
-        lambda: registry.terminate_owner("ended"),
-        lambda: end(registry),
-        lambda: feed.list_since(0),
-        registry.check,
-    )
-
-
-def watch(registry: Registry, id: OperationId) -> None:
-    with registry.register_watcher(id) as watching:
-        watching.wait(0)
-
-
 def use_up(namespace: str, segment: SharedSegment, known: list[OperationId]) -> int:
     mine = SharedSegment.attach(namespace, segment.session_id)
-    corrupted = 0
     join: Callable[[], object] = partial(mine.join, Role.WORKER)
-    for call in chain([join], calls(mine, known)):
-        try:
-            call()
-        except SegmentCorrupted as error:
-            corrupted += bool(error.field)
-        except (ShmepochError, TimeoutError):
-            pass  # such as NotFound: the call could not tell, or it does not matter to it
-    return corrupted
-
-
-def in_a_child(act: Callable[[], int]) -> int:
-    """What `act` returns in a forked process; fails if it raises, dies or does not end there."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.signal(signal.SIGPROF, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_PROF, PROCESSOR_LIMIT_S)
-            text = f"ok {act()}"
-        except BaseException:
-            text = traceback.format_exc()[-3000:]
-        finally:
-            os.write(write, text.encode())
-            os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    assert answer.startswith("ok "), answer or f"ended with status {status}"
-    return int(answer.removeprefix("ok "))
+    return make_calls(chain([join], calls(mine, known)))
 
 
 def test_nothing_is_found_wrong_with_what_is_right(subject: Subject) -> None:
@@ -168,6 +88,82 @@ def test_what_is_wrong_is_found(subject: Subject) -> None:
         assert repr(error.actual) in str(error)
 
 
+def words_of_a_slot() -> dict[str, tuple[int, int]]:
+    """What is wrong with one, and what a word of it holds then."""
+    return {
+        "word's spare bits": (at.SLOT_WORD, 2**16 + 6),
+        "birth": (at.SLOT_BIRTH, 2**63),
+        "terminal_seq": (at.SLOT_TERMINAL_SEQ, 2**64 - 1),
+        "id": (at.SLOT_ID, 7),
+        "participant's slot": (at.SLOT_PARTICIPANT, 2**8 + 2),
+        "created_at_ms": (at.SLOT_CREATED_MS, 2**63),
+        "created_mono_ns": (at.SLOT_CREATED_MONO, 2**63 + 1),
+        "elapsed_ms": (at.SLOT_ELAPSED_MS, 2**64 - 1),
+        "spec_length": (at.SLOT_SPEC_LENGTH, 2**40),
+        "detail_length[0]": (at.SLOT_DETAIL_LENGTH, at.DETAIL_LIMIT + 1),
+        "detail_length[1]": (at.SLOT_DETAIL_LENGTH + at.WORD, 2**63),
+    }
+
+
+@pytest.mark.parametrize("field", words_of_a_slot())
+def test_a_word_of_a_slot_that_is_out_of_bounds_is_named(field: str) -> None:
+    """By whatever reads it: a look at one operation, at all, a store, a transition, an audit."""
+    segment = Segment.private(CONFIG)
+    registry, memory = Registry(segment), segment.memory
+    [*_, id] = fill(registry)
+    offset, value = words_of_a_slot()[field]
+    [slot] = [slot for slot in registry._table.held() if slot.id == id.bytes]
+    memory.store(segment.layout.slot(slot.number) + offset, value)
+    readers: list[Callable[[], object]] = [
+        registry.list_operations,
+        partial(registry.capture_persistence_snapshot, segment.epoch_id, EpochCursorState(segment)),
+        partial(registry.terminate_owner, "ended"),
+        registry.check,
+    ]
+    if field != "id":  # else it is not found
+        readers += [
+            partial(registry.snapshot, id),
+            partial(registry.complete_operation, id, result(id)),
+            partial(registry.report_progress, id, OperationProgressUpdate("on")),
+        ]
+    for read in readers:
+        with pytest.raises(SegmentCorrupted) as found:
+            read()
+        assert found.value.field == f"slot[{slot.number}].{field}"
+
+
+def test_a_skipped_range_that_is_wrong_is_named() -> None:
+    """Every walk over what is to be given back is as long as that range says."""
+    for after, through in ((1, 0), (2**63, 0), (2**63 - 1, 4), (0, 6), (0, 2**64 - 1)):
+        segment = Segment.private(CONFIG)
+        registry = Registry(segment)
+        fill(registry)
+        segment.memory.store(at.SKIPPED_AT, after)
+        segment.memory.store(at.SKIPPED_AT + at.WORD, through)
+        readers: list[Callable[[], object]] = [
+            registry.list_operations,
+            registry.active_count,
+            partial(registry.register_operation, spec()),
+            registry.check,
+        ]
+        for read in readers:
+            with pytest.raises(SegmentCorrupted) as found:
+                read()
+            assert found.value.field == "skipped_through"
+
+
+def test_a_table_that_looks_full_is_not_written_beyond() -> None:
+    segment = Segment.private(CONFIG)
+    registry, layout = Registry(segment), segment.layout
+    for slot in range(layout.slots):
+        segment.memory.store(layout.fingerprint(slot), 1)
+    before = bytes(memoryview(segment.memory))
+    with pytest.raises(SegmentCorrupted) as found:
+        registry.register_operation(spec())
+    assert found.value.field == "free slots"
+    assert bytes(memoryview(segment.memory)) == before
+
+
 CONTROL: Final = {
     "agent_applied": at.CURSORS_AT,
     "runtime_observed": at.CURSORS_AT + at.LINE,
@@ -183,6 +179,8 @@ CONTROL: Final = {
     "joined": at.JOINED_AT,
     "durable_seq": at.DURABLE_AT,
     "origin": at.ORIGIN_AT,
+    "skipped_after": at.SKIPPED_AT,
+    "skipped_through": at.SKIPPED_AT + at.WORD,
 }
 
 
@@ -231,3 +229,8 @@ def test_garbage(subject: Subject, seed: int) -> None:
             length = min(rng.choice((1, 8, 100, 4000)), layout.size - begin)
             os.pwrite(subject.segment.fd, rng.randbytes(length), begin)
         subject.use_up()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_word_holds_anything(seed: int) -> None:
+    assert mutate(seed, 120) > 0

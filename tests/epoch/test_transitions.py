@@ -16,7 +16,7 @@ from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 from tests.epoch.implementations import StandIn
-from tests.epoch.operations import UPDATE, Registry, result, spec
+from tests.epoch.operations import UPDATE, Registry, end, result, spec
 
 CONFIG = OpsLifecycleConfig(max_operations=4, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
 SPEC = spec()
@@ -253,3 +253,25 @@ def test_what_changed_since_registration_is_kept() -> None:
     found = registry.snapshot(id)
     assert found is not None
     assert (found.progress_count, found.last_progress) == (1, UPDATE)
+
+
+class Overtaken(StandIn):
+    """Between its first look at a counter and the next, an operation is registered and ends."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment.memory)
+        self._others = [RuntimeOpsLifecycleRegistry(segment)]
+
+    def load(self, offset: int) -> int:
+        value = self._memory.load(offset)
+        if offset == at.REGISTRATIONS_AT and self._others:
+            end(self._others.pop())
+        return value
+
+
+def test_operations_are_counted_at_one_moment() -> None:
+    segment, registry = epoch()
+    registry.register_operation(spec())
+    overtaken: Any = Overtaken(segment)
+    registry._memory = registry._table._memory = overtaken
+    assert registry.active_count() == 1

@@ -1,0 +1,199 @@
+"""A damaged epoch: what a word of it may hold, and every call that may come across that."""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Final
+
+from shmepoch.epoch.cursors import EpochCursorState
+from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.errors import SegmentCorrupted, ShmepochError
+from shmepoch.ids import OperationId, RunId
+from shmepoch.memory import layout as at
+from shmepoch.memory.layout import Layout, OpsLifecycleConfig
+from shmepoch.memory.segment import Segment, SharedSegment
+from tests.epoch.operations import Registry, end, reach, result, spec
+
+CONFIG: Final = OpsLifecycleConfig(
+    max_operations=4, max_completed=2, feed_bytes=at.PAGE + 4 * 1024, max_participants=2
+)
+
+#: What a word may hold that no writer put there.
+WORDS: Final = (1, 2, 7, 2**16, 2**31, 2**32 - 1, 2**32 + 1, 2**48, 2**63 - 1, 2**63, 2**64 - 1)
+
+#: Seconds of processor time that no call needs; a child that takes them was in an endless loop.
+PROCESSOR_LIMIT_S: Final = 5
+
+
+def fill(registry: Registry) -> list[OperationId]:
+    """Put something in every part of an epoch; the operations that it holds then."""
+    for turn in range(5):
+        end(registry, "r" * 900 * turn)
+    for status in (OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.RETIRING):
+        reach(registry, status)
+    return [operation.id for operation in registry.list_operations()]
+
+
+def calls(segment: Segment, known: list[OperationId]) -> Iterator[Callable[[], object]]:
+    """Every public look at an epoch, then every way to change it."""
+    registry, cursors = Registry(segment), EpochCursorState(segment)
+    feed = registry.completion_feed()
+    yield from (
+        feed.watermark,
+        lambda: feed.list_since(0),
+        lambda: feed.list_since(4),
+        lambda: feed.wait_for_advance(0, 0),
+        cursors.snapshot,
+        registry.active_count,
+        registry.list_operations,
+        lambda: store(registry.capture_persistence_snapshot(segment.epoch_id, cursors)),
+        registry.check,
+    )
+    if isinstance(segment, SharedSegment):
+        yield partial(segment.participants.list, me=segment.participant)
+    for id in known:
+        yield from (
+            partial(registry.snapshot, id),
+            partial(watch, registry, id),
+            partial(registry.report_progress, id, OperationProgressUpdate("on")),
+            partial(registry.request_retire, id),
+            partial(registry.wait_all, RunId.new(), [id], 0),
+            partial(registry.complete_operation, id, result(id)),
+        )
+    yield from (
+        lambda: registry.register_operation(spec()),
+        lambda: cursors.agent_applied_cursor.advance(5),
+        registry.collect_completed,
+        lambda: registry.terminate_owner("ended"),
+        lambda: end(registry),
+        lambda: feed.list_since(0),
+        registry.check,
+    )
+
+
+def store(snapshot: PersistedOpsSnapshot) -> None:
+    """What a store does: it takes 64-bit numbers with a sign, and reads what it wrote."""
+    for operation in snapshot.operations:
+        times = operation.created_at_ms, operation.started_at_ms or 0, operation.elapsed_ms or 0
+        assert max(times) < 2**63
+    assert PersistedOpsSnapshot.from_json(snapshot.to_json()) == snapshot
+
+
+def watch(registry: Registry, id: OperationId) -> None:
+    with registry.register_watcher(id) as watching:
+        watching.wait(0)
+
+
+def make_calls(made: Iterable[Callable[[], object]]) -> int:
+    """Make the calls; how many raised `SegmentCorrupted`."""
+    corrupted = 0
+    for call in made:
+        try:
+            call()
+        except SegmentCorrupted as error:
+            corrupted += bool(error.field)
+        except (ShmepochError, TimeoutError):
+            pass  # such as NotFound: the call could not tell, or it does not matter to it
+    return corrupted
+
+
+def in_a_child(act: Callable[[], int], where: Callable[[], str] = str) -> int:
+    """What `act` returns in a forked process; fails if it raises, dies or does not end there.
+
+    `where` says how far it had come.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, PROCESSOR_LIMIT_S)
+            text = f"ok {act()}"
+        except BaseException:
+            text = traceback.format_exc()[-3000:]
+        finally:
+            os.write(write, text.encode())
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    assert answer.startswith("ok "), f"{where()}: {answer or f'ended with status {status}'}"
+    return int(answer.removeprefix("ok "))
+
+
+def every_word(layout: Layout) -> dict[str, Iterable[int]]:
+    """Where each part of an epoch has words that hold something, or will."""
+    index, entries, data, size = layout.ring
+    slots = range(layout.slots_at, layout.slots_at + layout.slots * at.SLOT_SIZE, at.WORD)
+    return {
+        "header": range(at.STATE_AT, at.HEADER_SIZE, at.WORD),
+        "cursors": range(at.CURSORS_AT, at.WATERMARK_AT, at.LINE),
+        "control": range(at.WATERMARK_AT, at.PARTICIPANTS_AT, at.WORD),
+        "participants": range(at.PARTICIPANTS_AT, at.PARTICIPANTS_AT + 64, at.WORD),
+        "fingerprints": range(layout.fingerprints, layout.fingerprints + layout.slots * 8, at.WORD),
+        "slots": [word for word in slots if (word - layout.slots_at) % at.SLOT_SIZE < 128],
+        "contents": slots,
+        "index": range(index, index + 10 * at.INDEX_SIZE, at.WORD),
+        "index end": range(index + (entries - 2) * at.INDEX_SIZE, data, at.WORD),
+        "bytes": range(data, data + size, at.WORD),
+    }
+
+
+def hostile(rng: random.Random, word: int) -> int:
+    """What a word may be overwritten with: nothing, an extreme, or nearly what it was."""
+    near = (word ^ 1 << rng.randrange(64), word + 1, word - 1, -word, word << 32)
+    return rng.choice((0, *WORDS, 2**32, 2**62, 2**64 - 2, rng.getrandbits(64), *near)) % 2**64
+
+
+def mutate(seed: int, rounds: int) -> int:
+    """Overwrite words of an epoch at random, `rounds` times over, and make every call each time;
+    how many calls raised `SegmentCorrupted`. Anything but an answer or an error of the library's
+    own, within a few seconds, is a failure that tells how to see it again."""
+    note = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def act() -> int:
+        rng, corrupted = random.Random(seed), 0
+        segment = Segment.private(CONFIG)
+        memory, known = segment.memory, fill(Registry(segment))
+        image, parts = bytes(memoryview(memory)), every_word(segment.layout)
+        for _ in range(rounds):
+            memory.write(0, image)
+            for _ in range(rng.choice((1, 1, 1, 2, 4))):
+                offset = rng.choice(list(parts[rng.choice(list(parts))]))
+                value = hostile(rng, memory.load(offset))
+                memory.store(offset, value)
+                note.write(f"seed {seed}: {value:#x} at {offset}\n".encode())
+            signal.setitimer(signal.ITIMER_PROF, PROCESSOR_LIMIT_S)
+            corrupted += make_calls(calls(segment, known))
+            note[:] = bytes(len(note))
+            note.seek(0)
+        return corrupted
+
+    return in_a_child(act, lambda: bytes(note).rstrip(b"\0").decode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/mutate", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first hundred epochs")
+    options = parser.parse_args()
+    deadline, seed, corrupted = time.monotonic() + options.seconds, options.seed, 0
+    while time.monotonic() < deadline:
+        corrupted += mutate(seed, 100)
+        seed += 1
+    epochs = 100 * (seed - options.seed)
+    print(f"{epochs} damaged epochs: {corrupted} calls said so, and none failed in another way")
+
+
+if __name__ == "__main__":
+    main()
