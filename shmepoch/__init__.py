@@ -50,6 +50,7 @@ from shmepoch.errors import (
     BoundaryClosed,
     ChannelClosed,
     ConfigInvalid,
+    CursorAhead,
     CursorsOnly,
     DuplicateWaitOperation,
     EpochGone,
@@ -65,6 +66,7 @@ from shmepoch.errors import (
     PayloadTooLarge,
     PeerNotExpected,
     RecordInvalid,
+    RecoveryNeedsRoom,
     RuntimeAlreadyActive,
     SegmentCorrupted,
     SegmentExists,
@@ -83,7 +85,15 @@ from shmepoch.errors import (
     WaitAlreadyActive,
     WitnessMismatch,
 )
-from shmepoch.ids import OperationId, RunId, RuntimeEpochId, SessionId, WaitRequestId
+from shmepoch.ids import (
+    OperationId,
+    RunId,
+    RuntimeEpochId,
+    SessionId,
+    WaitRequestId,
+    dec_hook,
+    enc_hook,
+)
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
@@ -117,6 +127,7 @@ __all__ = [
     "CompletionSeq",
     "ConfigInvalid",
     "Continuation",
+    "CursorAhead",
     "CursorState",
     "CursorsOnly",
     "Drain",
@@ -155,6 +166,7 @@ __all__ = [
     "PersistedOpsSnapshot",
     "PersistenceChannel",
     "RecordInvalid",
+    "RecoveryNeedsRoom",
     "Retired",
     "Role",
     "RunId",
@@ -191,4 +203,6 @@ __all__ = [
     "WaitAlreadyActive",
     "WaitRequestId",
     "WitnessMismatch",
+    "dec_hook",
+    "enc_hook",
 ]

@@ -148,13 +148,20 @@ static PyType_Spec identifier_spec = {
     .slots = identifier_slots,
 };
 
-/* encode(value) -> its bytes, if it is an identifier */
+/* encode(value) -> its bytes, if it is an identifier; a plain number, if it is one of another type,
+ * such as numpy's, that msgspec does not know */
 static PyObject *
 encode(PyObject *module, PyObject *value)
 {
     ModuleState *state = PyModule_GetState(module);
     if (PyObject_TypeCheck(value, state->type)) {
         return identifier_bytes(value, NULL);
+    }
+    if (PyIndex_Check(value)) {
+        return PyNumber_Index(value);
+    }
+    if (PyFloat_Check(value)) {
+        return PyFloat_FromDouble(PyFloat_AsDouble(value));
     }
     return refuse(PyExc_NotImplementedError, Py_TYPE(value), "is not part of a record", value);
 }

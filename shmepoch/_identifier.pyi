@@ -1,6 +1,6 @@
 """Sixteen bytes with a kind (see _identifier.c)."""
 
-from typing import Self, TypeVar
+from typing import Self, TypeVar, overload
 
 T = TypeVar("T", bound=Identifier)
 
@@ -22,7 +22,10 @@ class Identifier:
     def __gt__(self, other: Self, /) -> bool: ...
     def __ge__(self, other: Self, /) -> bool: ...
 
-# The hooks of an encoder and a decoder: to an identifier's bytes and back. NotImplementedError for
-# anything but an identifier.
-def encode(value: object, /) -> bytes: ...
+# The hooks of an encoder and a decoder: to an identifier's bytes and back. Numbers of other types
+# become plain ones; NotImplementedError for anything else.
+@overload
+def encode(value: Identifier, /) -> bytes: ...
+@overload
+def encode(value: object, /) -> bytes | int | float: ...
 def decode(kind: type[T], raw: bytes, /) -> T: ...

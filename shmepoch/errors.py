@@ -186,6 +186,49 @@ class ConfigInvalid(ShmepochError, ValueError):
         )
 
 
+class RecoveryNeedsRoom(ShmepochError, ValueError):
+    """An epoch is too small for the stored one that is to be continued in it."""
+
+    epoch_id: RuntimeEpochId
+    setting: str
+    needed: int
+    given: int
+
+    def __init__(self, epoch_id: RuntimeEpochId, setting: str, needed: int, given: int) -> None:
+        super().__init__(
+            f"to continue epoch {epoch_id}, {setting} must be at least {needed}, and it is "
+            f"{given}; nothing was recovered. Make the new epoch with an OpsLifecycleConfig of "
+            "that size",
+            epoch_id=epoch_id,
+            setting=setting,
+            needed=needed,
+            given=given,
+        )
+
+
+class CursorAhead(ShmepochError):
+    """A cursor stands beyond the feed: its consumer hears of no completion up to there."""
+
+    epoch_id: RuntimeEpochId
+    cursor: str
+    position: int
+    watermark: int
+
+    def __init__(
+        self, epoch_id: RuntimeEpochId, cursor: str, position: int, watermark: int
+    ) -> None:
+        super().__init__(
+            f"{cursor} of epoch {epoch_id} stands at {position}, beyond the feed's watermark "
+            f"{watermark}: no completion up to there is new to its consumer. A cursor never goes "
+            "back; advance it to the watermark of a batch at most, and reset the session to start "
+            "over",
+            epoch_id=epoch_id,
+            cursor=cursor,
+            position=position,
+            watermark=watermark,
+        )
+
+
 # --- epochs -----------------------------------------------------------------------------------
 
 

@@ -1,7 +1,10 @@
 """Identifiers: typed, time-ordered names for sessions, epochs, operations, runs and waits.
 
 An identifier keeps the sixteen bytes of its UUID: that is what lies in shared memory. The text and
-the `uuid.UUID` are made on request.
+the `uuid.UUID` are made on request. In JSON it is the plain text, written by
+`msgspec.json.encode(value, enc_hook=enc_hook)` or `json.dumps(value, default=str)`, and read by
+`msgspec.json.decode(data, type=..., dec_hook=dec_hook)` or `SessionId.parse(text)`; alone or as
+part of a record of the user's own.
 """
 
 from __future__ import annotations
@@ -12,9 +15,17 @@ from typing import Final, Self
 
 from uuid_utils import uuid7
 
-from shmepoch._identifier import Identifier
+from shmepoch._identifier import Identifier, encode
 
-__all__ = ["OperationId", "RunId", "RuntimeEpochId", "SessionId", "WaitRequestId"]
+__all__ = [
+    "OperationId",
+    "RunId",
+    "RuntimeEpochId",
+    "SessionId",
+    "WaitRequestId",
+    "dec_hook",
+    "enc_hook",
+]
 
 _TEXT: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
@@ -98,3 +109,25 @@ class WaitRequestId(_Id):
     """Names one satisfied `wait_all`."""
 
     __slots__ = ()
+
+
+def enc_hook(value: object) -> object:
+    """For msgspec's JSON encoders: the text of an identifier, and other numbers as plain ones.
+
+    Raises `NotImplementedError` for anything else, which msgspec says of it then.
+    """
+    plain = encode(value)
+    return str(value) if isinstance(value, Identifier) else plain
+
+
+def dec_hook(kind: type, value: object) -> object:
+    """For msgspec's JSON decoders: the identifier of a `kind` that has this text.
+
+    Raises `ValueError` for what is no such text, and `NotImplementedError` for what is no kind of
+    identifier.
+    """
+    if not issubclass(kind, _Id):
+        raise NotImplementedError(f"{kind.__name__} is no kind of identifier")
+    if not isinstance(value, str):
+        raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
+    return kind.parse(value)

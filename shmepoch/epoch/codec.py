@@ -12,24 +12,11 @@ import msgspec
 
 from shmepoch._identifier import decode, encode
 from shmepoch.errors import RecordInvalid
-from shmepoch.ids import _Id
+from shmepoch.ids import dec_hook, enc_hook
 
 T = TypeVar("T")
 
-
-# Identifiers are the only types of a record that msgspec does not know by itself.
-
-
-def _id_to_text(value: object) -> str:
-    encode(value)  # refuses what is no identifier
-    return str(value)
-
-
-def _id_from_text(kind: type[_Id], value: str) -> _Id:
-    return kind.parse(value)
-
-
-_json_encoder = msgspec.json.Encoder(enc_hook=_id_to_text)
+_json_encoder = msgspec.json.Encoder(enc_hook=enc_hook)
 _wire_encoder = msgspec.msgpack.Encoder(enc_hook=encode)
 
 #: Encodes a record for shared memory.
@@ -54,9 +41,11 @@ class Record(msgspec.Struct, frozen=True):
         return decode_json(cls, data)
 
 
-def decode_json(kind: type[T], data: bytes | str) -> T:
-    """Read one JSON value of type `kind`; `RecordInvalid` names the field that is wrong."""
+def decode_json(kind: type[T], data: bytes | str, named: type | None = None) -> T:
+    """Read one JSON value of type `kind`; `RecordInvalid` names the field that is wrong, of a
+    record that is `named` so."""
     try:
-        return msgspec.json.decode(data, type=kind, dec_hook=_id_from_text)
+        return msgspec.json.decode(data, type=kind, dec_hook=dec_hook)
     except (msgspec.DecodeError, ValueError) as error:
-        raise RecordInvalid(getattr(kind, "__name__", str(kind)), str(error)) from error
+        name = getattr(named or kind, "__name__", str(kind))
+        raise RecordInvalid(name, str(error)) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, runtime_checkable
+import operator
+from typing import Annotated, Protocol, TypeAlias, runtime_checkable
+
+from msgspec import Meta
 
 from shmepoch.epoch.codec import Record
-from shmepoch.epoch.operations import OperationKind, OperationTerminalOutcome
+from shmepoch.epoch.operations import Count, OperationKind, OperationTerminalOutcome
 from shmepoch.ids import OperationId
 
 CompletionSeq: TypeAlias = int
@@ -15,12 +18,12 @@ CompletionSeq: TypeAlias = int
 class CompletionEntry(Record, kw_only=True, frozen=True):
     """One operation's end; `(epoch_id, seq)` recognises a duplicate."""
 
-    seq: CompletionSeq
+    seq: Annotated[CompletionSeq, Meta(ge=1)]
     operation_id: OperationId
     kind: OperationKind
     display_name: str
     terminal_outcome: OperationTerminalOutcome
-    completed_at_ms: int
+    completed_at_ms: Count
 
 
 class CompletionFeedGap(Record, frozen=True):
@@ -51,6 +54,7 @@ class CompletionBatch(Record, kw_only=True, frozen=True):
 
     def gap_after(self, after_seq: CompletionSeq) -> CompletionFeedGap | None:
         """What a consumer that stood at `after_seq` can no longer read, or None."""
+        after_seq = operator.index(after_seq)
         if after_seq < self.dropped_through:
             return CompletionFeedGap(after_seq, self.dropped_through)
         return None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Final, Protocol, Self, TypeAlias, runtime_checkable
 
-from shmepoch.epoch.codec import Record
+from msgspec import Meta, Struct
+from msgspec.structs import asdict, astuple
+
+from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Cell
+from shmepoch.memory._native import Cell, Memory
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
 
@@ -15,16 +19,53 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+#: CURSOR-2: the highest position of a cursor that an epoch is continued from. A recovered feed
+#: begins above every cursor, and needs room there.
+LAST_CONTINUABLE: Final = 2**62
+
+
+_Position: TypeAlias = Annotated[int, Meta(ge=0)]
+
 
 class EpochCursorSnapshot(Record, frozen=True, gc=False):
     """The three cursors as they stood at one instant.
 
-    A snapshot may be stale when it is used; that repeats a notice and never loses one.
+    A snapshot may be stale when it is used; that repeats a notice and never loses one. Its JSON has
+    all three, each from 0 to 2**64-1.
     """
 
-    agent_applied_cursor: int = 0
-    runtime_observed_seq: int = 0
-    runtime_last_injected_seq: int = 0
+    agent_applied_cursor: _Position = 0
+    runtime_observed_seq: _Position = 0
+    runtime_last_injected_seq: _Position = 0
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        decode_json(WrittenCursors, data, cls)
+        return decode_json(cls, data)
+
+    def continuable(self, last: int) -> EpochCursorSnapshot:
+        """These positions, but `last` in place of what an epoch cannot be continued from: what is
+        above 2**62 and above `last`, its last sequence."""
+        most = max(LAST_CONTINUABLE, last)
+        if max(astuple(self)) <= most:
+            return self
+        return EpochCursorSnapshot(
+            *(position if position <= most else last for position in astuple(self))
+        )
+
+
+class WrittenCursors(Struct):
+    """What the JSON of an `EpochCursorSnapshot` has to have: one that was cut must not be read as a
+    position of 0."""
+
+    agent_applied_cursor: _Position
+    runtime_observed_seq: _Position
+    runtime_last_injected_seq: _Position
+
+    def __post_init__(self) -> None:
+        for name, position in asdict(self).items():
+            if position >= 2**64:
+                raise ValueError(f"{name} is {position}, and a position is 0 to 2**64-1")
 
 
 class CursorCell(Protocol):
@@ -37,8 +78,10 @@ class CursorCell(Protocol):
     def advance(self, value: int, /) -> bool:
         """CURSOR-1: become the larger of the position and `value`; whether this call moved it.
 
-        Lock-free. Raises `OverflowError` outside 0..2**64-1, `TypeError` for what is no integer,
-        and `EpochSealed`.
+        Lock-free. A position above the feed's watermark is taken, and makes the consumer deaf to
+        every completion up to there; one above 2**62 cannot be continued from after a reboot, and
+        counts as the last sequence then. Raises `OverflowError` outside 0..2**64-1, `TypeError` for
+        what is no integer, and `EpochSealed`.
         """
         ...
 
@@ -77,20 +120,35 @@ class CursorState(Protocol):
 class EpochCursorState:
     """The three cursors of an epoch, as lock-free words in its memory."""
 
-    def __init__(self, segment: Segment) -> None:
+    _memory: Memory
+    agent_applied_cursor: Cell
+    runtime_observed_seq: Cell
+    runtime_last_injected_seq: Cell
+    #: All three as they stood at one instant; in one native call, which makes the record, too.
+    snapshot: Callable[[], EpochCursorSnapshot]
+
+    def __init__(self, segment: Segment | None = None) -> None:
+        """Fresh cursors, all zero, in private memory of their own, unless `segment` is given."""
+        segment = segment or Segment.private(None)
         memory = segment.memory
 
         def cell(index: int) -> Cell:
             return Cell(memory, Layout.cursor(index), at.STATE_AT, segment.closed_error)
 
-        self._memory: Final = memory
-        self.agent_applied_cursor: Final = cell(0)
-        self.runtime_observed_seq: Final = cell(1)
-        self.runtime_last_injected_seq: Final = cell(2)
-        #: All three as they stood at one instant; in one native call, which makes the record, too.
-        self.snapshot: Final = memory.snapshots(
-            at.CURSORS_AT, at.CURSORS, at.LINE, EpochCursorSnapshot
-        ).take
+        vars(self).update(
+            _memory=memory,
+            agent_applied_cursor=cell(0),
+            runtime_observed_seq=cell(1),
+            runtime_last_injected_seq=cell(2),
+            snapshot=memory.snapshots(at.CURSORS_AT, at.CURSORS, at.LINE, EpochCursorSnapshot).take,
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # What was assigned would be this object's alone, and the epoch's cursor stay where it is.
+        raise AttributeError(
+            f"{name} of an EpochCursorState cannot be assigned to; move a cursor with its "
+            "advance(position)"
+        )
 
     @lazy
     def values(self) -> NDArray[np.uint64]:
@@ -111,7 +169,7 @@ class EpochCursorState:
     @classmethod
     def new(cls) -> Self:
         """Fresh cursors, all zero, in private memory of their own."""
-        return cls(Segment.private(None))
+        return cls()
 
     @classmethod
     def from_recovered(

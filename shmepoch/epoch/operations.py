@@ -13,8 +13,9 @@ from shmepoch.ids import OperationId, RunId, SessionId, WaitRequestId
 #: How many terminal operations a registry retains unless told otherwise.
 DEFAULT_MAX_COMPLETED: Final = 256
 
-_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Uint64: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+#: How many there are, or a number of milliseconds: what a record and a store can hold of one.
+LAST_COUNT: Final = 2**63 - 1
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LAST_COUNT)]
 
 
 class OperationKind(StrEnum):
@@ -64,8 +65,8 @@ class OperationResult(Record, kw_only=True, frozen=True):
     id: OperationId
     content: str
     is_error: bool = False
-    duration_ms: _Count = 0
-    tokens_used: _Count = 0
+    duration_ms: Count = 0
+    tokens_used: Count = 0
 
 
 class OperationProgressUpdate(Record, frozen=True):
@@ -147,16 +148,16 @@ class OperationLifecycleSnapshot(Record, kw_only=True, frozen=True):
     display_name: str
     status: OperationStatus
     peer_ready: bool = False
-    progress_count: int = 0
-    watcher_count: int = 0
+    progress_count: Count = 0
+    watcher_count: Count = 0
     last_progress: OperationProgressUpdate | None = None
     terminal_outcome: OperationTerminalOutcome | None = None
     child_session_id: SessionId | None = None
     peer_handle: OperationPeerHandle | None = None
-    created_at_ms: int = 0
-    started_at_ms: int | None = None
-    completed_at_ms: int | None = None
-    elapsed_ms: int | None = None
+    created_at_ms: Count = 0
+    started_at_ms: Count | None = None
+    completed_at_ms: Count | None = None
+    elapsed_ms: Count | None = None
 
 
 class WaitAllSatisfied(Record, kw_only=True, frozen=True):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, Self, TypeAlias
 
-from shmepoch.epoch.codec import Record
+import msgspec
+
+from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
-from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.cursors import EpochCursorSnapshot, WrittenCursors
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec
 from shmepoch.ids import RuntimeEpochId
 
-SkippedRange: TypeAlias = tuple[CompletionSeq, CompletionSeq]
+_Position: TypeAlias = Annotated[CompletionSeq, msgspec.Meta(ge=0)]
+SkippedRange: TypeAlias = tuple[_Position, _Position]
 """Sequences that a recovery left out: those above the first, through the second. No completion has
 one of them, and none ever will."""
+
+
+class _Written(msgspec.Struct):
+    """What the JSON of a `PersistedOpsSnapshot` has to have besides."""
+
+    cursors: WrittenCursors
 
 
 class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
@@ -30,6 +39,11 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     skipped: tuple[SkippedRange, ...] = ()
     """What every recovery so far has left out; the next sequence is above them (RECOVERY-2)."""
 
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        decode_json(_Written, data, cls)
+        return decode_json(cls, data)
+
     @property
     def last_seq(self) -> CompletionSeq:
         """RECOVERY-1: the next sequence is above the last entry and above every cursor.
@@ -37,13 +51,23 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
         A feed that restarted below a consumer's cursor would have its new completions taken for
         old ones.
         """
+        cursors = self.recovered_cursors
         return max(
-            self.entries[-1].seq if self.entries else 0,
-            self.cursors.agent_applied_cursor,
-            self.cursors.runtime_observed_seq,
-            self.cursors.runtime_last_injected_seq,
-            max((through for _, through in self.skipped), default=0),
+            self._last_stored,
+            cursors.agent_applied_cursor,
+            cursors.runtime_observed_seq,
+            cursors.runtime_last_injected_seq,
         )
+
+    @property
+    def _last_stored(self) -> CompletionSeq:
+        newest = self.entries[-1].seq if self.entries else 0
+        return max(newest, *(through for _, through in self.skipped), 0)
+
+    @property
+    def recovered_cursors(self) -> EpochCursorSnapshot:
+        """Where the cursors go on after a recovery: CURSOR-2 says what they may be at most."""
+        return self.cursors.continuable(self._last_stored)
 
     def left_out(self, skip: int) -> SkippedRange:
         """What a recovery leaves out that goes on `skip` sequences above the last one."""

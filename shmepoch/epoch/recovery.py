@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from itertools import pairwise
+
+from msgspec.structs import asdict, replace
 
 from shmepoch.epoch.codec import to_wire
 from shmepoch.epoch.completions import CompletionEntry
@@ -10,12 +14,97 @@ from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec, OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.table import Detail, OperationTable, encode_spec
-from shmepoch.errors import RecordInvalid
+from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
+from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
+from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
+
+_log = logging.getLogger(__name__)
 
 #: Sequences grow from where recovery puts them; half of the range is left for that.
 _LAST_SEQ_LIMIT = 2**63
+
+
+def require_consistent(snapshot: PersistedOpsSnapshot) -> None:
+    """RECOVERY-3: `RecordInvalid` for what is no history of one epoch: a completion of sequence 0,
+    completions out of order, an operation that ended twice or is in there twice."""
+    for entry in snapshot.entries[:1]:
+        if entry.seq < 1:
+            raise _invalid(f"the completion of operation {entry.operation_id} has sequence 0")
+    for before, after in pairwise(snapshot.entries):
+        if after.seq <= before.seq:
+            raise _invalid(f"its entries go from {before.seq} to {after.seq}")
+    for after_seq, through in snapshot.skipped:
+        if after_seq > through:
+            raise _invalid(f"it skipped the sequences above {after_seq} and through {through}")
+    for what, ids in (
+        ("ended twice", (entry.operation_id for entry in snapshot.entries)),
+        ("is among its operations twice", (operation.id for operation in snapshot.operations)),
+        ("is among its specs twice", (spec.id for spec in snapshot.specs)),
+    ):
+        twice = _first_repeated(ids)
+        if twice is not None:
+            raise _invalid(f"operation {twice} {what}")
+
+
+def _first_repeated(ids: Iterable[OperationId]) -> OperationId | None:
+    seen: set[OperationId] = set()
+    for id in ids:
+        if id in seen:
+            return id
+        seen.add(id)
+    return None
+
+
+def _invalid(reason: str) -> RecordInvalid:
+    return RecordInvalid("PersistedOpsSnapshot", reason)
+
+
+def unfinished_operations(
+    snapshot: PersistedOpsSnapshot,
+) -> list[tuple[OperationLifecycleSnapshot, OperationSpec]]:
+    """The operations that had not ended when the epoch was stored, as far as their specs were."""
+    specs = {spec.id: spec for spec in snapshot.specs}
+    return [
+        (operation, specs[operation.id])
+        for operation in snapshot.operations
+        if not operation.status.is_terminal and operation.id in specs
+    ]
+
+
+def room_for(
+    snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig, *, unfinished: bool
+) -> OpsLifecycleConfig:
+    """`config`, with more room where a recovery of `snapshot` takes more.
+
+    Every completion must fit the feed, and with `unfinished` every operation that had not ended
+    must fit the table. How much is retained is for `config` alone to say. Raises `RecordInvalid`
+    for what cannot be recovered.
+    """
+    require_consistent(snapshot)
+    operations = len(unfinished_operations(snapshot)) if unfinished else 0
+    max_operations = max(config.max_operations, operations)
+    largest = max((len(to_wire(entry)) for entry in snapshot.entries), default=0) + 2 * at.WORD
+    return replace(
+        config,
+        max_operations=max_operations,
+        feed_bytes=max(
+            config.feed_bytes,
+            at.least_feed_bytes(max_operations),
+            largest // at.WORD * at.WORD,
+        ),
+    )
+
+
+def require_room(
+    snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig, *, unfinished: bool
+) -> None:
+    """`RecoveryNeedsRoom` unless an epoch of this size holds what a recovery brings back."""
+    needed = asdict(room_for(snapshot, config, unfinished=unfinished))
+    for setting, given in asdict(config).items():
+        if needed[setting] != given:
+            raise RecoveryNeedsRoom(snapshot.epoch_id, setting, needed[setting], given)
 
 
 def restore_completions(
@@ -33,12 +122,15 @@ def restore_completions(
     """
     newest, last = snapshot.left_out(skip)
     if last > _LAST_SEQ_LIMIT:
-        raise RecordInvalid("PersistedOpsSnapshot", f"its last sequence is {last}, above 2**63")
-    for before, after in pairwise(snapshot.entries):
-        if after.seq <= before.seq:
-            raise RecordInvalid(
-                "PersistedOpsSnapshot", f"its entries go from {before.seq} to {after.seq}"
-            )
+        raise _invalid(f"its last sequence is {last}, above 2**63")
+    if snapshot.recovered_cursors != snapshot.cursors:
+        _log.warning(
+            "epoch %s: it cannot be continued from %s, since a cursor may be at 2**62 at most; "
+            "it goes on from %s",
+            snapshot.epoch_id,
+            snapshot.cursors,
+            snapshot.recovered_cursors,
+        )
     capacity, budget = segment.layout.ring[1], segment.layout.ring[3]
     kept: dict[int, tuple[CompletionEntry, bytes]] = {}
     for entry in reversed(snapshot.entries):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Self, TypeAlias
@@ -10,7 +11,7 @@ import msgspec
 
 from shmepoch.epoch.codec import wire_decoder
 from shmepoch.epoch.completions import CompletionSeq
-from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot
+from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.feed import SegmentFeed, encode_entry
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
@@ -34,7 +35,12 @@ from shmepoch.epoch.operations import (
     status_of,
 )
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.epoch.recovery import restore_completions
+from shmepoch.epoch.recovery import (
+    require_room,
+    restore_completions,
+    room_for,
+    unfinished_operations,
+)
 from shmepoch.epoch.table import (
     Detail,
     EncodedSpec,
@@ -50,6 +56,7 @@ from shmepoch.epoch.words import Words
 from shmepoch.errors import (
     AlreadyPeerReady,
     AlreadyRegistered,
+    CursorAhead,
     CursorsOnly,
     InvalidTransition,
     MaxConcurrentExceeded,
@@ -65,6 +72,8 @@ from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
+
+_log = logging.getLogger(__name__)
 
 _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wire_decoder(
     OperationTerminalOutcome  # type: ignore[arg-type] # a union is no class
@@ -95,6 +104,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._feed = SegmentFeed(segment)
         self._table = OperationTable(segment, self._feed)
         self._wait_all = WaitAll()
+        self._told_of_cursors = False
 
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
@@ -107,9 +117,12 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     ) -> Self:
         """A registry that stands alone and continues a stored epoch.
 
-        Operations that had not ended are dropped: their processes are gone.
+        Operations that had not ended are dropped: their processes are gone. The registry is larger
+        than `config` where a stored completion would not fit its feed otherwise. Raises
+        `RecordInvalid` for what is no history of one epoch.
         """
-        self = cls(Segment.private(config or OpsLifecycleConfig(), epoch_id=snapshot.epoch_id))
+        config = room_for(snapshot, config or OpsLifecycleConfig(), unfinished=False)
+        self = cls(Segment.private(config, epoch_id=snapshot.epoch_id))
         self.restore(snapshot)
         return self
 
@@ -557,7 +570,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     ) -> PersistedOpsSnapshot:
         # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
         # above an entry that was not, and that completion would never be delivered.
-        cursors: EpochCursorSnapshot = cursor_state.snapshot()
+        cursors = self._continuable(cursor_state)
         slots = (s for s in self._table.held() if not 0 < s.terminal_seq <= after_seq)
         views = [view for slot in slots if (view := self._table.view(slot))]
         views.sort(key=lambda view: view.slot.birth)
@@ -571,38 +584,58 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             cursors=cursors,
         )
 
+    def _continuable(self, cursor_state: CursorState) -> EpochCursorSnapshot:
+        """The cursors for a store, which keeps the highest it is given: one that it could not be
+        continued from would hide where the consumer really is for good."""
+        cursors = cursor_state.snapshot()
+        stored = cursors.continuable(self._feed.watermark())
+        if stored != cursors and not self._told_of_cursors:
+            self._told_of_cursors = True
+            _log.warning(
+                "epoch %s: no store takes %s, since a cursor may be at 2**62 at most; it is given "
+                "%s",
+                self._segment.epoch_id,
+                cursors,
+                stored,
+            )
+        return stored
+
     def restore(
         self, snapshot: PersistedOpsSnapshot, *, skip: int = 0, unfinished: bool = False
     ) -> None:
         """Continue a stored epoch in this fresh one, which nobody else uses yet.
 
         `skip` leaves out that many sequences. With `unfinished`, operations that had not ended are
-        entered as running, for the caller to end; without, they are dropped.
+        entered as running, for the caller to end; without, they are dropped. Raises
+        `RecoveryNeedsRoom` and `RecordInvalid`.
         """
+        require_room(snapshot, self._config, unfinished=unfinished)
         restore_completions(self._segment, self._feed, self._table, snapshot, skip=skip)
         if not unfinished:
             return
-        specs = {spec.id: spec for spec in snapshot.specs}
-        for operation in snapshot.operations:
-            if not operation.status.is_terminal and operation.id in specs:
-                spec = specs[operation.id]
-                self._enter([encode_spec(spec)], self._table.words(), operation.created_at_ms)
-                self._table.change(
-                    self.locate(spec.id), OperationStatus.RUNNING, Detail.of(operation)
-                )
+        for operation, spec in unfinished_operations(snapshot):
+            self._enter([encode_spec(spec)], self._table.words(), operation.created_at_ms)
+            self._table.change(self.locate(spec.id), OperationStatus.RUNNING, Detail.of(operation))
 
     # --- audit --------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Verify every invariant of the epoch's memory against the others.
+    def check(self) -> tuple[CursorAhead, ...]:
+        """Verify every invariant of the epoch's memory against the others; what is no damage and
+        yet needs a look.
 
         Takes the writer lock, and repairs first, as any transition would. Raises
         `SegmentCorrupted` that names what is wrong.
         """
         with self._segment.writer:
-            self._repair()
+            cursors = EpochCursorState(self._segment).snapshot()
+            words = self._repair()
             self._feed.check()
             self._table.check()
+        return tuple(
+            CursorAhead(self._segment.epoch_id, cursor, position, words.watermark)
+            for cursor, position in msgspec.structs.asdict(cursors).items()
+            if position > words.watermark
+        )
 
 
 def _started(view: OperationView) -> Detail:

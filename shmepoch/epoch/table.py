@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Final, Self, TypeAlias, TypeVar
+from typing import Final, Self, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -12,6 +12,8 @@ from msgspec.structs import replace
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
 from shmepoch.epoch.operations import (
+    LAST_COUNT,
+    Count,
     OperationLifecycleSnapshot,
     OperationPeerHandle,
     OperationProgressUpdate,
@@ -40,16 +42,13 @@ STATUSES: Final = (
 _LAST_VERSION: Final = 2**48 - 1
 #: The bits of a slot's word that are always zero: neither version, nor buffer, nor status.
 _SPARE_BITS: Final = 0xFEFC
-#: What a time, a duration or a count may be at most, for records and stores to take it.
-_LAST_TIME: Final = 2**63 - 1
-_Time: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_LAST_TIME)]
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
     """What changes of an operation while it lives, as its slot holds it."""
 
-    started_at_ms: _Time | None = None
-    progress_count: _Time = 0
+    started_at_ms: Count | None = None
+    progress_count: Count = 0
     last_progress: OperationProgressUpdate | None = None
     peer_handle: OperationPeerHandle | None = None
 
@@ -205,7 +204,7 @@ class OperationTable:
             slot.word & _SPARE_BITS
             or slot.terminal_seq > LAST_WATERMARK
             or max(slot.birth, slot.created_at_ms, slot.created_mono_ns, slot.elapsed_ms)
-            > _LAST_TIME
+            > LAST_COUNT
             or slot.spec_length > at.SPEC_LIMIT
             or max(slot.detail_length_0, slot.detail_length_1) > at.DETAIL_LIMIT
             or slot_of(slot.participant) >= self._layout.max_participants
@@ -219,12 +218,12 @@ class OperationTable:
             bound
             for bound in (
                 ("word's spare bits", 0, slot.word & _SPARE_BITS),
-                ("birth", _LAST_TIME, slot.birth),
+                ("birth", LAST_COUNT, slot.birth),
                 ("terminal_seq", LAST_WATERMARK, slot.terminal_seq),
                 ("participant's slot", participants - 1, slot_of(slot.participant)),
-                ("created_at_ms", _LAST_TIME, slot.created_at_ms),
-                ("created_mono_ns", _LAST_TIME, slot.created_mono_ns),
-                ("elapsed_ms", _LAST_TIME, slot.elapsed_ms),
+                ("created_at_ms", LAST_COUNT, slot.created_at_ms),
+                ("created_mono_ns", LAST_COUNT, slot.created_mono_ns),
+                ("elapsed_ms", LAST_COUNT, slot.elapsed_ms),
                 ("spec_length", at.SPEC_LIMIT, slot.spec_length),
                 ("detail_length[0]", at.DETAIL_LIMIT, slot.detail_length_0),
                 ("detail_length[1]", at.DETAIL_LIMIT, slot.detail_length_1),

@@ -92,6 +92,7 @@ Locks are open-file-description locks on single bytes; they need no byte to exis
 
 from __future__ import annotations
 
+import operator
 from typing import Final, TypeAlias
 
 import msgspec
@@ -216,30 +217,33 @@ class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
     it was stored is a gap."""
 
     def __post_init__(self) -> None:
-        for setting, lowest, highest in (
-            ("max_completed", 1, 2**20),
-            ("max_operations", 1, 2**20),
-            ("max_participants", 1, MAX_PARTICIPANTS),
-            ("store_wait_ms", 0, MAX_STORE_WAIT_MS),
-            # Every operation of a full table must be able to end in one commit (FEED-3).
-            ("feed_bytes", self._least_feed_bytes(), 2**31),
-        ):
-            value = getattr(self, setting)
-            if type(value) is not int or not lowest <= value <= highest:
-                raise ConfigInvalid(setting, value, f"an integer from {lowest} to {highest}")
+        self._settle("max_completed", 1, 2**20)
+        self._settle("max_operations", 1, 2**20)
+        self._settle("max_participants", 1, MAX_PARTICIPANTS)
+        self._settle("store_wait_ms", 0, MAX_STORE_WAIT_MS)
+        # Every operation of a full table must be able to end in one commit (FEED-3).
+        self._settle("feed_bytes", least_feed_bytes(self.max_operations), 2**31)
         if self.feed_bytes % WORD:
             raise ConfigInvalid("feed_bytes", self.feed_bytes, f"a multiple of {WORD}")
-        limit = self.max_concurrent
-        if limit is not None and (type(limit) is not int or not 1 <= limit <= self.max_operations):
-            raise ConfigInvalid(
-                "max_concurrent",
-                limit,
-                f"None, or an integer from 1 to max_operations, which is {self.max_operations}",
-            )
+        if self.max_concurrent is not None:
+            most = self.max_operations
+            allowed = f"None, or an integer from 1 to max_operations, which is {most}"
+            self._settle("max_concurrent", 1, most, allowed)
 
-    def _least_feed_bytes(self) -> int:
-        operations = self.max_operations
-        return PAGE + (operations if type(operations) is int else 0) * 2 * SPEC_LIMIT
+    def _settle(self, setting: str, lowest: int, highest: int, allowed: str = "") -> None:
+        """Make a setting a plain int, of whatever type of integer it is, within its range."""
+        value = getattr(self, setting)
+        number = operator.index(value) if hasattr(value, "__index__") else lowest - 1
+        if isinstance(value, bool) or not lowest <= number <= highest:
+            allowed = allowed or f"an integer from {lowest} to {highest}"
+            raise ConfigInvalid(setting, value, allowed)
+        if number is not value:
+            msgspec.structs.force_setattr(self, setting, number)
+
+
+def least_feed_bytes(max_operations: int) -> int:
+    """The smallest feed of an epoch with room for so many operations."""
+    return PAGE + max_operations * 2 * SPEC_LIMIT
 
 
 class Layout:

@@ -251,8 +251,11 @@ class RuntimeSessionAdapter:
         replace: bool,
         stored: PersistedOpsSnapshot | None = None,
     ) -> SessionRuntimeBindings:
+        config = self._config
+        if stored is not None and self._durability is not None:
+            config = self._durability.room_for(stored, config)
         segment = SharedSegment.allocate(
-            self._namespace, self._config, session_id=session_id, epoch_id=epoch_id
+            self._namespace, config, session_id=session_id, epoch_id=epoch_id
         )
         try:
             segment.try_own()

@@ -8,8 +8,9 @@ from typing import Final
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.epoch.recovery import require_consistent, room_for
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.errors import StoreLoadFailed
+from shmepoch.errors import RecordInvalid, StoreLoadFailed
 from shmepoch.ids import SessionId
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout, OpsLifecycleConfig
 from shmepoch.memory.segment import SharedSegment
@@ -40,12 +41,24 @@ class Durability:
         this size. A store that fails to load is not an empty one: `StoreLoadFailed`, unless the
         adapter was told to rotate."""
         try:
-            return self.store.load(session_id, max_entries=Layout(config).ring[1])
+            stored = self.store.load(session_id, max_entries=Layout(config).ring[1])
+            if stored is not None:
+                _require_consistent(session_id, stored)
+            return stored
         except StoreLoadFailed:
             if not self._rotate_if_unloadable:
                 raise
             _log.exception("session %s: not loadable, so its epoch is rotated", session_id)
             return None
+
+    def room_for(
+        self, stored: PersistedOpsSnapshot, config: OpsLifecycleConfig
+    ) -> OpsLifecycleConfig:
+        """How large an epoch has to be that continues a stored one: `config`, or larger."""
+        needed = room_for(stored, config, unfinished=self._terminate_unfinished)
+        if needed != config:
+            _log.info("epoch %s: recovered into more room, %s", stored.epoch_id, needed)
+        return needed
 
     def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
         """Continue a stored epoch in a segment that nobody has found yet.
@@ -60,7 +73,7 @@ class Durability:
         self.store.save([EpochCapture(session_id=segment.session_id, snapshot=reserved)])
         registry = RuntimeOpsLifecycleRegistry(segment)
         registry.restore(stored, skip=RECOVERY_SKIP, unfinished=self._terminate_unfinished)
-        EpochCursorState(segment).advance_all(stored.cursors)
+        EpochCursorState(segment).advance_all(stored.recovered_cursors)
         # It came from the store; with `store_wait_ms`, room is made at its expense.
         feed = registry.completion_feed()
         feed.mark_durable(feed.watermark())
@@ -84,3 +97,10 @@ class Durability:
     def close(self) -> None:
         """Store what there is and stop."""
         self.channel.close()
+
+
+def _require_consistent(session_id: SessionId, stored: PersistedOpsSnapshot) -> None:
+    try:
+        require_consistent(stored)
+    except RecordInvalid as error:
+        raise StoreLoadFailed(session_id, error.reason) from error

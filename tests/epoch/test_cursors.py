@@ -53,6 +53,22 @@ def test_every_value_of_a_word(cell: CursorCell, value: int) -> None:
     assert not cell.advance(TOP)
 
 
+def test_fresh_cursors_need_no_segment() -> None:
+    fresh = EpochCursorState()
+    assert fresh.snapshot() == EpochCursorSnapshot()
+    assert fresh.agent_applied_cursor.advance(3)
+    assert EpochCursorState().agent_applied_cursor.load() == 0
+
+
+@pytest.mark.parametrize("name", [*NAMES, "snapshot", "values", "other"])
+def test_a_cursor_is_advanced_and_not_assigned(cursors: EpochCursorState, name: str) -> None:
+    """What was assigned would be seen by nobody else."""
+    with pytest.raises(AttributeError, match=rf"{name}.*advance\(position\)"):
+        setattr(cursors, name, 5)
+    assert cursors.snapshot() == EpochCursorSnapshot()
+    assert cursors.values.tolist() == [0, 0, 0]
+
+
 def test_each_cursor_is_its_own(cursors: EpochCursorState) -> None:
     for position, name in enumerate(NAMES, 1):
         getattr(cursors, name).advance(position)

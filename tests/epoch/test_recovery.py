@@ -23,7 +23,8 @@ from shmepoch.epoch.operations import (
     Terminated,
 )
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import InvalidTransition, NotFound, RecordInvalid
+from shmepoch.epoch.recovery import room_for
+from shmepoch.errors import InvalidTransition, NotFound, RecordInvalid, RecoveryNeedsRoom
 from shmepoch.ids import OperationId, RuntimeEpochId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
@@ -285,7 +286,190 @@ def test_entries_out_of_order_are_refused(seqs: tuple[int, ...]) -> None:
 
 def test_sequences_at_the_end_of_their_range_are_refused() -> None:
     with pytest.raises(RecordInvalid, match=r"above 2\*\*63"):
-        Registry.from_recovered(stored(cursors=cursors_at(2**63 + 1)))
+        Registry.from_recovered(stored(entry(2**63 + 1), cursors=cursors_at(0)))
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("position", [2**62 + 1, 2**63, 2**63 + 1, 2**64 - 1])
+def test_a_cursor_that_cannot_be_continued_from_counts_as_the_last_sequence(
+    position: int, which: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    positions = [1, 5, 2]
+    positions[which] = position
+    snapshot = stored(*map(entry, (1, 2, 3)), cursors=cursors_at(*positions))
+    recovered = Registry.from_recovered(snapshot)
+    last = 3  # that of the last completion
+    positions[which] = last
+    assert snapshot.recovered_cursors == cursors_at(*positions)
+    assert snapshot.last_seq == max(last, *positions)
+    assert str(position) in caplog.text
+    assert end_seq(recovered) == snapshot.last_seq + 1
+    assert recovered.check() == ()
+
+
+def test_a_cursor_that_can_be_continued_from_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """Above the limit, too, where the feed itself has come so far."""
+    last = 2**62 + 2000
+    snapshot = stored(entry(last), cursors=cursors_at(2**62, last - 10, last))
+    assert snapshot.recovered_cursors == snapshot.cursors
+    assert end_seq(Registry.from_recovered(snapshot)) == last + 1
+    assert not caplog.records
+
+
+def test_no_store_is_given_a_cursor_that_it_cannot_be_continued_from(
+    epoch: Epoch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would keep that for good, as the highest, and not know where the consumer really is."""
+    end(epoch.registry)
+    epoch.cursors.agent_applied_cursor.advance(2**64 - 1)
+    epoch.cursors.runtime_observed_seq.advance(2**62)
+    for _ in range(6):
+        assert capture(epoch).cursors == cursors_at(1, 2**62)
+    assert 1 <= len(caplog.records) <= 2, "once by each handle"
+    assert str(2**64 - 1) in caplog.text
+
+
+def test_cursors_beyond_the_feed_are_named(epoch: Epoch) -> None:
+    end(epoch.registry)
+    epoch.cursors.runtime_observed_seq.advance(1)
+    assert epoch.registry.check() == ()
+    epoch.cursors.runtime_observed_seq.advance(7)
+    epoch.cursors.agent_applied_cursor.advance(2**64 - 1)
+    agent, runtime = epoch.registry.check()
+    assert (agent.cursor, agent.position, agent.watermark) == (
+        "agent_applied_cursor",
+        2**64 - 1,
+        1,
+    )
+    assert (runtime.cursor, runtime.position) == ("runtime_observed_seq", 7)
+    assert "runtime_observed_seq" in str(runtime)
+    assert "reset" in str(runtime)
+
+
+# --- what is no history of one epoch ----------------------------------------------------------
+
+
+def test_an_operation_that_ended_twice_is_refused() -> None:
+    first, second = entry(1), entry(2)
+    again = msgspec.structs.replace(second, operation_id=first.operation_id)
+    with pytest.raises(RecordInvalid, match="ended twice") as refused:
+        Registry.from_recovered(stored(first, again, cursors=cursors_at(0)))
+    assert str(first.operation_id) in refused.value.reason
+
+
+def test_an_entry_of_sequence_0_is_refused() -> None:
+    snapshot = stored(entry(0), cursors=cursors_at(0))
+    with pytest.raises(RecordInvalid, match="sequence 0"):
+        Registry.from_recovered(snapshot)
+    with pytest.raises(RecordInvalid, match=r"entries\[0\]\.seq"):
+        PersistedOpsSnapshot.from_json(snapshot.to_json())
+
+
+@pytest.mark.parametrize("field", ["operations", "specs"])
+def test_an_operation_that_is_there_twice_is_refused(epoch: Epoch, field: str) -> None:
+    end(epoch.registry)
+    captured = capture(epoch)
+    twice = msgspec.structs.replace(captured, **{field: getattr(captured, field) * 2})
+    with pytest.raises(RecordInvalid, match=f"among its {field} twice"):
+        Registry.from_recovered(twice)
+
+
+def test_a_skipped_range_that_runs_backwards_is_refused() -> None:
+    snapshot = PersistedOpsSnapshot(epoch_id=RuntimeEpochId.new(), skipped=((5, 3),))
+    with pytest.raises(RecordInvalid, match="skipped"):
+        Registry.from_recovered(snapshot)
+
+
+CURSORS: Final = '{"agent_applied_cursor":%s,"runtime_observed_seq":0,%s}'
+REST: Final = '"runtime_last_injected_seq":0'
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{}", "agent_applied_cursor"),
+        (CURSORS % (0, '"other":0'), "runtime_last_injected_seq"),
+        *((CURSORS % (bad, REST), "agent_applied_cursor") for bad in (-1, 2**64, 1.0, 2**70)),
+        *((CURSORS % (bad, REST), "agent_applied_cursor") for bad in ("true", "null", '"1"')),
+    ],
+)
+def test_json_of_cursors_is_read_strictly(text: str, field: str) -> None:
+    """One that was cut, or is no position, is never read as a position."""
+    with pytest.raises(RecordInvalid) as refused:
+        EpochCursorSnapshot.from_json(text)
+    assert refused.value.kind == "EpochCursorSnapshot"
+    assert field in refused.value.reason
+    whole = f'{{"epoch_id":"{RuntimeEpochId.new()}","cursors":{text}}}'
+    with pytest.raises(RecordInvalid) as refused:
+        PersistedOpsSnapshot.from_json(whole)
+    assert refused.value.kind == "PersistedOpsSnapshot"
+    assert field in refused.value.reason
+
+
+def test_json_without_cursors_is_refused() -> None:
+    with pytest.raises(RecordInvalid, match="cursors"):
+        PersistedOpsSnapshot.from_json(f'{{"epoch_id":"{RuntimeEpochId.new()}"}}')
+
+
+@pytest.mark.parametrize("position", [0, 2**63, 2**64 - 1])
+def test_json_of_cursors_has_the_whole_range(position: int) -> None:
+    cursors = cursors_at(position, 1, position)
+    assert EpochCursorSnapshot.from_json(cursors.to_json()) == cursors
+
+
+# --- room ----------------------------------------------------------------------------------------
+
+
+def test_a_completion_that_is_larger_than_the_feed_makes_it_larger() -> None:
+    """It is there, and the ones after it, too."""
+    small = OpsLifecycleConfig(max_completed=3, max_operations=1, feed_bytes=at.PAGE + 1024)
+    snapshot = stored(entry(1), entry(2, "c" * 20_000), entry(3), cursors=cursors_at(0))
+    recovered = Registry.from_recovered(snapshot, small)
+    recovered.check()
+    kept = recovered.completion_feed().list_since(0)
+    assert kept.entries[-1].seq == 3
+    alone = stored(entry(2, "c" * 20_000), cursors=cursors_at(0))
+    recovered = Registry.from_recovered(alone, small)
+    assert recovered.completion_feed().list_since(0).entries == alone.entries
+    recovered.check()
+
+
+def test_room_is_made_for_what_had_not_ended(epoch: Epoch) -> None:
+    running = [reach(epoch.registry, OperationStatus.RUNNING) for _ in range(40)]
+    end(epoch.registry)
+    captured = capture(epoch)
+    small = OpsLifecycleConfig(max_completed=2, max_operations=3, feed_bytes=at.PAGE + 3 * 1024)
+    assert room_for(captured, small, unfinished=False) == small
+    needed = room_for(captured, small, unfinished=True)
+    assert (needed.max_operations, needed.max_completed) == (40, 2)
+    recovered = Registry.with_config(needed)
+    recovered.restore(captured, unfinished=True)
+    assert recovered.active_count() == 40
+    recovered.terminate_owner("the machine restarted")
+    recovered.check()
+    ended = [entry.operation_id for entry in recovered.completion_feed().list_since(1).entries]
+    assert ended == running
+
+
+def test_too_little_room_is_refused_before_anything_is_made(epoch: Epoch) -> None:
+    for _ in range(5):
+        reach(epoch.registry, OperationStatus.RUNNING)
+    captured = capture(epoch)
+    recovered = Registry.with_config(CONFIG)
+    with pytest.raises(RecoveryNeedsRoom) as refused:
+        recovered.restore(captured, unfinished=True)
+    error = refused.value
+    assert (error.setting, error.needed, error.given) == ("max_operations", 5, 4)
+    assert "max_operations must be at least 5" in str(error)
+    assert state(recovered) == state(Registry.with_config(CONFIG))
+    small = OpsLifecycleConfig(max_operations=1, feed_bytes=at.PAGE + 1024)
+    recovered = Registry.with_config(small)
+    large = stored(entry(1, "c" * 9_000), cursors=cursors_at(0))
+    with pytest.raises(RecoveryNeedsRoom) as refused:
+        recovered.restore(large)
+    assert refused.value.setting == "feed_bytes"
+    assert refused.value.needed > 9_000
+    assert recovered.completion_feed().watermark() == 0
 
 
 def test_it_goes_on_as_the_same_epoch(epoch: Epoch) -> None:

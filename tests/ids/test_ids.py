@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import time
 import uuid
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 
 from shmepoch.epoch.codec import decode_json, to_wire, wire_decoder
 from shmepoch.errors import RecordInvalid
-from shmepoch.ids import OperationId, RunId, RuntimeEpochId, SessionId, WaitRequestId
+from shmepoch.ids import (
+    OperationId,
+    RunId,
+    RuntimeEpochId,
+    SessionId,
+    WaitRequestId,
+    dec_hook,
+    enc_hook,
+)
 from tests.epoch.deadline import UNHURRIED
 
 KINDS = [SessionId, RuntimeEpochId, OperationId, RunId, WaitRequestId]
@@ -155,3 +164,29 @@ def test_json_of_something_else_names_the_field(text: str) -> None:
     assert refused.value.kind == "Named"
     if text not in ("[]", "{"):
         assert "id" in refused.value.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_identifier_alone_is_its_text_in_json(kind: type[SessionId]) -> None:
+    id = kind.parse(TEXT)
+    text = f'"{TEXT}"'
+    assert msgspec.json.encode(id, enc_hook=enc_hook).decode() == text
+    assert json.dumps(id, default=str) == text
+    assert msgspec.json.decode(text, type=kind, dec_hook=dec_hook) == id
+
+
+def test_an_identifier_in_a_record_of_the_user_s_own() -> None:
+    named = Named(OperationId.parse(TEXT))
+    data = msgspec.json.encode(named, enc_hook=enc_hook)
+    assert data.decode() == f'{{"id":"{TEXT}"}}'
+    assert msgspec.json.decode(data, type=Named, dec_hook=dec_hook) == named
+    for wrong in ('{"id":5}', '{"id":"x"}', '{"id":null}'):
+        with pytest.raises(msgspec.ValidationError, match=r"\$\.id"):
+            msgspec.json.decode(wrong, type=Named, dec_hook=dec_hook)
+
+
+def test_the_hooks_know_nothing_else() -> None:
+    with pytest.raises(NotImplementedError):
+        enc_hook(object())
+    with pytest.raises(NotImplementedError):
+        dec_hook(dict, "x")

@@ -41,6 +41,7 @@ from shmepoch import (
     StoreWriteFailed,
     Terminated,
 )
+from shmepoch.memory import layout as at
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout
 from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime import durability
@@ -246,6 +247,57 @@ def test_the_next_sequence_is_above_every_cursor(machine: Machine, ahead: str) -
         (seq,) = end(bindings, TOOL)
         assert seq > 5000
         assert told(agent(bindings))[-1] == seq
+
+
+@pytest.mark.parametrize("cursor", EpochCursorSnapshot.__struct_fields__)
+@pytest.mark.parametrize("position", [2**62 + 1, 2**63, 2**64 - 1])
+def test_a_session_goes_on_wherever_its_cursors_stood(
+    machine: Machine, cursor: str, position: int
+) -> None:
+    """Whether a running epoch stored such a cursor, or an earlier release did."""
+    with machine.session() as bindings:
+        end(bindings, TOOL)
+        getattr(bindings.cursor_state, cursor).advance(position)
+        end(bindings, TOOL)
+        epoch_id = bindings.epoch_id
+    stored = PersistedOpsSnapshot(
+        epoch_id=epoch_id, cursors=EpochCursorSnapshot(**{cursor: position})
+    )
+    for _ in range(2):
+        with machine.session() as bindings:
+            assert bindings.epoch_id == epoch_id
+            assert bindings.ops_lifecycle.check() == ()
+            (seq,) = end(bindings, TOOL)
+            assert told(agent(bindings))[-1] == seq
+        machine.store.save([EpochCapture(session_id=machine.session_id, snapshot=stored)])
+
+
+def test_an_epoch_that_is_larger_than_the_adapter_s_is_recovered_whole(machine: Machine) -> None:
+    large = OpsLifecycleConfig(max_operations=60, max_completed=40)
+    small = OpsLifecycleConfig(max_operations=2, max_completed=3, feed_bytes=at.PAGE + 2 * 1024)
+    with machine.session(config=large) as bindings:
+        running = [begin(bindings, f"running {turn}") for turn in range(50)]
+        largest = begin(bindings)
+        bindings.ops_lifecycle.complete_operation(largest, result(largest, "c" * 20_000))
+    with machine.session(config=small) as bindings:
+        notices = agent(bindings).drain().notices
+        entries = [notice for notice in notices if isinstance(notice, CompletionEntry)]
+        assert [entry.operation_id for entry in entries] == [largest, *running]
+        assert len(entries) == len(notices)
+        end(bindings, TOOL)
+
+
+def test_what_is_no_history_of_one_epoch_is_not_loadable(machine: Machine) -> None:
+    """And there is a way out, which the error names."""
+    first, second = completions(1, 2)
+    again = msgspec.structs.replace(second, operation_id=first.operation_id)
+    stored = PersistedOpsSnapshot(epoch_id=RuntimeEpochId.new(), entries=(first, again))
+    machine.store.save([EpochCapture(session_id=machine.session_id, snapshot=stored)])
+    with machine.up() as adapter, pytest.raises(StoreLoadFailed, match="ended twice"):
+        adapter.prepare_bindings(machine.session_id)
+    assert machine.segments() == []
+    with machine.session(rotate_if_unloadable=True) as bindings:
+        assert bindings.epoch_id != stored.epoch_id
 
 
 def test_no_sequence_comes_again_as_something_else(machine: Machine) -> None:
