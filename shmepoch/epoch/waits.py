@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
 from shmepoch.errors import DuplicateWaitOperation, WaitAlreadyActive
 from shmepoch.ids import OperationId, RunId, WaitRequestId
+from shmepoch.memory.waiting import deadline_after
 
 if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -70,8 +71,9 @@ class OperationCompletionWatch:
         Raises `TimeoutError` after `timeout` seconds, `EpochSealed` when the epoch ends, and
         `NotFound` if the outcome was dropped from the feed before this looked.
         """
+        deadline = deadline_after(timeout)
         if self._outcome is None:
-            self._resolve(self._pending.wait(_deadline(timeout)))
+            self._resolve(self._pending.wait(deadline))
         assert self._outcome is not None
         return self._outcome
 
@@ -116,7 +118,7 @@ class WaitAll:
         ids: Sequence[OperationId],
         timeout: float | None,
     ) -> WaitAllResult:
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         with self._one_at_a_time():
             outcomes = [pending.wait(deadline) for pending in _locate(registry, ids)]
         return _satisfied(run_id, ids, outcomes)
@@ -159,10 +161,6 @@ def _satisfied(
             wait_request_id=WaitRequestId.new(), run_id=run_id, operation_ids=tuple(ids)
         ),
     )
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
 
 
 def _remaining(deadline: float | None) -> float | None:

@@ -1,12 +1,19 @@
 """Bells: how one thread hears of commits in any number of epochs of other processes.
 
-A thread can sleep on one futex, and a process may await thousands of epochs. So a namespace has a
-page of bells. A process whose coroutines wait picks one bell, sets the bell's bit in every epoch
-that it awaits, and has one thread that sleeps on the bell. A writer takes the bits after its commit
-and rings those bells; it pays for this only if somebody awaits its epoch.
+A thread can sleep on one futex, and a process may await thousands of epochs. So a user has a page
+of bells in each namespace. A process whose coroutines wait picks one bell, sets the bell's bit in
+every epoch that it awaits, and has one thread that sleeps on the bell. A writer takes the bits
+after its commit and rings those bells; it pays for this only if a process awaits its epoch.
 
-The page is made by the first who listens and removed by the last. A file that is being removed says
-so, and whoever had it open opens the new one.
+The page is made by the first process that listens and removed by the last.
+
+BELLS-1: no process waits for another one here, and a file that is in the page's place does no harm.
+A process may be stopped or killed between any two steps of making or removing a page, so
+
+- a page that was left for good says so. A writer that has it opens what has the name now, once; a
+  listener joins anew. A listener that finds a page on its way out ends its removal and makes one.
+- a listener also looks at the name of its page, and at what it waits for, four times a second. So a
+  page that lost its name, or that cannot be had, delays a wake-up and loses none.
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ import contextlib
 import os
 import random
 import threading
-import weakref
+import time
 from pathlib import Path
 from typing import Final
 
+from shmepoch.errors import SegmentForeign
 from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
@@ -32,73 +40,70 @@ from shmepoch.memory.files import (
     open_owned,
     unlink,
 )
-from shmepoch.memory.waiting import AsyncWait
+from shmepoch.memory.waiting import RECHECK_S, AsyncWait, report_once
 
 BELLS: Final = 32
 _SIZE: Final = at.PAGE
+_BLOCK: Final = 512  # what stat(2) counts a file's memory in
 
 #    offset  field    meaning
-_RETIRED: Final = 0  # not 0: the page is being removed
+_RETIRED: Final = 0  # not 0: the page was left for good
 _FIRST_BELL: Final = at.PAGE // 2  # each bell, every 64 bytes: how often it rang, event word
 _BELL_SIZE: Final = 64
 _LISTENERS_BYTE: Final = 0  # lock byte: shared by listeners, exclusive to remove
 
-#: How long a sleeping listener goes without looking: the bound on what a writer that was killed
-#: between its commit and its ringing can delay.
-_RECHECK_NS: Final = 250_000_000
+_RECHECK_NS: Final = round(RECHECK_S * 1e9)
 #: Looks in vain after which a listener without waits ends.
 _PATIENCE: Final = 2
+#: Pages that a listener finds on their way out, one after the other, before it goes without.
+_ATTEMPTS: Final = 8
+#: How long a writer rings a page before it looks what has the name: the page may have lost it to
+#: a process that does not know of bells, such as a cleaner of temporary files.
+_PAGE_S: Final = 1.0
+#: How long a process that ends waits for its listener.
+_END_S: Final = 1.0
 
 
 class Bells:
     """This process's end of its namespace's bells."""
 
-    def __init__(self, namespace: str) -> None:
-        self._path: Final = bells_path(namespace)
-        self._lock: threading.Lock
+    def __init__(self, path: Path) -> None:
+        self._path: Final = path
         self._waits: set[AsyncWait]
-        self._thread: threading.Thread | None
-        self._page: Memory | None
-        self._fd: Descriptor | None
+        self._listening: threading.Lock  # held by the one thread that listens
+        self._stopping: bool
+        self._bell: int
+        self._page: Memory | None  # as a writer, until `_page_ends` on the monotonic clock
+        self._page_ends: float
+        self._heard: Memory | None  # as a listener
+        self._fd: Descriptor | None  # of the page that is heard; it carries the listeners' lock
         self._reset()
 
     @staticmethod
     def of(namespace: str) -> Bells:
         """The one `Bells` of this process for `namespace`."""
-        with _bells_lock:
-            bells = _bells.get(namespace)
-            if bells is None:
-                bells = _bells[namespace] = Bells(namespace)
-            return bells
+        path = bells_path(namespace)
+        # Not in one step: it would make one each time. Of two that are made at once, one stays.
+        return _bells.get(path) or _bells.setdefault(path, Bells(path))
 
     def ring(self, bits: int) -> None:
-        """Ring every bell whose bit is set."""
-        while True:
-            memory = self._page
-            if memory is None:
-                try:
-                    memory = self._page = self._open_page()
-                except FileNotFoundError:
-                    return  # the last listener has left
+        """Ring every bell whose bit is set. Raises `OSError` or `SegmentForeign` if it cannot."""
+        page, now = self._page, time.monotonic()
+        # A page that is left only after this look has no successor yet that the bits could be of.
+        if page is None or page.load(_RETIRED) or now >= self._page_ends:
+            page = self._page = self._open_page()
+            self._page_ends = now + _PAGE_S
+        if page is not None:
             for bell in range(BELLS):
                 if bits >> bell & 1:
-                    offset = _FIRST_BELL + bell * _BELL_SIZE
-                    memory.fetch_add(offset, 1)
-                    memory.wake(offset + at.WORD)
-            if not memory.load(_RETIRED):
-                return
-            self._page = None
+                    _ring(page, bell)
 
     def add(self, wait: AsyncWait) -> None:
         """Have the listening thread resolve `wait` once it is over."""
-        with self._lock:
-            if self._thread is None:
-                page, self._fd = self._join_listeners()
-                self._thread = threading.Thread(
-                    target=self._listen, args=(page,), name="shmepoch-bells", daemon=True
-                )
-                self._thread.start()
-            self._waits.add(wait)
+        self._waits.add(wait)
+        # One that is about to end looks for waits after it has given up the listening.
+        if not self._listening.locked() and not self._start():
+            wait.look_by_itself()
         # Armed before the look: a commit after the look finds the bit and rings.
         self._arm(wait)
         if wait.over:
@@ -106,29 +111,29 @@ class Bells:
 
     def discard(self, wait: AsyncWait) -> None:
         """Nobody waits for this any more."""
-        with self._lock:
-            self._waits.discard(wait)
+        self._waits.discard(wait)
 
     def stop(self) -> None:
-        """End the listening thread, if there is one, and wait for it."""
-        with self._lock:
-            thread, self._stopping = self._thread, True
-        if thread is not None:
-            self.ring(1 << self._bell)
-            thread.join()
-        self._stopping = False
+        """End the listening, if there is any, and wait a second at most until it has ended."""
+        self._stopping = True
+        heard = self._heard
+        if heard is not None:
+            _ring(heard, self._bell)
+        if self._listening.acquire(timeout=_END_S):
+            self._listening.release()
 
     def after_fork(self) -> None:
         """Forget the parent's thread, waits and locks."""
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
         self._waits = set()
-        self._thread = None
+        self._listening = threading.Lock()
         self._stopping = False
         self._bell = random.randrange(BELLS)
         self._page = None
+        self._page_ends = 0.0
+        self._heard = None
         self._fd = None
 
     def _arm(self, wait: AsyncWait) -> None:
@@ -136,75 +141,178 @@ class Bells:
         if not wait.memory.load(at.BELLS_AT) & bit:
             wait.memory.fetch_or(at.BELLS_AT, bit)
 
-    def _listen(self, page: Memory) -> None:
+    def _start(self) -> bool:
+        """Start a thread that listens; False if there is none to be had now."""
+        if _exiting:
+            return False  # it would leave its page behind, and newer interpreters refuse it
+        self._stopping = False
+        try:
+            threading.Thread(target=self._listen, name="shmepoch-bells", daemon=True).start()
+        except RuntimeError as error:
+            report_once("no thread listens for commits; each wait looks by itself", error)
+            return False
+        return True
+
+    # --- the listening thread -----------------------------------------------------------------
+
+    def _listen(self) -> None:
+        # A wait that was added while this gave up the listening counted on it. Copied, which orders
+        # the look after what was added also where no interpreter lock does.
+        while list(self._waits) and not self._stopping:
+            if not self._listening.acquire(blocking=False):
+                return  # another one was faster
+            try:
+                self._serve()
+            except Exception as error:
+                report_once("the waits for commits of other processes were not looked at", error)
+                time.sleep(RECHECK_S)
+            finally:
+                self._listening.release()
+
+    def _serve(self) -> None:
         bell = _FIRST_BELL + self._bell * _BELL_SIZE
         patience = _PATIENCE
-        while True:
-            rung = page.load(bell)
-            with self._lock:
+        page = self._join_listeners()
+        try:
+            while True:
+                rung = page.load(bell)
                 waits = list(self._waits)
                 patience = _PATIENCE if waits else patience - 1
                 if self._stopping or patience < 0:
-                    self._thread = None
-                    fd, self._fd = self._fd, None
                     break
-            for wait in waits:
-                self._arm(wait)
-                if wait.over:
-                    wait.resolve()
-                    self.discard(wait)
-            page.wait_above(bell, rung, bell + at.WORD, _RETIRED, _RECHECK_NS)
-        assert fd is not None
-        _remove_if_last(page, fd, self._path)
-        fd.close()
+                for wait in waits:
+                    self._arm(wait)
+                    if wait.over:
+                        wait.resolve()
+                        self._waits.discard(wait)
+                told = page.wait_above(bell, rung, bell + at.WORD, _RETIRED, _RECHECK_NS)
+                if page.load(_RETIRED) or not (told or self._is_named()):
+                    self._leave_listeners(page, last=False)
+                    page = self._join_listeners()
+        finally:
+            self._leave_listeners(page, last=True)
 
-    def _open_page(self) -> Memory:
-        fd = open_owned(self._path)
+    def _is_named(self) -> bool:
+        return self._fd is not None and os.fstat(self._fd.fileno()).st_nlink > 0
+
+    def _join_listeners(self) -> Memory:
+        """The page to listen on; memory that nobody rings if there is none to be had now."""
+        page = None
         try:
-            return map_shared(fd, _SIZE)
+            for _ in range(_ATTEMPTS):
+                page = self._try_join()
+                if page is not None:
+                    break
+        except (OSError, SegmentForeign) as error:
+            report_once("commits of other processes are heard late, by looking for them", error)
+        self._heard = page or Memory.private(_SIZE)
+        return self._heard
+
+    def _try_join(self) -> Memory | None:
+        """Open or make the page, and hold the listeners' lock through its descriptor.
+
+        None where the page is on its way out: what was left of its removal is done.
+        """
+        try:
+            fd = open_owned(self._path)
+        except FileNotFoundError:
+            fd = create_unnamed(_SIZE)
+            with contextlib.suppress(FileExistsError):  # another listener was faster
+                link(fd, self._path)
+        joined = False
+        try:
+            page = _map_page(fd)
+            # Refused while a process removes the page, for as long as that may be stopped.
+            if (
+                page is not None
+                and try_lock(fd, _LISTENERS_BYTE, True)
+                and os.fstat(fd.fileno()).st_nlink > 0
+                and not page.load(_RETIRED)
+            ):
+                self._fd, joined = fd, True
+                return page
+            _retire(page, fd, self._path)
+            return None
+        finally:
+            if not joined:
+                fd.close()
+
+    def _leave_listeners(self, page: Memory, *, last: bool) -> None:
+        """Leave the page, for good if it lost its name, and remove it if no other process listens
+        and `last` says that this one will not go on."""
+        self._heard = None
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        try:
+            if last:
+                _remove_if_unused(page, fd, self._path)
+            else:
+                _retire(page, fd, self._path)
         finally:
             fd.close()
 
-    def _join_listeners(self) -> tuple[Memory, Descriptor]:
-        """Open or make the page, and hold the listeners' lock through the descriptor."""
-        while True:
-            try:
-                fd = open_owned(self._path)
-            except FileNotFoundError:
-                fd = create_unnamed(_SIZE)
-                with contextlib.suppress(FileExistsError):
-                    link(fd, self._path)
-            page = map_shared(fd, _SIZE)
-            if try_lock(fd, _LISTENERS_BYTE, True) and os.fstat(fd.fileno()).st_nlink > 0:
-                if not page.load(_RETIRED):
-                    return page, fd
-                unlink(fd, self._path)  # whoever retired it was killed before this
+    # --- writers ------------------------------------------------------------------------------
+
+    def _open_page(self) -> Memory | None:
+        """The page that listeners hear now, or None if there is none."""
+        try:
+            fd = open_owned(self._path)
+        except FileNotFoundError:
+            return None  # the last listener has left
+        try:
+            page = _map_page(fd)
+        finally:
             fd.close()
+        return None if page is None or page.load(_RETIRED) else page
+
+
+def _ring(page: Memory, bell: int) -> None:
+    offset = _FIRST_BELL + bell * _BELL_SIZE
+    page.fetch_add(offset, 1)
+    page.wake(offset + at.WORD)
+
+
+def _map_page(fd: Descriptor) -> Memory | None:
+    """The page in a file of this user's; None if there is no whole page in it: touching what a file
+    does not have is a SIGBUS, as is a page that it never reserved once there is no room for it."""
+    found = os.fstat(fd.fileno())
+    whole = found.st_size == _SIZE and found.st_blocks * _BLOCK >= _SIZE
+    return map_shared(fd, _SIZE) if whole else None
+
+
+def _retire(page: Memory | None, fd: Descriptor, path: Path) -> None:
+    """Leave a page for good. This is said before the name goes: a listener that finds no page makes
+    one, and a writer that has this one is to know by then."""
+    if page is not None:
+        page.store(_RETIRED, 1)
+        for bell in range(BELLS):
+            page.wake(_FIRST_BELL + bell * _BELL_SIZE + at.WORD)
+    unlink(fd, path)
+
+
+def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
+    # An exclusive lock replaces this description's shared one only if nobody else has one.
+    if try_lock(fd, _LISTENERS_BYTE, False):
+        _retire(page, fd, path)
 
 
 def bells_path(namespace: str) -> Path:
-    """Where a namespace's bells lie while somebody listens."""
-    return SHM_DIR / f"shmepoch.{namespace}.bells"
+    """Where this user's bells of a namespace lie while a process listens."""
+    return SHM_DIR / f"shmepoch.{namespace}.{os.geteuid()}.bells"
 
 
 def remove_unused_bells(namespace: str) -> None:
-    """Remove what listeners that were killed left behind."""
+    """Remove what listeners that were killed left behind. What is another user's stays."""
     path = bells_path(namespace)
     try:
         fd = open_owned(path)
-    except FileNotFoundError:
+    except (OSError, SegmentForeign):
         return
     try:
-        _remove_if_last(map_shared(fd, _SIZE), fd, path)
+        _remove_if_unused(_map_page(fd), fd, path)
     finally:
         fd.close()
-
-
-def _remove_if_last(page: Memory, fd: Descriptor, path: Path) -> None:
-    # An exclusive lock replaces this description's shared one only if nobody else has one.
-    if try_lock(fd, _LISTENERS_BYTE, False):
-        page.store(_RETIRED, 1)
-        unlink(fd, path)
 
 
 class SharedWaits:
@@ -229,19 +337,19 @@ class SharedWaits:
             self._bells.ring(self._memory.exchange(at.BELLS_AT, 0))
 
 
-_bells: weakref.WeakValueDictionary[str, Bells] = weakref.WeakValueDictionary()
-_bells_lock = threading.Lock()
+_bells: Final[dict[Path, Bells]] = {}
+_exiting = False
 
 
 def _after_fork_in_child() -> None:
-    global _bells_lock
-    _bells_lock = threading.Lock()
     for bells in list(_bells.values()):
         bells.after_fork()
 
 
 @atexit.register
 def _stop_listening() -> None:
+    global _exiting
+    _exiting = True
     for bells in list(_bells.values()):
         bells.stop()
 

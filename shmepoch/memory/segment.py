@@ -77,12 +77,19 @@ def segment_path(namespace: str, session_id: SessionId) -> Path:
 
 
 def list_sessions(namespace: str) -> Iterator[SessionId]:
-    """The sessions of a namespace that have a segment, in no order."""
+    """This user's sessions of a namespace that have a segment, in no order."""
     with os.scandir(SHM_DIR) as entries:
         for entry in entries:
             match = _NAME.fullmatch(entry.name)
-            if match and match["namespace"] == namespace:
+            if match and match["namespace"] == namespace and _is_mine(entry):
                 yield SessionId.from_bytes(bytes.fromhex(match["session"]))
+
+
+def _is_mine(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:  # removed since
+        return False
 
 
 def _segment_name(namespace: str, session_id: SessionId) -> str:

@@ -4,24 +4,65 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import operator
-import threading
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
 
+_log = logging.getLogger(__name__)
+
 _NS: Final = 1_000_000_000
 #: A longer timeout is none: it would not fit the clock.
 _FOREVER_S: Final = 1e9
 _POSITIONS: Final = range(2**64)
+
+#: How long a sleeper goes without looking: the bound on what a writer that was killed, or failed,
+#: between its commit and its wake call can delay.
+RECHECK_S: Final = 0.25
+
+_reported: Final[set[tuple[object, ...]]] = set()
 
 
 def require_position(value: int) -> None:
     """Raise `OverflowError` or `TypeError` for what is not an unsigned 64-bit position."""
     if operator.index(value) not in _POSITIONS:
         raise OverflowError(f"a position is 0 to 2**64-1, not {value}")
+
+
+def seconds_of(timeout: float | None) -> float | None:
+    """How many seconds a timeout is, 0 or above; None is no limit, as are infinity and decades.
+
+    Raises `ValueError` for NaN and `TypeError` for what is not a number.
+    """
+    if timeout is None:
+        return None
+    try:
+        if math.isnan(timeout):
+            raise ValueError("timeout is nan; pass a number of seconds, or None for no limit")
+    except TypeError:
+        raise TypeError(f"timeout is a number of seconds or None, not {timeout!r}") from None
+    except OverflowError:  # an integer that no float holds
+        pass
+    return float(max(0, timeout)) if timeout < _FOREVER_S else None
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """When a timeout that begins now ends on the monotonic clock; raises what `seconds_of` does."""
+    seconds = seconds_of(timeout)
+    return None if seconds is None else time.monotonic() + seconds
+
+
+def report_once(what: str, error: Exception) -> None:
+    """Log a trouble that is made up for, the first time that it has this cause."""
+    cause = (what, type(error), getattr(error, "errno", None))
+    if cause not in _reported:
+        _reported.add(cause)
+        _log.warning("%s (%s: %s); reported once", what, type(error).__name__, error)
 
 
 class AsyncWait:
@@ -32,18 +73,38 @@ class AsyncWait:
         self.memory: Final = memory
         self._after: Final = after
         self._loop: Final = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         self.future: Final[asyncio.Future[None]] = self._loop.create_future()
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to wait for."""
+        """Whether there is nothing left to wait for, or nothing that waits."""
         memory = self.memory
-        return memory.load(at.WATERMARK_AT) > self._after or memory.load(at.STATE_AT) != at.OPEN
+        return (
+            memory.load(at.WATERMARK_AT) > self._after
+            or memory.load(at.STATE_AT) != at.OPEN
+            or self.future.done()
+            or self._loop.is_closed()
+        )
 
     def resolve(self) -> None:
         """Let the coroutine go on; from any thread."""
         with contextlib.suppress(RuntimeError):  # its loop was closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._finish)
+
+    def look_by_itself(self) -> None:
+        """Look now and then, in its event loop; for a wait that may not be told."""
+        if self.over:
+            self._finish()
+        else:
+            self._timer = self._loop.call_later(RECHECK_S, self.look_by_itself)
+
+    def end(self) -> None:
+        """Stop waiting, whatever was begun."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._loop.is_closed():  # it would refuse to tell of the cancellation
+            self.future.cancel()
 
     def _finish(self) -> None:
         if not self.future.done():
@@ -51,14 +112,20 @@ class AsyncWait:
 
 
 class AsyncWaits(Protocol):
-    """Where the coroutines that wait are kept, and how they hear of a commit."""
+    """Where the coroutines that wait are kept, and how they hear of a commit.
+
+    WAIT-2: no lock is held where the code of others can run. A finalizer or a signal handler may
+    run at any instruction, and it may end a wait, begin one or commit. So the waits are kept in a
+    set whose single operations are atomic, with the interpreter's lock or in builds without it
+    those of the set itself: it hashes by identity, so that none of them runs Python code.
+    """
 
     def add(self, wait: AsyncWait, /) -> None:
-        """From now on, `wait` is resolved once it is over."""
+        """From now on, `wait` is resolved once it is over. In its event loop."""
         ...
 
     def discard(self, wait: AsyncWait, /) -> None:
-        """Nobody waits for this any more."""
+        """Nobody waits for this any more, or it was never added."""
         ...
 
     def notify(self) -> None:
@@ -73,25 +140,23 @@ class LocalWaits:
         self.after_fork()
 
     def add(self, wait: AsyncWait, /) -> None:
-        with self._lock:
-            self._waits.add(wait)
-        if wait.over:  # the commit may have come between the caller's look and the line above
-            wait.resolve()
+        self._waits.add(wait)
+        # A writer that is interrupted between its commit and its call tells of nothing, and the
+        # commit may have come between the caller's look and the line above.
+        wait.look_by_itself()
 
     def discard(self, wait: AsyncWait, /) -> None:
-        with self._lock:
-            self._waits.discard(wait)
+        self._waits.discard(wait)
 
     def notify(self) -> None:
         if self._waits:
-            with self._lock:
-                over = [wait for wait in self._waits if wait.over]
-            for wait in over:
-                wait.resolve()
+            for wait in list(self._waits):
+                if wait.over:
+                    wait.resolve()
+                    self._waits.discard(wait)
 
     def after_fork(self) -> None:
         """Forget the parent's: its coroutines do not run in this child."""
-        self._lock = threading.Lock()
         self._waits: set[AsyncWait] = set()
 
 
@@ -106,16 +171,23 @@ class Waiters:
         self._waits = waits
 
     def notify(self) -> None:
-        """Wake everybody; after the store that they wait for. No system call if nobody sleeps."""
-        self._memory.wake(at.EVENT_AT)
-        self._waits.notify()
+        """Wake everybody; after the store that they wait for. No system call if nobody sleeps.
+
+        WAIT-1: what was committed stands, so nothing that fails here is raised. A sleeper that was
+        not woken looks by itself before long.
+        """
+        try:
+            self._memory.wake(at.EVENT_AT)
+            self._waits.notify()
+        except Exception as error:
+            report_once("a commit was not told to every sleeper, which will look by itself", error)
 
     def wait_above(self, after: int, timeout: float | None) -> int:
         """Block until the watermark is above `after`, and return it.
 
         Raises `TimeoutError` after `timeout` seconds, and what a closed epoch raises when it ends.
         """
-        limit = None if timeout is None else _limit_ns(timeout)
+        limit = _limit_ns(timeout)
         if not self._memory.wait_above(at.WATERMARK_AT, after, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the watermark was not above {after} within {timeout} s")
         return self._reached(after)
@@ -134,11 +206,12 @@ class Waiters:
         """Like `wait_above`, without blocking the event loop."""
         wait = AsyncWait(self._memory, after)
         if not wait.over:
-            self._waits.add(wait)
             try:
+                self._waits.add(wait)
                 await wait.future
             finally:
                 self._waits.discard(wait)
+                wait.end()
         return self._reached(after)
 
     def _reached(self, after: int) -> int:
@@ -149,5 +222,6 @@ class Waiters:
         raise self._closed_error()
 
 
-def _limit_ns(timeout: float) -> int | None:
-    return round(max(0.0, timeout) * _NS) if timeout < _FOREVER_S else None
+def _limit_ns(timeout: float | None) -> int | None:
+    seconds = seconds_of(timeout)
+    return None if seconds is None else round(seconds * _NS)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
+import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,9 +26,11 @@ from shmepoch import (
 )
 from shmepoch.errors import SharedMemoryExhausted
 from shmepoch.memory import bells as bells_module
+from shmepoch.memory import layout as at
+from shmepoch.memory import waiting as waiting_module
 from shmepoch.memory.bells import Bells, bells_path, remove_unused_bells
 from shmepoch.memory.files import SHM_DIR, map_shared, open_owned
-from tests.processes.children import Channel, start
+from tests.processes.children import Channel, start, wait_until
 from tests.runtime.completions import TOOL, end
 from tests.support import eventually
 
@@ -50,6 +59,11 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 def listeners() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "shmepoch-bells"]
+
+
+def hears(namespace: str) -> bool:
+    """Whether this process has joined the listeners of a page."""
+    return Bells.of(namespace)._fd is not None
 
 
 async def advanced(bindings: SessionRuntimeBindings, after: int = 0) -> int:
@@ -97,7 +111,7 @@ def test_the_listener_ends_by_itself_and_takes_its_page_along(
         waiting = asyncio.ensure_future(advanced(bindings))
         await asyncio.sleep(0)
         assert len(listeners()) == 1
-        assert bells_path(namespace).exists()
+        eventually(bells_path(namespace).exists)
         end(bindings, TOOL)
         await waiting
 
@@ -230,6 +244,7 @@ def wait_for_ever(bindings: SessionRuntimeBindings, test: Channel) -> None:
     async def wait() -> None:
         waiting = asyncio.ensure_future(advanced(bindings, 10_000))
         await asyncio.sleep(0)
+        wait_until(lambda: hears(bindings.shared_segment().namespace))
         test.say("waiting")
         await waiting
 
@@ -248,6 +263,7 @@ async def wait_and_end(bindings: SessionRuntimeBindings, after: int, namespace: 
     """Wait while an operation ends; the inode of the page meanwhile."""
     waiting = asyncio.ensure_future(advanced(bindings, after))
     await asyncio.sleep(0)
+    eventually(lambda: hears(namespace))
     inode = bells_path(namespace).stat().st_ino
     end(bindings, TOOL)
     await waiting
@@ -282,10 +298,20 @@ def test_a_page_that_is_listened_to_is_not_removed(
 
 
 def retire(namespace: str) -> None:
-    """Do half of a removal: who did this was killed before the other half."""
+    """Do half of a removal: the process that did this was killed before the other half."""
     fd = open_owned(bells_path(namespace))
     map_shared(fd, 4096).store(RETIRED_AT, 1)
     fd.close()
+
+
+def test_a_writer_does_not_wait_for_a_page_that_is_left_to_go(
+    bindings: SessionRuntimeBindings, namespace: str
+) -> None:
+    leave_a_page(bindings, namespace)  # and the mark of its listener in the epoch
+    retire(namespace)
+    end(bindings, TOOL)
+    assert run(advanced(bindings)) == 1
+    remove_unused_bells(namespace)
 
 
 def test_a_page_that_is_being_removed_is_replaced(
@@ -311,6 +337,7 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
     async def wait(after: int) -> None:
         waiting = asyncio.ensure_future(advanced(bindings, after))
         await asyncio.sleep(0)
+        eventually(lambda: hears(namespace))
         writer.say(True)
         assert await waiting == after + 1
 
@@ -325,7 +352,7 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
         writer.result()
 
 
-def test_a_wait_without_room_for_the_page_is_refused_and_forgotten(
+def test_a_wait_without_room_for_a_page_looks_by_itself(
     bindings: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(size: int) -> int:
@@ -333,10 +360,362 @@ def test_a_wait_without_room_for_the_page_is_refused_and_forgotten(
 
     with monkeypatch.context() as full:
         full.setattr(bells_module, "create_unnamed", no_room)
-        with pytest.raises(SharedMemoryExhausted):
-            run(advanced(bindings))
-    assert Bells.of(namespace)._waits == set()
-    run(_one_more(bindings, 0))
+        run(_one_more(bindings, 0))
+        assert not bells_path(namespace).exists()
+        run(_one_more(bindings, 1))
+
+    async def hear_again() -> None:
+        waiting = asyncio.ensure_future(advanced(bindings, 2))
+        await asyncio.sleep(0)
+        eventually(lambda: hears(namespace))  # once there is room
+        end(bindings, TOOL)
+        await waiting
+
+    run(hear_again())
+
+
+def test_a_page_that_lost_its_name_is_made_anew(
+    bindings: SessionRuntimeBindings, namespace: str
+) -> None:
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(advanced(bindings))
+        await asyncio.sleep(0)
+        eventually(lambda: hears(namespace))
+        bells_path(namespace).unlink()
+        eventually(bells_path(namespace).exists)
+        end(bindings, TOOL)
+        assert await waiting == 1
+
+    run(wait())
+
+
+# --- what else is in its place -------------------------------------------------------------------
+
+
+def put_sparse(path: Path) -> None:
+    """As long as a page, without the memory that it needs."""
+    with path.open("wb") as file:
+        file.truncate(4096)
+
+
+def give_away(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    path.write_bytes(bytes(4096))
+    os.chown(path, 65534, 65534)
+
+
+IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.touch(0o600),
+    "short": lambda path: path.write_bytes(b"bells"),
+    "long": lambda path: path.write_bytes(b"bells" * 4096),
+    "noise": lambda path: path.write_bytes(b"\xff" * 4096),
+    "sparse": put_sparse,
+    "readable by others": lambda path: path.touch(0o644),
+    "directory": lambda path: path.mkdir(),
+    "symbolic link": lambda path: path.symlink_to("/dev/null"),
+    "pipe": lambda path: os.mkfifo(path, 0o600),
+    "another user's": give_away,
+}
+#: What is this user's alone, and a file, is replaced.
+REPLACED = {"empty", "short", "long", "noise", "sparse"}
+
+
+@pytest.mark.parametrize("what", IN_ITS_PLACE)
+def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
+    bindings: SessionRuntimeBindings, namespace: str, what: str
+) -> None:
+    path = bells_path(namespace)
+    before = os.umask(0)
+    try:
+        IN_ITS_PLACE[what](path)
+    finally:
+        os.umask(before)
+    if what in REPLACED:
+        path.chmod(0o600)
+    bindings.shared_segment().memory.fetch_or(at.BELLS_AT, 2**32 - 1)
+    end(bindings, TOOL)  # a writer is the first that finds it
+    run(_one_more(bindings, 1))
+    run(_one_more(bindings, 2))
+    eventually(lambda: not listeners())
+    remove_unused_bells(namespace)
+    assert path.exists() != (what in REPLACED)
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+
+
+# --- stopped or killed between any two steps ------------------------------------------------------
+
+STEPS = ("open_owned", "create_unnamed", "link", "map_shared", "try_lock", "unlink")
+
+
+def stand_still() -> None:
+    # To this thread: one that is sent to the process may let it go a little further.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def listen_and_stop(
+    bindings: SessionRuntimeBindings, test: Channel, step: str, after: bool, times: int
+) -> None:
+    """Listen, and stop listening; stand still before or after a step of it."""
+    do, left = getattr(bells_module, step), times
+
+    def stop_there(*args: object) -> object:
+        nonlocal left
+        left -= 1
+        if left == 0 and not after:
+            stand_still()
+        done = do(*args)
+        if left == 0 and after:
+            stand_still()
+        return done
+
+    setattr(bells_module, step, stop_there)
+    position = asyncio.run(advanced(bindings))
+    Bells.of(bindings.shared_segment().namespace).stop()
+    test.say(position)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_others_go_on_though_a_process_stands_still_in_the_middle(
+    bindings: SessionRuntimeBindings, namespace: str, step: str, after: bool, times: int
+) -> None:
+    def heard_or_stopped() -> bool:
+        return child.stopped() or not child.silent
+
+    with start(listen_and_stop, bindings, step, after, times, method="fork") as child:
+        eventually(lambda: child.stopped() or bells_path(namespace).exists())
+        end(bindings, TOOL)
+        eventually(heard_or_stopped)
+        for seq in range(1, 4):
+            run(_one_more(bindings, seq))
+        child.signal(signal.SIGCONT)
+        for seq in range(4, 6):  # while the other one goes on with what is no longer there
+            run(_one_more(bindings, seq))
+        assert child.hear() >= 1
+    remove_unused_bells(namespace)
+    eventually(lambda: not listeners() and not bells_path(namespace).exists())
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_others_go_on_though_a_process_is_killed_in_the_middle(
+    bindings: SessionRuntimeBindings, namespace: str, step: str, after: bool
+) -> None:
+    with start(listen_and_stop, bindings, step, after, 1, method="fork") as child:
+        eventually(lambda: child.stopped() or bells_path(namespace).exists())
+        end(bindings, TOOL)
+        eventually(lambda: child.stopped() or not child.silent)
+        child.kill()
+    for seq in range(1, 4):
+        run(_one_more(bindings, seq))
+    eventually(lambda: not listeners() and not bells_path(namespace).exists())
+
+
+# --- without a thread, without descriptors, at the end ------------------------------------------
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_waits_go_on_without_a_thread_and_after_it(
+    bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", no_thread)
+        for seq in range(3):
+            run(_one_more(bindings, seq))
+        assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert listeners() == []
+
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(advanced(bindings, 3))
+        await asyncio.sleep(0)
+        assert len(listeners()) == 1
+        end(bindings, TOOL)
+        await waiting
+
+    run(wait())
+
+
+def end_without_descriptors(bindings: SessionRuntimeBindings, test: Channel) -> str:
+    """End operations in a process that cannot open anything more."""
+    end(bindings, TOOL)  # what is made on first use is made
+    test.hear()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with pytest.raises(OSError, match="Too many"):
+        os.open("/dev/null", os.O_RDONLY)
+    end(bindings, TOOL)
+    return "committed"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_commit_that_cannot_be_told_is_a_commit(
+    bindings: SessionRuntimeBindings, namespace: str, method: str
+) -> None:
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(advanced(bindings, 1))
+        await asyncio.sleep(0)
+        eventually(lambda: hears(namespace))
+        writer.say("end one")
+        assert await waiting == 2
+
+    with start(end_without_descriptors, bindings, method=method) as writer:
+        bindings.ops_lifecycle.completion_feed().wait_for_advance(0, 60)
+        run(wait())
+        assert writer.result() == "committed"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "no more"), MemoryError(), ValueError()])
+def test_what_fails_after_the_commit_is_logged_once(
+    bindings: SessionRuntimeBindings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(self: object, bits: int) -> None:
+        raise error
+
+    monkeypatch.setattr(waiting_module, "_reported", set())
+    monkeypatch.setattr(Bells, "ring", fail)
+    for _ in range(3):
+        bindings.shared_segment().memory.fetch_or(at.BELLS_AT, 1)
+        end(bindings, TOOL)
+        bindings.shared_segment().waiters.notify()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert type(error).__name__ in caplog.text
+
+
+AT_THE_END = """
+import atexit, asyncio, sys, threading
+
+@atexit.register  # before that of shmepoch, so it runs after it
+def wait_at_the_end():
+    print(asyncio.run(asyncio.wait_for(wait_for_one(1), 30)))
+
+from shmepoch import SessionRuntimeBindings
+from tests.memory.test_bells import advanced
+from tests.runtime.completions import TOOL, end
+bindings = SessionRuntimeBindings.from_token(sys.argv[1])
+
+async def wait_for_one(after):
+    waiting = asyncio.ensure_future(advanced(bindings, after))
+    await asyncio.sleep(0)
+    end(bindings, TOOL)
+    return await waiting
+
+print(asyncio.run(wait_for_one(0)))
+"""
+
+
+def test_a_function_that_runs_at_exit_may_wait(
+    bindings: SessionRuntimeBindings, namespace: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, bindings.to_token()],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n2\n", "", 0)
+    assert not bells_path(namespace).exists()
+
+
+# --- code of others, at any moment ---------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(line: int) -> Callable[..., Any]:
+    """A trace function that raises at the n-th line of the waiting modules, as a signal handler
+    may."""
+    files = {bells_module.__file__, waiting_module.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_wait_that_is_interrupted_at_any_line_harms_no_later_one(
+    adapter: RuntimeSessionAdapter, namespace: str, private: bool
+) -> None:
+    session = SessionId.new()
+    bindings = (
+        SessionRuntimeBindings.standalone(session) if private else adapter.prepare_bindings(session)
+    )
+
+    async def interrupted(line: int, after: int) -> bool:
+        waiting = asyncio.ensure_future(advanced(bindings, after))
+        asyncio.get_running_loop().call_later(0.001, waiting.cancel)
+        sys.settrace(interrupt_at(line))
+        try:
+            await waiting
+        except Interrupted:
+            return True
+        except asyncio.CancelledError:
+            return False
+        finally:
+            sys.settrace(None)
+        raise AssertionError("nothing was committed")
+
+    line, seq = 1, 0
+    while run(interrupted(line, seq)):
+        run(_one_more(bindings, seq))
+        line, seq = line + 1, seq + 1
+    assert line > 10
+    if not private:
+        eventually(lambda: not listeners())  # no wait of those is left
+        adapter.unregister_session(session)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_waits_that_the_garbage_collector_ends_block_nothing(
+    adapter: RuntimeSessionAdapter, private: bool
+) -> None:
+    """They end at any allocation, in the listening thread and in the middle of an addition."""
+    session = SessionId.new()
+    bindings = (
+        SessionRuntimeBindings.standalone(session) if private else adapter.prepare_bindings(session)
+    )
+
+    def leave_waits(count: int) -> None:
+        loop = asyncio.new_event_loop()
+        for _ in range(count):
+            task = loop.create_task(advanced(bindings, 10_000))
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for seq in range(10):
+            leave_waits(5)
+            run(_one_more(bindings, seq))
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    if not private:
+        eventually(lambda: not listeners())
+        adapter.unregister_session(session)
 
 
 # --- coming and going -------------------------------------------------------------------------

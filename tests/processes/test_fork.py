@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,8 +301,11 @@ def test_a_transition_in_progress_in_the_parent_is_waited_for(
     segment = bindings.shared_segment()
     with segment.writer:
         child = start(register, bindings, id)
-        # It was forked inside the parent's transition, and has to wait for its end.
+        # It was forked inside the parent's transition, and has to wait for its end: it attaches,
+        # and then sleeps between its looks at the lock.
         eventually(lambda: child.pid in [one.pid for one in bindings.participants()])
+        stat = Path(f"/proc/{child.pid}/stat")
+        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
         assert child.silent
     with child:
         assert child.pid in child.result()
