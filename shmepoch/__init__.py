@@ -1,5 +1,6 @@
 """shmepoch: one runtime epoch, shared by the processes of an agent deployment."""
 
+from shmepoch import starting  # first of all: its import sees to a Ctrl-C during the others
 from shmepoch.epoch.bindings import (
     EpochHandle,
     RuntimeBuildMode,
@@ -73,6 +74,7 @@ from shmepoch.errors import (
     SegmentForeign,
     SessionNotRegistered,
     SharedMemoryExhausted,
+    SharedMemoryUnusable,
     ShmepochError,
     StoreBehind,
     StoreConflict,
@@ -185,6 +187,7 @@ __all__ = [
     "SessionOwned",
     "SessionRuntimeBindings",
     "SharedMemoryExhausted",
+    "SharedMemoryUnusable",
     "ShmepochError",
     "SqliteRuntimeStore",
     "StandaloneEphemeral",
@@ -206,3 +209,5 @@ __all__ = [
     "dec_hook",
     "enc_hook",
 ]
+
+starting.imported()

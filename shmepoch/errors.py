@@ -530,6 +530,21 @@ class SharedMemoryExhausted(ShmepochError, OSError):
         )
 
 
+class SharedMemoryUnusable(ShmepochError):
+    """There is no shared memory, or this user may not use it."""
+
+    directory: str
+    reason: str
+
+    def __init__(self, directory: str, reason: str) -> None:
+        super().__init__(
+            f"shared memory cannot be used: {directory} {reason}; it takes a tmpfs that is mounted "
+            "there and that this user may write to (mount -t tmpfs -o mode=1777 tmpfs /dev/shm)",
+            directory=directory,
+            reason=reason,
+        )
+
+
 class ParticipantsExhausted(ShmepochError):
     """Every participant slot of the epoch is held by a live process."""
 

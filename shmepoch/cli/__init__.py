@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+
+from shmepoch import starting
 
 
 def main() -> None:
     """Run the command line; exits with its status."""
-    try:
-        from shmepoch.cli.app import app
+    starting.end_on_interrupt()
+    from shmepoch.cli import streams
 
-        app()
+    streams.prepare()
+    try:
+        try:
+            from shmepoch.cli.app import app
+
+            app()
+        finally:
+            sys.stdout.flush()
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit("the shmepoch command needs its extra: pip install 'shmepoch[cli]'")
+    except BrokenPipeError:
+        streams.reader_left()
+    except OSError as error:
+        streams.complain(error)
+        streams.discard()
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(starting.INTERRUPTED)

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import signal
 import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
 
+from shmepoch import starting
+from shmepoch.cli import streams
 from shmepoch.cli.run import jobs
 from shmepoch.cli.run.command import Options, execute
-from shmepoch.cli.run.plan import RunRefused
+from shmepoch.cli.run.plan import NothingToResume, RunRefused
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.errors import ShmepochError, StoreUnusable
+from shmepoch.errors import NamespaceInvalid, ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
+from shmepoch.memory.files import require_shm
+from shmepoch.memory.segment import resolve_namespace
+from shmepoch.runtime.persistence import MOST_DELAY_S
 
 RUN_ERROR: Final = 1
 USAGE_ERROR: Final = 2
+
+
+def _seconds(least: float, most: float) -> Callable[[float | None], float | None]:
+    """Refuses what is outside the bounds; typer's own let NaN pass, in some versions."""
+
+    def check(value: float | None) -> float | None:
+        if value is None or least <= value <= most:
+            return value
+        raise typer.BadParameter(f"{value} is not a number of seconds from {least:g} to {most:g}")
+
+    return check
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,7 +45,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.callback()
 def shmepoch() -> None:
     """One runtime epoch, shared by the processes of an agent deployment."""
-    logging.basicConfig(level=logging.ERROR, format="shmepoch: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible("shmepoch: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
 
 
 @app.command()
@@ -66,7 +85,10 @@ def run(
     ] = False,
     kill_every: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Kill a random agent or worker every so many seconds."),
+        typer.Option(
+            callback=_seconds(0.01, 3600),
+            help="Kill a random agent or worker every so many seconds, 0.01 at least.",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the choice whom to kill; random if not given.")
@@ -87,12 +109,6 @@ def run(
         raise typer.BadParameter(
             "needs --store, the file that the run is in", param_hint="--resume"
         )
-    try:
-        commands = jobs.read(file)
-        if transcript is not None:
-            transcript.mkdir(parents=True, exist_ok=True)
-    except (ShmepochError, OSError) as error:
-        _fail(USAGE_ERROR, error)
     options = Options(
         sessions=sessions,
         workers=workers,
@@ -104,14 +120,28 @@ def run(
         seed=seed,
         json=json,
     )
-    try:
-        status = execute(commands, options)
-    except BrokenPipeError:
-        _reader_left()
-    except (RunRefused, StoreUnusable) as error:
-        _fail(USAGE_ERROR, error)
-    except (ShmepochError, OSError) as error:
-        _fail(RUN_ERROR, error)
+    with contextlib.ExitStack() as undo:
+        try:
+            commands = jobs.read(file)
+            resolve_namespace(None)
+            if resume and store is not None and not _has_content(store):
+                raise NothingToResume
+            if transcript is not None:
+                undo.enter_context(_folder(transcript))
+        except (ShmepochError, OSError) as error:
+            _fail(USAGE_ERROR, error)
+        try:
+            require_shm()
+            starting.raise_on_interrupt()
+            status = execute(commands, options)
+        except BrokenPipeError:
+            streams.reader_left()
+        except (RunRefused, StoreUnusable) as error:
+            _fail(USAGE_ERROR, error)
+        except (ShmepochError, OSError) as error:
+            _fail(RUN_ERROR, error)
+        finally:
+            starting.end_on_interrupt()
     sys.exit(status)
 
 
@@ -122,19 +152,26 @@ def persist(
         str | None, typer.Option(help="Whose epochs; SHMEPOCH_NAMESPACE, else default.")
     ] = None,
     max_delay: Annotated[
-        float, typer.Option(min=0, help="Seconds within which a completion is durable.")
+        float,
+        typer.Option(
+            callback=_seconds(0, MOST_DELAY_S),
+            help="Seconds within which a completion is durable.",
+        ),
     ] = 0.05,
 ) -> None:
-    """Keep every epoch of a namespace in a store, until Ctrl-C or SIGTERM.
+    """Keep every epoch of a namespace in a store, until Ctrl-C, SIGTERM or SIGHUP.
 
     It then waits until everything is stored. Exit status: 0 if it is, 1 if the store did not take
-    it within 10 seconds; what it lacks is still in shared memory.
+    it within 10 seconds or there is no shared memory to look at, 2 for a bad namespace or file. A
+    second Ctrl-C does not wait; what the store lacks is in shared memory.
     """
     from shmepoch.cli import persist as command
 
     try:
         command.persist(store, namespace, max_delay)
-    except (ShmepochError, TimeoutError) as error:
+    except (NamespaceInvalid, StoreUnusable) as error:
+        _fail(USAGE_ERROR, error)
+    except (ShmepochError, OSError) as error:
         _fail(RUN_ERROR, error)
 
 
@@ -159,7 +196,13 @@ def history(
 
     try:
         if session is None:
-            command.list_sessions(store)
+            for option, value in (("--status", status), ("--since", since), ("--until", until)):
+                if value:
+                    raise typer.BadParameter(
+                        "chooses among the operations of a session; name the session",
+                        param_hint=option,
+                    )
+            command.list_sessions(store, json=json)
         else:
             command.show(
                 store,
@@ -171,17 +214,34 @@ def history(
             )
         sys.stdout.flush()
     except BrokenPipeError:
-        _reader_left()
+        streams.reader_left()
     except (ShmepochError, ValueError) as error:
         _fail(USAGE_ERROR, error)
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return streams.visible(super().format(record))
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder and those it lies in; what fails takes those away that are still empty."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        raise
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
 def _fail(status: int, error: Exception) -> NoReturn:
-    typer.echo(f"shmepoch: {error}", err=True)
+    streams.complain(error)
     sys.exit(status)
-
-
-def _reader_left() -> NoReturn:
-    """Whoever read what this prints has left: end as a program without a handler would."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(128 + signal.SIGPIPE)

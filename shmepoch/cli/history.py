@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shmepoch.cli.run.plan import RUNS
+from shmepoch.cli.streams import print_json, visible
 from shmepoch.epoch.operations import (
     Aborted,
     Cancelled,
@@ -29,6 +31,8 @@ from shmepoch.stores import HistoryEntry, SqliteRuntimeStore
 
 #: How wide a table is that no terminal bounds: a name has at most 200 bytes.
 _UNBOUNDED_WIDTH: Final = 400
+#: How wide a table is at least: a narrower terminal breaks its lines, and no column is left out.
+_LEAST_WIDTH: Final = 72
 
 
 class SessionUnknown(ShmepochError, LookupError):
@@ -43,12 +47,15 @@ class SessionUnknown(ShmepochError, LookupError):
         )
 
 
-def list_sessions(store: Path) -> None:
+def list_sessions(store: Path, *, json: bool) -> None:
     """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable."""
     with _open(store) as opened:
         for session_id in opened.sessions():
             if session_id != RUNS:
-                print(session_id)
+                if json:
+                    print_json(msgspec.json.encode({"session_id": str(session_id)}))
+                else:
+                    print(session_id)
 
 
 def show(
@@ -75,22 +82,27 @@ def show(
         )
         if json:
             for entry in entries:
-                print(entry.to_json().decode())
+                print_json(entry.to_json())
         else:
             _print_tables(entries)
 
 
 def _open(store: Path) -> SqliteRuntimeStore:
-    if not store.exists():  # opening it would make it
-        raise StoreUnusable(store, "there is no such file")
+    try:
+        size = store.stat().st_size
+    except FileNotFoundError:
+        raise StoreUnusable(store, "there is no such file") from None
+    except OSError as error:
+        raise StoreUnusable(store, str(error)) from error
+    if size == 0:
+        raise StoreUnusable(store, "it is empty, and no store")
     return SqliteRuntimeStore(store)
 
 
 def _print_tables(entries: Iterable[HistoryEntry]) -> None:
     """A table for each epoch."""
     console = Console()
-    if not console.is_terminal:
-        console.width = _UNBOUNDED_WIDTH
+    console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _UNBOUNDED_WIDTH
     for epoch_id, items in groupby(entries, key=lambda item: item.epoch_id):
         table = Table(title=f"epoch {epoch_id}", title_justify="left", box=None)
         table.add_column("seq", justify="right", no_wrap=True)
@@ -100,15 +112,16 @@ def _print_tables(entries: Iterable[HistoryEntry]) -> None:
             table.add_column(heading, overflow="fold")
         for item in items:
             entry = item.entry
-            ended = datetime.fromtimestamp(entry.completed_at_ms / 1000)
             table.add_row(
                 str(entry.seq),
-                ended.isoformat(" ", "seconds"),
+                _local_time(entry.completed_at_ms),
                 status_of(entry.terminal_outcome),
-                Text(entry.display_name),  # a command may look like markup
-                Text(_how(entry.terminal_outcome)),
+                Text(visible(entry.display_name)),  # a command may look like markup
+                Text(visible(_how(entry.terminal_outcome))),
             )
-        console.print(table)
+        with console.capture() as captured:  # rich itself would end the process if nobody reads
+            console.print(table)
+        print(captured.get(), end="")
 
 
 def _how(outcome: OperationTerminalOutcome) -> str:
@@ -123,6 +136,19 @@ def _how(outcome: OperationTerminalOutcome) -> str:
             return ""
 
 
+def _local_time(at_ms: int) -> str:
+    try:
+        return datetime.fromtimestamp(at_ms / 1000).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):  # no year of a calendar
+        return f"{at_ms} ms"
+
+
 def _milliseconds(moment: datetime | None) -> int | None:
     """Milliseconds since the Unix epoch; a moment without a zone is local time."""
-    return None if moment is None else round(moment.timestamp() * 1000)
+    if moment is None:
+        return None
+    try:
+        return round(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        # In UTC it may be in a year before 1 or after 9999; a few hours are of no account there.
+        return round(moment.replace(tzinfo=UTC).timestamp() * 1000)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import signal
-import threading
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import ShmepochError, StoreWriteFailed
 from shmepoch.ids import SessionId
+from shmepoch.memory.files import require_shm
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, list_sessions, resolve_namespace
 from shmepoch.runtime.persistence import PersistenceChannel
@@ -26,26 +29,48 @@ _END_TIMEOUT_S: Final = 10.0
 
 
 def persist(path: Path, namespace: str | None, max_delay: float) -> None:
-    """Follow every epoch there is and every one that comes, until SIGINT or SIGTERM.
+    """Follow every epoch there is and every one that comes, until SIGINT, SIGTERM or SIGHUP.
 
     Returns once everything is stored; raises `StoreWriteFailed` or `TimeoutError` if the store does
-    not take it in time, and the error of an epoch that cannot be stored.
+    not take it in time, and the error of an epoch that cannot be stored. Raises
+    `NamespaceInvalid`, `SharedMemoryUnusable`, `ConfigInvalid` and `StoreUnusable` before that.
     """
     chosen = resolve_namespace(namespace)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    require_shm()
+    end = _End()
     with SqliteRuntimeStore(path) as store:
         channel = PersistenceChannel(store, max_delay=max_delay)
         epochs = _Epochs(chosen, channel)
         try:
             epochs.look()
-            while not stop.wait(_LOOK_S):
+            while not end.asked_for_within(_LOOK_S):
                 epochs.look()
             channel.flush(_END_TIMEOUT_S)
         finally:
             channel.close()
             epochs.close()
+
+
+class _End:
+    """The signals that ask for the end; the second of them does not wait for it."""
+
+    def __init__(self) -> None:
+        # Not an Event: a handler may run while its own thread holds the Event's lock.
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._numbers: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._ask)
+
+    def asked_for_within(self, seconds: float) -> bool:
+        """Wait so long for the first signal; whether it has come."""
+        return bool(select.select([self._asked], [], [], seconds)[0])
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self._numbers.append(number)
+        if len(self._numbers) > 1:
+            os._exit(128 + number)
+        os.eventfd_write(self._asked, 1)
 
 
 class _Epochs:
@@ -55,7 +80,7 @@ class _Epochs:
         self._namespace = namespace
         self._channel = channel
         self._followed: dict[SessionId, SessionRuntimeBindings] = {}
-        self._refused: dict[SessionId, str] = {}
+        self._said: dict[str, str] = {}
 
     def look(self) -> None:
         """Follow those that are new, and let go of those that have ended."""
@@ -65,9 +90,16 @@ class _Epochs:
                 self._channel.unfollow(bindings)
                 bindings.close()
                 del self._followed[bindings.session_id]
-        for session_id in list_sessions(self._namespace):
+        for session_id in self._found():
             if session_id not in self._followed:
                 self._follow(session_id)
+
+    def _found(self) -> list[SessionId]:
+        try:
+            return list(list_sessions(self._namespace))
+        except OSError as error:
+            self._say("new sessions are not found", error)
+            return []
 
     def _all_stored(self) -> bool:
         try:
@@ -83,24 +115,24 @@ class _Epochs:
             segment = SharedSegment.attach(self._namespace, session_id)
         except FileNotFoundError:
             return  # it has ended since it was listed
-        except ShmepochError as error:
-            self._refuse(session_id, error)
+        except (ShmepochError, OSError) as error:
+            self._say(f"session {session_id} is not stored", error)
             return
         try:
             segment.join(Role.PERSISTENCE)
-        except ShmepochError as error:
+        except (ShmepochError, OSError) as error:
             segment.close()
-            self._refuse(session_id, error)
+            self._say(f"session {session_id} is not stored", error)
             return
         bindings = SessionRuntimeBindings.of_segment(segment)
         self._channel.follow(bindings)
         self._followed[session_id] = bindings
 
-    def _refuse(self, session_id: SessionId, error: ShmepochError) -> None:
-        """Say why a session is not stored, unless that was the reason at the last look as well."""
-        if self._refused.get(session_id) != str(error):
-            self._refused[session_id] = str(error)
-            _log.error("session %s is not stored: %s", session_id, error)
+    def _say(self, what: str, error: Exception) -> None:
+        """Log what is wrong and why, unless that was the reason when it was last logged."""
+        if self._said.get(what) != str(error):
+            self._said[what] = str(error)
+            _log.error("%s: %s", what, error)
 
     def close(self) -> None:
         """Leave every epoch; they go on."""

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from shmepoch.errors import SegmentForeign, SharedMemoryExhausted
+from shmepoch.errors import SegmentForeign, SharedMemoryExhausted, SharedMemoryUnusable
 from shmepoch.memory._native import Descriptor, Memory, try_lock
 
 SHM_DIR: Final = Path("/dev/shm")
@@ -27,6 +27,14 @@ _OTHER_TYPES: Final = {
     errno.EISDIR: "directory",
     errno.ENXIO: "socket or unread pipe",
 }
+
+
+def require_shm() -> None:
+    """Raise `SharedMemoryUnusable` where this process can neither make a segment nor attach one."""
+    if not SHM_DIR.is_dir():
+        raise SharedMemoryUnusable(str(SHM_DIR), "is not there")
+    if not os.access(SHM_DIR, os.R_OK | os.W_OK | os.X_OK):
+        raise SharedMemoryUnusable(str(SHM_DIR), "is not writable")
 
 
 def create_unnamed(size: int) -> Descriptor:

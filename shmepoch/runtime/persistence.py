@@ -31,6 +31,8 @@ __all__ = ["ChannelStatus", "EpochPersistence", "PersistenceChannel"]
 
 _log = logging.getLogger(__name__)
 
+#: How many seconds the completions of a channel may wait for others at most.
+MOST_DELAY_S: Final = 3600.0
 #: How often epochs are looked at for what wakes nobody: cursors, and operations that begin. Those
 #: that something was stored of since the last such look are looked at more often.
 _LOOK_S: Final = 1.0
@@ -89,8 +91,9 @@ class PersistenceChannel:
     def __init__(
         self, store: RuntimeStore, *, max_delay: float = 0.05, max_entries: int = 512
     ) -> None:
-        if not (isinstance(max_delay, int | float) and 0 <= max_delay <= 3600):
-            raise ConfigInvalid("max_delay", max_delay, "a number of seconds from 0 to 3600")
+        if not (isinstance(max_delay, int | float) and 0 <= max_delay <= MOST_DELAY_S):
+            allowed = f"a number of seconds from 0 to {MOST_DELAY_S:.0f}"
+            raise ConfigInvalid("max_delay", max_delay, allowed)
         if type(max_entries) is not int or max_entries < 1:
             raise ConfigInvalid("max_entries", max_entries, "an integer, 1 or above")
         self._store: Final = store

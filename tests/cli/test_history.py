@@ -133,6 +133,44 @@ def test_without_a_session_they_are_listed(path: Path, session_id: SessionId) ->
     assert [line["entry"]["display_name"] for line in lines(listed[2], "--store", path)] == ["true"]
 
 
+def test_sessions_as_lines_of_json(path: Path, session_id: SessionId) -> None:
+    listed = lines("--store", path)
+    assert listed == [{"session_id": line} for line in history("--store", path).stdout.split()]
+    assert listed[0] == {"session_id": str(session_id)}
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
+@pytest.mark.parametrize(
+    ("filters", "count"),
+    [
+        (("--since", "0001-01-01"), 3),
+        (("--until", "9999-12-31"), 3),
+        (("--since", "0001-01-01", "--until", "9999-12-31T23:59:59"), 3),
+        (("--until", "0001-01-01"), 0),
+        (("--since", "9999-12-31T23:59:59"), 0),
+    ],
+)
+def test_the_ends_of_the_calendar(
+    monkeypatch: pytest.MonkeyPatch,
+    path: Path,
+    session_id: SessionId,
+    zone: str,
+    filters: tuple[str, ...],
+    count: int,
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    assert len(lines(session_id, "--store", path, *filters)) == count
+
+
+def test_a_time_in_no_calendar_is_shown(tmp_path: Path, session_id: SessionId) -> None:
+    with SqliteRuntimeStore(tmp_path / "store") as store:
+        save(store, session_id, [completion(1, at_ms=2**62), completion(2, at_ms=-(2**62))])
+    shown = history(session_id, "--store", tmp_path / "store")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"{2**62} ms" in shown.stdout
+    assert f"{-(2**62)} ms" in shown.stdout
+
+
 def test_what_cannot_be_shown_is_refused(path: Path, tmp_path: Path) -> None:
     unknown, text = SessionId.new(), tmp_path / "text"
     text.write_text("this is no database, " * 100)

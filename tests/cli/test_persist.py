@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -25,10 +26,10 @@ from tests.support import eventually
 
 
 @contextlib.contextmanager
-def persisting(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command, storing this test's namespace in `path`."""
+def persisting(path: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, storing this test's namespace in `path`; `before` is what starts it."""
     with subprocess.Popen(
-        [*COMMAND, "persist", "--store", str(path)],
+        [*before, *COMMAND, "persist", "--store", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,7 +93,7 @@ def test_killed_and_started_again_it_goes_on(
     assert kept == list(bindings.ops_lifecycle.completion_feed().list_since(0).entries)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_at_its_end_everything_is_stored(
     sessions: list[SessionRuntimeBindings], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -105,6 +106,66 @@ def test_at_its_end_everything_is_stored(
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     assert stored(path, sessions[0].session_id) == 101
+
+
+def test_nohup_is_respected(sessions: list[SessionRuntimeBindings], tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with persisting(path, "nohup") as process:
+        end(sessions[0], TOOL)
+        eventually(lambda: stored(path, sessions[0].session_id) == 1)
+        process.send_signal(signal.SIGHUP)
+        end(sessions[0], TOOL)
+        eventually(lambda: stored(path, sessions[0].session_id) == 2)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_asks_twice_does_not_wait_for_the_store(
+    sessions: list[SessionRuntimeBindings], tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "store"
+    end(sessions[0], TOOL)
+    with persisting(path) as process:
+        eventually(lambda: stored(path, sessions[0].session_id) == 1)
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        end(sessions[0], TOOL)
+
+        def ended() -> bool:
+            process.send_signal(number)  # two at once may be one
+            return process.poll() is not None
+
+        eventually(ended, within=60)
+        _, err = process.communicate(timeout=60)
+        holder.close()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    with persisting(path):  # nothing is lost
+        eventually(lambda: stored(path, sessions[0].session_id) == 2)
+
+
+def test_without_descriptors_it_goes_on(
+    adapter: RuntimeSessionAdapter, sessions: list[SessionRuntimeBindings], tmp_path: Path
+) -> None:
+    """It says that it cannot look, and looks again."""
+    path = tmp_path / "store"
+    end(sessions[0], TOOL)
+    with persisting(path) as process:
+        eventually(lambda: stored(path, sessions[0].session_id) == 1)
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        sessions.append(adapter.prepare_bindings(SessionId.new()))
+        end(sessions[2], TOOL)
+        assert process.stderr is not None
+        assert "Too many open files" in process.stderr.readline()
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        eventually(lambda: stored(path, sessions[2].session_id) == 1)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in err
 
 
 def test_an_epoch_that_ends_is_let_go(
