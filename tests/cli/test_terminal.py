@@ -24,14 +24,14 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Terminal:
-    """A pseudo-terminal with a run in it; collects what it is sent."""
+    """A pseudo-terminal with the command in it; collects what it is sent."""
 
     def __init__(self, columns: int, *arguments: object) -> None:
         self._ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.sent = b""
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *COMMAND, "run", *map(str, arguments)],
+            ["setsid", "--ctty", "--wait", *COMMAND, *map(str, arguments)],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -75,10 +75,17 @@ class Terminal:
                 self.sent += data
 
 
+def of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the environment one that leaves the size and the colours to the terminal."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @contextlib.contextmanager
 def terminal(columns: int, jobs: Path, *arguments: object) -> Iterator[Terminal]:
     """A run on a terminal."""
-    one = Terminal(columns, jobs, *arguments)
+    one = Terminal(columns, "run", jobs, *arguments)
     try:
         yield one
     finally:
@@ -87,9 +94,7 @@ def terminal(columns: int, jobs: Path, *arguments: object) -> Iterator[Terminal]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+    of_a_terminal(monkeypatch)
 
 
 @pytest.fixture
@@ -120,6 +125,17 @@ def test_a_table_that_follows_the_run(namespace: str, jobs: Path, tmp_path: Path
     assert "3/3" in screen.text.splitlines()[-2]
     assert screen.text.splitlines()[-1].startswith("3 commands, 2 completed, 1 failed")
     assert screen.sent.decode().endswith(screen.text.splitlines()[-1] + "\r\n")
+    nothing_left(namespace)
+
+
+@pytest.mark.parametrize("columns", [1, 10])
+def test_a_terminal_that_nothing_fits(namespace: str, jobs: Path, columns: int) -> None:
+    """It is shown what there is room for, and the figures in the end."""
+    jobs.write_text("exit 3\n" * 2)
+    with terminal(columns, jobs) as screen:
+        assert screen.status() == 1
+    assert "Traceback" not in screen.text
+    assert screen.text.splitlines()[-1].startswith("2 commands, 0 completed, 2 failed")
     nothing_left(namespace)
 
 

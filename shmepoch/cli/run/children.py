@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from typing import Any, Final
 
 from shmepoch.cli.run.descendants import adopt_orphans, children, kill_children
+from shmepoch.cli.streams import complain
 from shmepoch.errors import ShmepochError
 
 _context = multiprocessing.get_context("spawn")
@@ -173,4 +174,5 @@ def _main(role: str, main: Callable[..., None], pipe: object, *args: object) -> 
     try:
         main(pipe, *args)
     except (ShmepochError, OSError) as error:
-        sys.exit(f"shmepoch: {role} process {os.getpid()}: {error}")
+        complain(f"{role} process {os.getpid()}: {error}")
+        sys.exit(1)

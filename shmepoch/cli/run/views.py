@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from shmepoch.cli.run.children import Child
 from shmepoch.cli.run.events import Standing, View
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.streams import visible
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
 
@@ -28,12 +28,10 @@ _FIGURE_WIDTH: Final = 9
 
 def view_for(stream: TextIO) -> View:
     """The view that fits where the events go."""
-    if isinstance(stream, io.TextIOWrapper):  # a command may hold what the locale has no code for
-        stream.reconfigure(errors="backslashreplace")
     console = Console(file=stream)
     if stream.isatty() and not console.is_dumb_terminal:
         return TableView(console)
-    return LineView(lambda line: print(line, file=stream, flush=True))
+    return LineView(lambda line: print(visible(line), file=stream, flush=True))
 
 
 class LineView:
@@ -107,7 +105,7 @@ class TableView:
             self._live.stop()
 
     def _say(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(visible(line)), soft_wrap=True)
 
     def _changed(self) -> None:
         if not self._stale:
