@@ -14,7 +14,7 @@ import typer
 
 from shmepoch import starting
 from shmepoch.cli import streams
-from shmepoch.cli.run import jobs
+from shmepoch.cli.run import inherited, jobs
 from shmepoch.cli.run.command import Options, execute
 from shmepoch.cli.run.plan import NothingToResume, RunRefused
 from shmepoch.epoch.operations import OperationStatus
@@ -109,6 +109,7 @@ def run(
         raise typer.BadParameter(
             "needs --store, the file that the run is in", param_hint="--resume"
         )
+    inherited.set_for_run()
     options = Options(
         sessions=sessions,
         workers=workers,

@@ -38,10 +38,12 @@ def run(
 
 
 @contextlib.contextmanager
-def started(*arguments: object, stdin: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *arguments: object, stdin: str, command: Sequence[str] = COMMAND
+) -> Iterator[subprocess.Popen[str]]:
     """A run in progress, in a process group of its own as a terminal would start it."""
     with subprocess.Popen(
-        [*COMMAND, "run", *map(str, arguments)],
+        [*command, "run", *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from typing import Any, Final
 
 from shmepoch.cli.run.descendants import adopt_orphans, children, kill_children
+from shmepoch.cli.run.inherited import set_for_commands, take_all_descriptors
 from shmepoch.cli.streams import complain
 from shmepoch.errors import ShmepochError
 
@@ -44,8 +45,8 @@ class Children:
 
     def __init__(self) -> None:
         adopt_orphans()
-        # multiprocessing's own helper ends with this process; who was here before is not ours.
-        resource_tracker.ensure_running()
+        self._descriptors: Final = take_all_descriptors()
+        resource_tracker.ensure_running()  # multiprocessing's own helper, ends with this process
         self._not_ours: Final = frozenset(children())
 
     def start(
@@ -57,7 +58,7 @@ class Children:
         on_death: Callable[[Child], None],
     ) -> Child:
         """Start a process that runs `main(pipe, *args)`; to be called on the event loop."""
-        return Child(self._end_orphans, role, main, args, on_message, on_death)
+        return Child(self._end_orphans, self._descriptors, role, main, args, on_message, on_death)
 
     def _end_orphans(self) -> None:
         """Kill what was started by children that are dead."""
@@ -71,6 +72,7 @@ class Child:
     def __init__(
         self,
         end_orphans: Callable[[], None],
+        descriptors: int,
         role: str,
         main: Callable[..., None],
         args: tuple[object, ...],
@@ -84,7 +86,9 @@ class Child:
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_main, args=(role, main, theirs, *args))
+        self._process = _context.Process(
+            target=_main, args=(descriptors, role, main, theirs, *args)
+        )
         # Inherited: until the child is a session of its own, a Ctrl-C reaches it too.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -163,14 +167,16 @@ class Child:
         self._end_orphans()
 
 
-def _main(role: str, main: Callable[..., None], pipe: object, *args: object) -> None:
+def _main(
+    descriptors: int, role: str, main: Callable[..., None], pipe: object, *args: object
+) -> None:
     """What every child runs."""
     # A session of its own: Ctrl-C is the runtime's to deal with, and no command finds a terminal
     # to wait for.
     os.setsid()
     # Not ignored: that would be inherited by commands, and a handler is not.
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    set_for_commands(descriptors)
     try:
         main(pipe, *args)
     except (ShmepochError, OSError) as error:

@@ -17,6 +17,7 @@ import msgspec
 
 from shmepoch.cli.run import past
 from shmepoch.cli.run.children import Children
+from shmepoch.cli.run.inherited import INTERRUPTIONS, leave_strangers
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
@@ -44,8 +45,6 @@ _LEAVE_S: Final = 15.0
 _LOOK_S: Final = 0.05
 #: What the exit status is above when a signal ended the run.
 _SIGNALLED: Final = 128
-#: What ends a run early, and as if it had ended by it.
-_INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +80,7 @@ def execute(jobs: list[Job], options: Options) -> int:
 
     What made it impossible to go on is raised once everything was ended.
     """
+    leave_strangers()
     with contextlib.ExitStack() as stack:
         folder = options.transcript
         if folder is None:
@@ -163,7 +163,7 @@ class _Run:
             )
             self._broken.set()
 
-        for number in _INTERRUPTIONS:
+        for number in INTERRUPTIONS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, interrupt, number)
         loop.set_exception_handler(fail)

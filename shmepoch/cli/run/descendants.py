@@ -9,7 +9,9 @@ import signal
 from collections.abc import Set
 from typing import Final
 
-_PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
+# linux/prctl.h
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 def adopt_orphans() -> None:
@@ -17,10 +19,14 @@ def adopt_orphans() -> None:
 
     A process group would not hold them together: `timeout` and `setsid`, among others, leave it.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(error)}")
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed when the parent ends, which has this process id; at once if it has ended."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def children() -> set[int]:
@@ -31,12 +37,17 @@ def children() -> set[int]:
 def kill_children(*, keep: Set[int] = frozenset()) -> None:
     """Kill every child but those in `keep`, and theirs, and return once none is left.
 
-    Killing a child hands its own children to this process, which must have adopted orphans.
+    Killing a child hands its own children to this process, which must have adopted orphans. What
+    runs as another user, and so may not be killed, is left.
     """
     while others := children() - keep:
         for pid in others:
-            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is nobody else's
-            os.waitpid(pid, 0)
+            try:
+                os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is nobody else's
+            except PermissionError:
+                keep |= {pid}
+            else:
+                os.waitpid(pid, 0)
 
 
 def reap_children() -> None:
@@ -44,6 +55,13 @@ def reap_children() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
 
 
 def _is_child(pid: int) -> bool:
