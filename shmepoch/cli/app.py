@@ -26,6 +26,7 @@ from shmepoch.runtime.persistence import MOST_DELAY_S
 
 RUN_ERROR: Final = 1
 USAGE_ERROR: Final = 2
+NOT_CARRIED_OUT: Final = 3
 
 
 def _seconds(least: float, most: float) -> Callable[[float | None], float | None]:
@@ -102,8 +103,13 @@ def run(
     With --store, a run that was interrupted or killed, by a reboot too, can be carried on with:
     run it again with --resume. Without --resume a store with an unfinished run is refused.
 
-    Exit status: 0 if every command completed, 1 if one did not, 2 for a bad file or a store that
-    does not go with what is asked for, 130 on Ctrl-C.
+    What a command leaves in the background goes on until the run ends, and is ended with it; if its
+    worker is killed, or a command of its worker is cancelled, with that.
+
+    Exit status: 0 if every command completed; 1 if one did not; 2 if nothing was run because of an
+    option, the file, or a store that does not go with them; 3 if the run could not be carried out,
+    for want of shared memory, of a process or of a store that works; 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP, 141 if the reader of its output has left.
     """
     if resume and store is None:
         raise typer.BadParameter(
@@ -139,8 +145,9 @@ def run(
             streams.reader_left()
         except (RunRefused, StoreUnusable) as error:
             _fail(USAGE_ERROR, error)
-        except (ShmepochError, OSError) as error:
-            _fail(RUN_ERROR, error)
+        # A RuntimeError or MemoryError where there is no thread or no memory to be had.
+        except (ShmepochError, OSError, RuntimeError, MemoryError) as error:
+            _fail(NOT_CARRIED_OUT, error)
         finally:
             starting.end_on_interrupt()
     sys.exit(status)

@@ -164,7 +164,7 @@ def test_a_child_that_does_not_end_is_named(namespace: str, tmp_path: Path) -> N
         process.kill()
         process.wait()  # not for the agent to close what it prints to
     refused = run(*arguments, "--resume", stdin=f"{waits(tmp_path)}; true\n")
-    assert refused.returncode == 1
+    assert refused.returncode == 3
     assert f"still has agent process {agent.pid}" in refused.stderr
     agent.resume()
     eventually(lambda: not processes_in(namespace), within=30)
@@ -328,7 +328,7 @@ def test_a_run_that_goes_on_is_not_taken_over(namespace: str, tmp_path: Path) ->
     with started(*arguments, stdin=stdin) as process:
         (command,) = waiting(tmp_path)
         second = run(*arguments, "--resume", stdin=stdin)
-        assert second.returncode == 1
+        assert second.returncode == 3
         assert str(process.pid) in second.stderr
         assert run(*arguments, stdin=stdin).returncode == 2
         command.kill()

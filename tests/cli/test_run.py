@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,30 @@ sys.meta_path.insert(0, Absent())
 from shmepoch.cli import main
 
 main()
+"""
+
+_LACKING = """
+import sys
+from shmepoch.cli import main
+from shmepoch.cli.run import children
+from shmepoch.errors import SharedMemoryExhausted
+from shmepoch.runtime.adapter import RuntimeSessionAdapter
+
+
+def lack(*args, **kwargs):
+    raise {{
+        "room": SharedMemoryExhausted(1, 0, "/dev/shm"),
+        "process": BlockingIOError(11, "Resource temporarily unavailable"),
+        "thread": RuntimeError("can't start new thread"),
+    }}[{missing!r}]
+
+
+if __name__ == "__main__":
+    if {missing!r} == "process":
+        children.Children.start = lack
+    else:
+        RuntimeSessionAdapter.prepare_bindings = lack
+    main()
 """
 
 
@@ -129,6 +154,77 @@ def test_a_command_that_fails(tmp_path: Path) -> None:
     assert first.endswith(" ms\nsaid\nso\n")
     assert by_command["kill -9 $$"]["output"].startswith("killed by SIGKILL after ")
     assert "not found" in by_command["no-such-program"]["output"]
+
+
+def test_what_a_failed_command_printed_is_shown() -> None:
+    done = run("-", stdin="echo said; echo so >&2; exit 3\necho fine\nseq 1 200; false\n")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if "failed     line 1" in line)
+    assert lines[first + 1 : first + 3] == ["    | said", "    | so"]
+    (last,) = (number for number, line in enumerate(lines) if "failed     line 3" in line)
+    shown = lines[last + 1 : last + 12]
+    assert shown == ["    | ...", *(f"    | {number}" for number in range(191, 201))]
+    assert "    | fine" not in lines
+
+
+def test_a_long_line_of_a_failed_command_is_shown_in_part() -> None:
+    done = run("-", stdin="yes x | tr -d '\\n' | head -c 3000; false\n")
+    assert f"    | {'x' * 200}..." in done.stdout.splitlines()
+
+
+def test_transcripts_have_fields_for_machines(tmp_path: Path) -> None:
+    long = f"true {'é' * 150}"
+    stdin = f"# first\nsleep 0.2\nexit 7\nkill -9 $$\nseq 1 5000\n\nseq 1 5000; exit 5\n{long}\n"
+    before = time.time_ns() // 1_000_000
+    run("-", "--transcript", tmp_path, stdin=stdin)
+    after = time.time_ns() // 1_000_000
+    by_line = {line["line"]: line for line in told(tmp_path)}
+    assert sorted(by_line) == [2, 3, 4, 5, 7, 8]
+    assert all(before <= line["completed_at_ms"] <= after for line in by_line.values())
+    assert by_line[2]["duration_ms"] >= 200
+    fields = ("exit_status", "signal", "output_cut", "output_bytes", "command_cut")
+    found = {number: [line.get(field) for field in fields] for number, line in by_line.items()}
+    size = len("".join(f"{number}\n" for number in range(1, 5001)))
+    assert found == {
+        2: [0, None, None, None, None],
+        3: [7, None, None, None, None],
+        4: [None, "SIGKILL", None, None, None],
+        5: [0, None, True, size, None],
+        7: [5, None, True, size, None],
+        8: [0, None, None, None, True],
+    }
+    assert by_line[5]["output"].endswith("\n4999\n5000\n")
+    assert len(by_line[5]["output"]) == 4096
+    assert by_line[8]["command"] == long.encode()[:200].decode(errors="ignore") + "…"
+
+
+def test_no_output_passes_for_one_that_was_cut(tmp_path: Path) -> None:
+    stdin = "echo '[the end of 5000 bytes]'; echo x\nhead -c 4096 /dev/zero | tr '\\0' x\n"
+    stdin += "head -c 4097 /dev/zero | tr '\\0' x\n"
+    run("-", "--transcript", tmp_path, stdin=stdin)
+    by_line = {line["line"]: line for line in told(tmp_path)}
+    assert by_line[1]["output"] == "[the end of 5000 bytes]\nx\n"
+    assert by_line[2]["output"] == by_line[3]["output"] == "x" * 4096
+    sizes = [by_line[number].get("output_bytes") for number in (1, 2, 3)]
+    assert sizes == [None, None, 4097]
+
+
+@pytest.mark.parametrize("missing", ["room", "process", "thread"])
+def test_a_run_that_cannot_be_carried_out_has_a_status_of_its_own(
+    namespace: str, missing: str
+) -> None:
+    command = (sys.executable, "-c", _LACKING.format(missing=missing))
+    done = run("-", stdin="false\n", command=command)
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False)
+    assert done.stderr.startswith("shmepoch: ")
+    nothing_left(namespace)
+
+
+def test_the_statuses_are_in_the_help() -> None:
+    shown = run("--help", stdin="").stdout
+    for status in ("0 if", "1 if", "2 if", "3 if", "130", "143", "129", "141"):
+        assert status in " ".join(shown.replace("│", " ").split())
 
 
 def test_a_command_that_cannot_start(tmp_path: Path) -> None:
@@ -294,7 +390,7 @@ def test_a_transcript_folder_that_cannot_be_made_is_status_2(
 def test_a_transcript_that_cannot_be_written_ends_the_run(namespace: str) -> None:
     """Not a thousand agents that all fail in the same way."""
     done = run("-", "--transcript", "/proc/self", stdin="true\n")
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "agent" in done.stderr
     nothing_left(namespace)
 

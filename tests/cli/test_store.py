@@ -68,7 +68,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_to_resume(namespace: str, tmp_pa
     store, stdin = tmp_path / "store", "true\ntrue\n"
     arguments = ("-", "--store", store, "--sessions", 2)
     failed = run(*arguments, stdin=stdin, command=(sys.executable, "-c", _CANNOT_OPEN))
-    assert failed.returncode == 1
+    assert failed.returncode == 3
     assert "Traceback" not in failed.stderr
     nothing_left(namespace)
     assert run(*arguments, stdin=stdin).returncode == 0
@@ -102,7 +102,7 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
         command.kill()
         status, out, err = ended(process)
         holder.close()
-    assert (status, out) == (1, "")
+    assert (status, out) == (3, "")
     assert "the store did not take a write" in err.splitlines()[-1]
     assert "Traceback" not in err
     eventually(lambda: not processes_in(namespace), within=30)

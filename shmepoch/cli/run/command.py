@@ -19,11 +19,11 @@ from shmepoch.cli.run import past
 from shmepoch.cli.run.children import Children
 from shmepoch.cli.run.inherited import INTERRUPTIONS, leave_strangers
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.run.outcomes import TAIL_BYTES
 from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
 from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.views import view_for
-from shmepoch.cli.run.worker import TAIL_BYTES
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError

@@ -17,6 +17,7 @@ from shmepoch.stores import RuntimeStore
 
 #: How a command ends that has run to its own end. Any other end leaves it to be run again.
 FINISHED: Final = frozenset({OperationStatus.COMPLETED, OperationStatus.FAILED})
+_LINE_BYTES: Final = 4
 #: What the children of a run are in its epochs.
 _CHILDREN: Final = frozenset({Role.AGENT, Role.WORKER})
 
@@ -40,10 +41,17 @@ class Past(NamedTuple):
 def operation_id(session_id: SessionId, job: Job, attempt: int) -> OperationId:
     """The operation that an attempt at a command is; the first attempt is 0.
 
-    It follows from what it names, so that a run that is resumed knows what has been done.
+    It follows from what it names, so that a run that is resumed knows what has been done. It
+    begins with the line, for those who know nothing else of the operation.
     """
     name = f"{job.line} {attempt} {job.command}"
-    return OperationId.from_uuid(uuid.uuid5(session_id.uuid, name))
+    digest = uuid.uuid5(session_id.uuid, name).bytes
+    return OperationId.from_bytes(job.line.to_bytes(_LINE_BYTES) + digest[_LINE_BYTES:])
+
+
+def line_of(id: OperationId) -> int:
+    """The line of the command that an operation is an attempt at."""
+    return int.from_bytes(id.bytes[:_LINE_BYTES])
 
 
 def read(bindings: SessionRuntimeBindings, store: RuntimeStore | None) -> Past:

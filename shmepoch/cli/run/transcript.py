@@ -9,11 +9,12 @@ from typing import Self
 
 import msgspec
 
-from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap
+from shmepoch.cli.run.outcomes import Ending, ending, name_is_cut
+from shmepoch.cli.run.past import line_of
+from shmepoch.epoch.completions import CompletionFeedGap
 from shmepoch.epoch.operations import (
     Aborted,
     Cancelled,
-    Completed,
     Failed,
     OperationTerminalOutcome,
     Terminated,
@@ -24,15 +25,34 @@ from shmepoch.runtime.boundary import Notice
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One notice; of a gap, `seq` is the last that is missing and `after_seq` is set."""
+    """One notice; of a gap, `seq` is the last that is missing and `after_seq` is set.
+
+    A field that does not apply is left out.
+    """
 
     epoch_id: str
     seq: int
     after_seq: int | None = None
     operation_id: str = ""
+    line: int = 0
+    """Where the command stands in the jobs file."""
     command: str = ""
+    command_cut: bool = False
+    """Whether `command` is only the beginning of it."""
     status: str = ""
+    exit_status: int | None = None
+    """What the command ended with by itself."""
+    signal: str | None = None
+    """The name of the signal that killed it."""
+    duration_ms: int | None = None
+    completed_at_ms: int = 0
+    """When it ended, in milliseconds since the Unix epoch."""
     output: str = ""
+    """What it printed or, above that, why it did not complete."""
+    output_cut: bool = False
+    """Whether the beginning of what it printed is missing."""
+    output_bytes: int | None = None
+    """How much it printed, if that was cut."""
 
 
 def path_in(folder: Path, session_id: SessionId) -> Path:
@@ -76,24 +96,31 @@ def read(path: Path) -> list[Line]:
 def _line(epoch_id: str, notice: Notice) -> Line:
     if isinstance(notice, CompletionFeedGap):
         return Line(epoch_id=epoch_id, seq=notice.dropped_through, after_seq=notice.after_seq)
+    how = ending(notice)
     return Line(
         epoch_id=epoch_id,
         seq=notice.seq,
         operation_id=str(notice.operation_id),
+        line=line_of(notice.operation_id),
         command=notice.display_name,
+        command_cut=name_is_cut(notice.display_name),
         status=status_of(notice.terminal_outcome),
-        output=_output(notice),
+        exit_status=how.exit_status,
+        signal=how.signal,
+        duration_ms=how.duration_ms,
+        completed_at_ms=notice.completed_at_ms,
+        output=_output(notice.terminal_outcome, how),
+        output_cut=how.output_bytes is not None,
+        output_bytes=how.output_bytes,
     )
 
 
-def _output(entry: CompletionEntry) -> str:
-    outcome: OperationTerminalOutcome = entry.terminal_outcome
+def _output(outcome: OperationTerminalOutcome, how: Ending) -> str:
     match outcome:
-        case Completed(result):
-            return result.content
-        case Failed(error):
-            return error
-        case Aborted(reason) | Cancelled(reason) | Terminated(reason):
+        case Failed(error) if how.duration_ms is not None:
+            why, _, _ = error.partition("\n")
+            return f"{why}\n{how.output}"
+        case Failed(reason) | Aborted(reason) | Cancelled(reason) | Terminated(reason):
             return reason or ""
         case _:
-            return ""
+            return how.output

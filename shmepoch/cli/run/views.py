@@ -14,6 +14,7 @@ from rich.text import Text
 from shmepoch.cli.run.children import Child
 from shmepoch.cli.run.events import Standing, View
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.run.outcomes import ending
 from shmepoch.cli.streams import visible
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
@@ -24,6 +25,9 @@ _DRAW_EVERY_S: Final = 1.0
 #: Room for the names of the rows, and for the figures of one session.
 _NAME_WIDTH: Final = 16
 _FIGURE_WIDTH: Final = 9
+#: How much is shown of what a failed command printed: its last lines, and the beginning of each.
+_SHOWN_LINES: Final = 10
+_SHOWN_WIDTH: Final = 200
 
 
 def view_for(stream: TextIO) -> View:
@@ -51,6 +55,8 @@ class LineView:
     def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
         status = status_of(entry.terminal_outcome)
         self._say(f"session {session.number}: {status:10} line {job.line}{_how(entry)}")
+        for line in _printed(entry):
+            self._say(line)
 
     def told(self, session: Standing, through: int) -> None:
         self._say(f"session {session.number}: agent has been told of {through} completions")
@@ -89,6 +95,8 @@ class TableView:
         status = status_of(entry.terminal_outcome)
         if status is not OperationStatus.COMPLETED:
             self._say(f"line {job.line} {status}{_how(entry)}: {job.command}")
+            for line in _printed(entry):
+                self._say(line)
         self._changed()
 
     def told(self, session: Standing, through: int) -> None:
@@ -173,6 +181,19 @@ def _how(entry: CompletionEntry) -> str:
             return f" ({first_line})"
         case _:
             return ""
+
+
+def _printed(entry: CompletionEntry) -> list[str]:
+    """The last of what a failed command printed."""
+    if status_of(entry.terminal_outcome) is not OperationStatus.FAILED:
+        return []
+    lines = ending(entry).output.splitlines()
+    shown = [f"    | {_cut(line)}" for line in lines[-_SHOWN_LINES:]]
+    return ["    | ..."] * (len(lines) > _SHOWN_LINES) + shown
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _SHOWN_WIDTH else f"{line[:_SHOWN_WIDTH]}..."
 
 
 def _loss(child: Child) -> str:

@@ -15,6 +15,7 @@ from typing import Final
 
 from shmepoch.cli.run.descendants import adopt_orphans, kill_children, reap_children
 from shmepoch.cli.run.messages import Assignment, Idle
+from shmepoch.cli.run.outcomes import NAME_BYTES, TAIL_BYTES, failure, head, kept, named
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import (
     OperationKind,
@@ -25,12 +26,8 @@ from shmepoch.epoch.operations import (
 from shmepoch.errors import InvalidTransition
 from shmepoch.ids import OperationId
 
-#: How much of the end of a command's output its operation keeps, as UTF-8.
-TAIL_BYTES: Final = 4096
-#: A little more, so that a character cut in half is cut away.
+#: A little more than is kept, so that a character cut in half is cut away.
 _KEPT_BYTES: Final = TAIL_BYTES + 3
-#: How much of a command, or of a line of output, names it in tables.
-NAME_BYTES: Final = 200
 #: Between two progress reports; a report tells how many lines there have been.
 _REPORT_EVERY_S: Final = 0.1
 #: How long a command that nobody wants any more has between SIGTERM and SIGKILL.
@@ -77,10 +74,11 @@ class _Command:
             id=self._id,
             kind=OperationKind.BACKGROUND_TOOL_OP,
             owner_session_id=bindings.session_id,
-            display_name=_head(assignment.command, NAME_BYTES),
+            display_name=named(assignment.command),
             source_label=f"line {assignment.line}",
         )
         self._tail = b""
+        self._size = 0
         self._lines = 0
         self._reported_at = time.monotonic()
 
@@ -138,26 +136,26 @@ class _Command:
         except BlockingIOError:
             return 0
         self._tail = (self._tail + chunk)[-_KEPT_BYTES:]
+        self._size += len(chunk)
         self._lines += chunk.count(b"\n")
         now = time.monotonic()
         if chunk and now - self._reported_at >= _REPORT_EVERY_S:
             self._reported_at = now
             last = self._tail.rstrip(b"\n").rpartition(b"\n")[2].decode(errors="replace")
             update = OperationProgressUpdate(
-                f"{self._lines} lines, the last: {_head(last, NAME_BYTES)}"
+                f"{self._lines} lines, the last: {head(last, NAME_BYTES)}"
             )
             self._registry.report_progress(self._id, update)
         return len(chunk)
 
     def _end(self, status: int, duration_ms: int) -> None:
-        output = _tail(self._tail.decode(errors="replace"), TAIL_BYTES)
+        output = kept(self._tail.decode(errors="replace"), self._size)
         if status == 0:
             self._registry.complete_operation(
                 self._id, OperationResult(id=self._id, content=output, duration_ms=duration_ms)
             )
-            return
-        how = f"exit status {status}" if status > 0 else f"killed by {_signal_name(-status)}"
-        self._registry.fail_operation(self._id, f"{how} after {duration_ms} ms\n{output}")
+        else:
+            self._registry.fail_operation(self._id, failure(status, duration_ms, output))
 
 
 @contextlib.contextmanager
@@ -179,20 +177,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     kill_children()
-
-
-def _head(text: str, limit: int) -> str:
-    """The beginning of `text` that fits `limit` bytes."""
-    return text.encode()[:limit].decode(errors="ignore")
-
-
-def _tail(text: str, limit: int) -> str:
-    """The end of `text` that fits `limit` bytes."""
-    return text.encode()[-limit:].decode(errors="ignore")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
