@@ -13,9 +13,11 @@ import pytest
 from tests.cli.running import (
     COMMAND,
     DEADLINE_S,
+    agent_of,
     ended,
     nothing_left,
     processes_in,
+    run,
     started,
     summary,
     told,
@@ -64,11 +66,55 @@ def test_commands_are_asked_to_end_before_they_are_killed(namespace: str, tmp_pa
     stubborn = f"trap '' TERM INT HUP; {waits(tmp_path)}; {waits(tmp_path)}"
     with started("-", "--workers", 2, stdin=f"{polite}\n{stubborn}\n") as process:
         waiting(tmp_path, 2)
-        for _ in range(5):  # an impatient user
-            os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         status, _, err = ended(process)
     assert (status, err) == (130, "")
     assert (tmp_path / "bye").read_text() == "bye\n"
+    nothing_left(namespace)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_kills_what_still_runs(
+    namespace: str, tmp_path: Path, second: signal.Signals
+) -> None:
+    slow = f"trap 'echo >{tmp_path}/asked; sleep 1; echo >{tmp_path}/bye' TERM"
+    with started("-", stdin=f"{slow}; {waits(tmp_path)} & wait; wait\n") as process:
+        waiting(tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        eventually((tmp_path / "asked").exists)
+        process.send_signal(second)
+        status, out, err = ended(process)
+    assert (status, err) == (130, "")
+    assert "1 cancelled" in out.splitlines()[-1]
+    assert not (tmp_path / "bye").exists()
+    nothing_left(namespace)
+
+
+def test_a_second_signal_ends_children_that_stand_still(namespace: str, tmp_path: Path) -> None:
+    arguments = ("-", "--json", "--transcript", tmp_path)
+    with started(*arguments, stdin=f"{waits(tmp_path)}; true\ntrue\n") as process:
+        (waiter,) = waiting(tmp_path)
+        agent_of(tmp_path).suspend()
+        (worker,) = (one for one in waiter.parents() if one.ppid() == process.pid)
+        worker.suspend()
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            while "SIGINT: " not in (line := process.stderr.readline()) and line:
+                pass
+        status, _, err = ended(process)
+    assert (status, "Traceback" in err) == (130, False)
+    nothing_left(namespace)
+
+
+def test_what_is_not_run_is_said(namespace: str, tmp_path: Path) -> None:
+    stdin = f"true\n{waits(tmp_path)}; true\n{waits(tmp_path)}; true\n" + "true\n" * 3
+    with started("-", "--workers", 2, stdin=stdin) as process:
+        waiting(tmp_path, 2)
+        process.send_signal(signal.SIGINT)
+        status, out, err = ended(process)
+    assert (status, err) == (130, "")
+    assert "SIGINT: 2 commands are ended while they run, 3 are not run; a second signal" in out
     nothing_left(namespace)
 
 
@@ -132,11 +178,9 @@ def test_a_killed_runtime_takes_its_children_and_their_commands_with_it(
         process.kill()
         ended(process)
         eventually(lambda: not processes_in(namespace), within=30)
-    # Its segments stay for the next runtime of the session; here there is none.
-    segments = segments_in(namespace)
-    assert segments
-    for segment in segments:
-        segment.unlink()
+    assert segments_in(namespace)
+    assert run("-", stdin="true\n").returncode == 0  # the next run removes what this one left
+    nothing_left(namespace)
 
 
 def test_a_worker_that_stands_still_does_not_hold_up_the_end(

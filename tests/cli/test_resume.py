@@ -184,7 +184,7 @@ def test_after_ctrl_c(namespace: str, tmp_path: Path) -> None:
     assert status == 130
     assert "--resume carries on" in err
     assert summary(out)["notices"] == {"delivered": 2, "duplicates": 0, "lost": 0}
-    assert len(segments_in(namespace)) == 1
+    nothing_left(namespace)  # the store has everything
 
     flag.touch()
     done = run(*arguments, "--resume", stdin=stdin)
@@ -196,6 +196,57 @@ def test_after_ctrl_c(namespace: str, tmp_path: Path) -> None:
     assert (tmp_path / "one").read_text() == "one\n"
     assert everything_was_told(store, transcripts)
     nothing_left(namespace)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_ended_run_leaves_nothing_in_memory_that_its_store_has(
+    namespace: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    store, flag = tmp_path / "store", tmp_path / "flag"
+    jobs = [*commands(tmp_path, 5, "true"), f"[ -e {flag} ] || {waits(tmp_path)}; true"]
+    arguments = ("-", "--json", "--store", store, "--workers", 1)
+    with started(*arguments, stdin="\n".join([*jobs, "true"])) as process:
+        waiting(tmp_path)
+        process.send_signal(number)
+        status, _, err = ended(process)
+    assert status == 128 + number
+    assert f"{number.name}: 1 commands are ended while they run, 1 are not run" in err
+    assert err.splitlines()[-1] == f"shmepoch: --store {store} --resume carries on with this run"
+    nothing_left(namespace)
+    assert sorted(with_status(store, *_FINISHED)) == sorted(jobs[:5])
+    flag.touch()
+    done = run(*arguments, "--resume", stdin="\n".join([*jobs, "true"]))
+    assert done.returncode == 0, done.stderr
+    figures = summary(done.stdout)
+    assert (figures["finished_before"], figures["completed"], figures["cancelled"]) == (5, 7, 1)
+    assert ran(tmp_path, jobs[:5]).total() == 5
+    nothing_left(namespace)
+
+
+def test_a_run_that_waits_for_children_of_another_is_ended_by_a_signal(
+    namespace: str, tmp_path: Path
+) -> None:
+    store, transcripts = tmp_path / "store", tmp_path / "told"
+    arguments = ("-", "--store", store, "--transcript", transcripts)
+    stdin = f"{waits(tmp_path)}; true\n"
+    with started(*arguments, stdin=stdin) as process:
+        waiting(tmp_path)
+        agent = agent_of(transcripts)
+        agent.suspend()
+        process.kill()
+        process.wait()
+    with started(*arguments, "--resume", stdin=stdin) as process:
+        (session,) = sessions(store)
+        mapped, name = Path(f"/proc/{process.pid}/maps"), segment_path(namespace, session).name
+        eventually(lambda: name in mapped.read_text(), within=60)
+        process.send_signal(signal.SIGINT)
+        status, out, err = ended(process)
+    assert (status, "Traceback" in err) == (130, False)
+    assert "0 commands are ended while they run, 1 are not run" in out
+    assert len(segments_in(namespace)) == 1  # the agent has it
+    agent.kill()
+    eventually(lambda: not processes_in(namespace), within=30)
+    empty_shared_memory(namespace)
 
 
 def test_a_command_that_failed_is_finished(namespace: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sqlite3
 import sys
 from pathlib import Path
@@ -114,6 +115,69 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
     assert (figures["finished_before"], figures["completed"]) == (5, 5)
     assert ran(tmp_path, jobs[1:]).total() == 4
     assert sorted(with_status(store, OperationStatus.COMPLETED)) == sorted(jobs)
+    nothing_left(namespace)
+
+
+def test_a_command_is_shown_as_completed_once_it_is_durable(namespace: str, tmp_path: Path) -> None:
+    """Should the machine go down before that, the command runs again."""
+    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    stdin = f"{waits(first)}; true\n{waits(second)}; true\n"
+    with started("-", "--store", store, "--workers", 1, stdin=stdin) as process:
+        (command,) = waiting(first)
+        holder = sqlite3.connect(store, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        command.kill()
+        (command,) = waiting(second)  # so the first one has ended
+        assert process.stdout is not None
+        shown: list[str] = []
+        while not any("started    line 2" in line for line in shown):
+            shown.append(process.stdout.readline())
+        assert not any("completed" in line for line in shown)
+        assert with_status(store, OperationStatus.COMPLETED) == []
+        holder.execute("ROLLBACK")
+        holder.close()
+        while "completed  line 1" not in shown[-1]:
+            shown.append(process.stdout.readline())
+            assert shown[-1]
+        assert len(with_status(store, OperationStatus.COMPLETED)) == 1
+        command.kill()
+        status, out, err = ended(process)
+    assert (status, "completed  line 2" in out) == (0, True), err
+    nothing_left(namespace)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_run_that_is_ended_while_its_store_fails_leaves_what_it_lacks(
+    namespace: str, tmp_path: Path, signals: int
+) -> None:
+    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    stdin = f"{waits(first)}; true\n[ -e {tmp_path}/flag ] || {waits(second)}; true\n"
+    arguments = ("-", "--json", "--store", store, "--workers", 1)
+    with started(*arguments, stdin=stdin) as process:
+        (command,) = waiting(first)
+        holder = sqlite3.connect(store, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        command.kill()
+        waiting(second)
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            while "SIGTERM: " not in process.stderr.readline() and process.poll() is None:
+                pass
+        status, _, err = ended(process)
+        holder.close()
+    assert (status, "Traceback" in err) == (143, False)
+    eventually(lambda: not processes_in(namespace), within=30)
+    assert segments_in(namespace)
+    (tmp_path / "flag").touch()
+    done = run(*arguments, "--resume", stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    figures = summary(done.stdout)
+    assert (figures["finished_before"], figures["completed"]) == (1, 2)
     nothing_left(namespace)
 
 

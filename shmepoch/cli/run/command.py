@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 
-from shmepoch.cli.run import past
+from shmepoch.cli.run import leftovers, past
 from shmepoch.cli.run.children import Children
 from shmepoch.cli.run.inherited import INTERRUPTIONS, leave_strangers
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.run.kept import RunStore
 from shmepoch.cli.run.outcomes import TAIL_BYTES
 from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
@@ -26,13 +31,13 @@ from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.views import view_for
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.errors import ShmepochError
+from shmepoch.errors import ShmepochError, StoreError
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Participant
-from shmepoch.memory.segment import resolve_namespace
+from shmepoch.memory.segment import remove_unused, resolve_namespace
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.supervision import EpochSupervisor
-from shmepoch.stores import SqliteRuntimeStore
+from shmepoch.stores import EpochCapture
 
 #: What the completion of a command takes in the feed at most: the tail of its output, and the rest.
 _ENTRY_BYTES: Final = TAIL_BYTES + 1024
@@ -43,6 +48,10 @@ _OTHERS: Final = 16
 #: How long the children of a killed runtime have to notice it and end, and how often one looks.
 _LEAVE_S: Final = 15.0
 _LOOK_S: Final = 0.05
+#: How long everything that has ended may take to be in the store.
+_STORE_S: Final = 10.0
+#: How long a run still waits for its store after a second signal.
+_ABANDONED_S: Final = 1.0
 #: What the exit status is above when a signal ended the run.
 _SIGNALLED: Final = 128
 
@@ -86,9 +95,10 @@ def execute(jobs: list[Job], options: Options) -> int:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmepoch-")))
         store, kept = None, None
-        plan = Plan.new(jobs, options.sessions, resolve_namespace(None))
+        namespace = resolve_namespace(None)
+        plan = Plan.new(jobs, options.sessions, namespace, kept=options.store is not None)
         if options.store is not None:
-            store = stack.enter_context(SqliteRuntimeStore(options.store))
+            store = stack.enter_context(RunStore(options.store))
             if options.resume:
                 kept = KeptPlan.resume(store, jobs, options.sessions)
                 plan = kept.plan
@@ -100,7 +110,8 @@ def execute(jobs: list[Job], options: Options) -> int:
     else:
         print(summary.line())
     if options.store is not None and status >= _SIGNALLED:
-        print("shmepoch: --resume carries on with this run", file=sys.stderr)
+        how = f"--store {shlex.quote(str(options.store))} --resume carries on with this run"
+        print(f"shmepoch: {how}", file=sys.stderr)
     return status
 
 
@@ -110,7 +121,7 @@ class _Run:
         plan: Plan,
         options: Options,
         transcripts: Path,
-        store: SqliteRuntimeStore | None,
+        store: RunStore | None,
         kept: KeptPlan | None,
     ) -> None:
         self._plan = plan
@@ -125,6 +136,7 @@ class _Run:
         self._kills = 0
         self._signal: int | None = None
         self._interrupted = asyncio.Event()
+        self._abandoned = asyncio.Event()
         self._error: BaseException | None = None
         self._broken = asyncio.Event()
 
@@ -132,30 +144,30 @@ class _Run:
         """Everything; the exit status, and what it came to."""
         began = time.monotonic()
         self._listen()
-        with contextlib.ExitStack() as stack:
-            adapter = stack.enter_context(self._adapter())
-            stack.callback(self._leave, adapter)
-            await self._open(adapter)
-            self._resumable = self._kept is not None
-            stack.callback(self._view.close)
-            self._view.began(self._sessions, len(self._plan.jobs))
-            try:
-                await self._until_finished()
-            finally:
-                await asyncio.gather(*(session.end() for session in self._sessions))
-            self._resumable = self._resumable and self._signal is not None
-            summary = self._summary(time.monotonic() - began)
-        if self._signal is not None:
-            return _SIGNALLED + self._signal, summary
+        leftovers.remove_left_over(self._plan.namespace)
+        adapter = self._adapter()
+        try:
+            with contextlib.ExitStack() as stack:
+                await self._open(adapter)
+                self._resumable = self._kept is not None
+                stack.callback(self._view.close)
+                self._view.began(self._sessions, len(self._plan.jobs))
+                try:
+                    await self._until_finished()
+                finally:
+                    await asyncio.gather(*(session.end() for session in self._sessions))
+                interrupted = self._signal
+                self._resumable = self._resumable and interrupted is not None
+                summary = self._summary(time.monotonic() - began)
+        finally:
+            await self._leave(adapter)
+        if interrupted is not None:
+            return _SIGNALLED + interrupted, summary
         return int(any(s.undecided or s.not_completed for s in self._sessions)), summary
 
     def _listen(self) -> None:
-        """Hear of signals, and of errors in callbacks, which nobody awaits."""
+        """Hear of signals, of errors in callbacks, which nobody awaits, and of the store."""
         loop = asyncio.get_running_loop()
-
-        def interrupt(number: int) -> None:
-            self._signal = self._signal or number
-            self._interrupted.set()
 
         def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             self._error = (
@@ -165,8 +177,26 @@ class _Run:
 
         for number in INTERRUPTIONS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, interrupt, number)
+                loop.add_signal_handler(number, self._interrupt, number)
         loop.set_exception_handler(fail)
+        if self._store is not None:
+            self._store.on_saved = lambda saved: loop.call_soon_threadsafe(self._saved, saved)
+
+    def _interrupt(self, number: int) -> None:
+        """The first signal ends the run in good order, the second one at once."""
+        if self._signal is None:
+            self._signal = number
+            self._interrupted.set()
+            return
+        self._abandoned.set()
+        for session in self._sessions:
+            session.abandon()
+
+    def _saved(self, captures: Sequence[EpochCapture]) -> None:
+        durable = {one.snapshot.epoch_id: one.snapshot.entries for one in captures}
+        for session in self._sessions:
+            if entries := durable.get(session.bindings.epoch_id):
+                session.stored_through(entries[-1].seq)
 
     def _adapter(self) -> RuntimeSessionAdapter:
         namespace, config = self._plan.namespace, self._config()
@@ -200,21 +230,59 @@ class _Run:
         """Wait for the children of a runtime that was killed, and end what they left running."""
         deadline = time.monotonic() + _LEAVE_S
         while left := [one for bindings in opened for one in past.left_behind(bindings)]:
+            if self._interrupted.is_set():
+                return
             if time.monotonic() > deadline:
                 raise ChildrenLeft(left)
             await asyncio.sleep(_LOOK_S)
         for bindings in opened:
             EpochSupervisor(bindings).look()
 
-    def _leave(self, adapter: RuntimeSessionAdapter) -> None:
-        """End the sessions, unless somebody may carry on with them."""
+    async def _leave(self, adapter: RuntimeSessionAdapter) -> None:
+        """End the sessions, or leave them to the run that carries on with them.
+
+        A store may take its time, so a thread does it: a second signal is still heard.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def leave() -> None:
+            try:
+                self._end_sessions(adapter)
+            except Exception as error:
+                loop.call_soon_threadsafe(ended.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+        threading.Thread(target=leave, name="shmepoch-leave", daemon=True).start()
+        abandoned = asyncio.ensure_future(self._abandoned.wait())
+        await asyncio.wait((ended, abandoned), return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            await asyncio.wait([ended], timeout=_ABANDONED_S)
+        abandoned.cancel()
+        if not ended.done():
+            self._end_at_once()
+        ended.result()
+
+    def _end_sessions(self, adapter: RuntimeSessionAdapter) -> None:
+        with adapter:  # closing it brings the store up to date
+            if not self._resumable:
+                for id in self._plan.sessions:
+                    if adapter.contains_session(id):
+                        adapter.unregister_session(id)
+                if self._kept is not None:
+                    self._kept.finish()
         if self._resumable:
-            return
-        for id in self._plan.sessions:
-            if adapter.contains_session(id):
-                adapter.unregister_session(id)
-        if self._kept is not None:
-            self._kept.finish()
+            for session in self._sessions:
+                if session.stored:
+                    remove_unused(self._plan.namespace, session.bindings.session_id)
+
+    def _end_at_once(self) -> NoReturn:
+        """Wait for the store no longer; what it lacks is in shared memory."""
+        if self._options.transcript is None:
+            shutil.rmtree(self._transcripts, ignore_errors=True)
+        print(f"shmepoch: {self._store_behind()}", file=sys.stderr, flush=True)
+        os._exit(_SIGNALLED + (self._signal or signal.SIGINT))
 
     def _config(self) -> OpsLifecycleConfig:
         workers = self._options.workers
@@ -225,18 +293,24 @@ class _Run:
         )
 
     async def _until_finished(self) -> None:
-        for session in self._sessions:
-            session.start()
-        awaited = [self._all_finished(), self._interrupted.wait()]
-        if self._options.kill_every is not None:
-            awaited.append(self._kill_every(self._options.kill_every))
-        await self._first_of(awaited)
-        if self._interrupted.is_set():
+        if not self._interrupted.is_set():
+            for session in self._sessions:
+                session.start()
+            awaited = [self._all_finished(), self._interrupted.wait()]
+            if self._options.kill_every is not None:
+                awaited.append(self._kill_every(self._options.kill_every))
+            await self._first_of(awaited)
+        if self._signal is not None:
+            self._view.interrupted(
+                signal.Signals(self._signal).name,
+                sum(session.running for session in self._sessions),
+                sum(session.waiting for session in self._sessions),
+            )
             reason = "the run was interrupted"
             await asyncio.gather(*(session.cancel(reason) for session in self._sessions))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_TURN_S):
-                    await self._first_of([self._all_finished()])
+                    await self._first_of([self._all_finished(), self._abandoned.wait()])
 
     async def _first_of(self, awaited: Sequence[Coroutine[Any, Any, object]]) -> None:
         """Wait until one of `awaited` is done; raise what breaks the run before that."""
@@ -255,6 +329,16 @@ class _Run:
     async def _all_finished(self) -> None:
         for session in self._sessions:
             await session.finished.wait()
+        try:
+            async with asyncio.timeout(_STORE_S):
+                for session in self._sessions:
+                    await session.settled.wait()
+        except TimeoutError:
+            raise self._store_behind() from None
+
+    def _store_behind(self) -> StoreError:
+        assert self._store is not None
+        return self._store.behind(_STORE_S)
 
     async def _kill_every(self, seconds: float) -> None:
         chance = random.Random(self._options.seed)

@@ -76,6 +76,10 @@ class View(Protocol):
         """A child was killed; another one is being started."""
         ...
 
+    def interrupted(self, name: str, running: int, waiting: int) -> None:
+        """A signal of this name ends the run while so many commands run and wait."""
+        ...
+
     def close(self) -> None:
         """The run is over."""
         ...

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Final, Self
 
+from shmepoch.cli.run import leftovers
 from shmepoch.cli.run.jobs import Job
 from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry
@@ -93,9 +94,13 @@ class Plan(Record, frozen=True, kw_only=True):
     jobs: tuple[Job, ...]
 
     @classmethod
-    def new(cls, jobs: Sequence[Job], sessions: int, namespace: str) -> Self:
-        """The plan of a run that begins: at most as many sessions as there are commands."""
-        ids = tuple(SessionId.new() for _ in range(min(sessions, len(jobs))))
+    def new(cls, jobs: Sequence[Job], sessions: int, namespace: str, *, kept: bool) -> Self:
+        """The plan of a run that begins: at most as many sessions as there are commands.
+
+        `kept` says whether a store will have it.
+        """
+        new_session = SessionId.new if kept else leftovers.new_session
+        ids = tuple(new_session() for _ in range(min(sessions, len(jobs))))
         return cls(namespace=namespace, sessions=ids, jobs=tuple(jobs))
 
     def of_session(self, number: int) -> tuple[Job, ...]:

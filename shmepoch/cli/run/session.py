@@ -17,7 +17,7 @@ from shmepoch.cli.run.messages import Assignment, Idle, Turn
 from shmepoch.cli.run.past import FINISHED, Past, operation_id
 from shmepoch.cli.run.summary import Notices, SessionSummary
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.epoch.completions import CompletionEntry
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationStatus, status_of
 from shmepoch.errors import InvalidTransition, NotFound
@@ -35,6 +35,13 @@ class _Attempt(NamedTuple):
     job: Job
     number: int
     retry: int
+
+
+class _Ended(NamedTuple):
+    """A command that has ended, and is not known to be durable yet."""
+
+    job: Job
+    entry: CompletionEntry
 
 
 class SessionRun:
@@ -63,12 +70,17 @@ class SessionRun:
         self.restarts = 0
         self.undecided = self._commands = len(jobs)
         self.not_completed = 0
+        #: Every command has ended, or was given up, and the agent has been told.
         self.finished = asyncio.Event()
+        #: Nothing that has ended waits for the store.
+        self.settled = asyncio.Event()
+        self.settled.set()
         self._token = bindings.to_token()
         self._pending: deque[_Attempt] = deque()
         self._attempts: dict[OperationId, _Attempt] = {}
         self._by_worker: dict[Child, OperationId] = {}
         self._sequence = dict(past.owed)
+        self._unsettled: deque[_Ended] = deque()
         for job in jobs:
             self._carry_on(job, past)
         self.finished_before: Final = self.decided
@@ -83,6 +95,7 @@ class SessionRun:
         self._workers: set[Child] = set()
         self._idle: deque[Child] = deque()
         self._ending = False
+        self._abandoned = False
         self._loop = RuntimeLoop(bindings, inject=self._inject, quiescent=lambda: self._agent_idle)
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -125,6 +138,12 @@ class SessionRun:
         self._attempts.clear()
         self._look_if_finished()
 
+    def abandon(self) -> None:
+        """Kill every child, and start none in its place."""
+        self._ending = self._abandoned = True
+        for child in self.children():
+            child.kill()
+
     def _cancel_running(self, reason: str) -> None:
         for id in self._attempts:
             with contextlib.suppress(NotFound, InvalidTransition):  # not begun, or ended by itself
@@ -159,6 +178,12 @@ class SessionRun:
     def running(self) -> int:
         """Commands that a worker has."""
         return len(self._by_worker)
+
+    @property
+    def stored(self) -> bool:
+        """Whether the store has everything that has ended in the epoch."""
+        feed = self.bindings.ops_lifecycle.completion_feed()
+        return feed.durable_through() >= feed.watermark()
 
     @property
     def waiting(self) -> int:
@@ -215,8 +240,10 @@ class SessionRun:
 
     def _agent_died(self, child: Child) -> None:
         self._agent_idle = False
-        self._lost(child)
-        self._start_agent()
+        self._agent = None
+        if not self._abandoned:
+            self._lost(child)
+            self._start_agent()
 
     def _inject(self, continuation: Continuation) -> bool:
         if self._agent is None or not self._agent_idle or not self._agent.send(Turn()):
@@ -263,6 +290,8 @@ class SessionRun:
         self._workers.discard(child)
         if child in self._idle:
             self._idle.remove(child)
+        if self._abandoned:
+            return
         self._lost(child)
         id = self._by_worker.pop(child, None)
         if id is not None and self._never_registered(id):
@@ -302,15 +331,35 @@ class SessionRun:
         self._sequence[entry.seq] = entry.operation_id
         job, number, retry = self._attempts.pop(entry.operation_id)
         status = status_of(entry.terminal_outcome)
-        self.operations += 1
-        self.counts[status] += 1
-        self._view.ended(self, job, entry)
         if status is OperationStatus.TERMINATED and retry < self._retries and not self._ending:
             self.retried += 1
+            self._show(job, entry)
             self._pending.append(_Attempt(job, number + 1, retry + 1))
             self._assign()
-            return
-        self._decided(status)
+        elif status in FINISHED and self._store is not None:
+            self._unsettled.append(_Ended(job, entry))
+            self.settled.clear()
+        else:
+            self._settle(job, entry)
+
+    def stored_through(self, seq: CompletionSeq) -> None:
+        """Count and show what is durable now.
+
+        Before that a command may run again, should the machine go down, so it is not finished yet.
+        """
+        while self._unsettled and self._unsettled[0].entry.seq <= seq:
+            self._settle(*self._unsettled.popleft())
+        if not self._unsettled:
+            self.settled.set()
+
+    def _settle(self, job: Job, entry: CompletionEntry) -> None:
+        self._show(job, entry)
+        self._decided(status_of(entry.terminal_outcome))
+
+    def _show(self, job: Job, entry: CompletionEntry) -> None:
+        self.operations += 1
+        self.counts[status_of(entry.terminal_outcome)] += 1
+        self._view.ended(self, job, entry)
 
     def _decided(self, status: OperationStatus) -> None:
         self.undecided -= 1
@@ -318,5 +367,6 @@ class SessionRun:
 
     def _look_if_finished(self) -> None:
         applied = self.bindings.cursor_state.agent_applied_cursor.load()
-        if self.undecided == 0 and self._agent_idle and applied >= self.watermark:
+        ended = not self._pending and not self._attempts
+        if ended and self._agent_idle and applied >= self.watermark:
             self.finished.set()

@@ -64,6 +64,9 @@ class LineView:
     def lost_child(self, session: Standing, child: Child) -> None:
         self._say(f"session {session.number}: {_loss(child)}")
 
+    def interrupted(self, name: str, running: int, waiting: int) -> None:
+        self._say(_interruption(name, running, waiting))
+
     def close(self) -> None:
         pass
 
@@ -105,6 +108,9 @@ class TableView:
     def lost_child(self, session: Standing, child: Child) -> None:
         self._say(f"session {session.number}: {_loss(child)}")
         self._changed()
+
+    def interrupted(self, name: str, running: int, waiting: int) -> None:
+        self._say(_interruption(name, running, waiting))
 
     def close(self) -> None:
         if self._next is not None:
@@ -199,3 +205,10 @@ def _cut(line: str) -> str:
 def _loss(child: Child) -> str:
     who = f"{child.role} process {child.pid}"
     return f"{who} was killed{' on purpose' if child.killed else ''}; another takes its place"
+
+
+def _interruption(name: str, running: int, waiting: int) -> str:
+    return (
+        f"{name}: {running} commands are ended while they run, {waiting} are not run; "
+        "a second signal kills what still runs"
+    )

@@ -1,0 +1,52 @@
+"""What killed runs left in shared memory: whose it is, and how it is removed.
+
+A run without a store that was killed cannot be carried on with. Nothing tells its segments from
+those of a library's user, to whom they may be precious, but their names: the identifier of such a
+session says what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from typing import Final
+
+from shmepoch.errors import ShmepochError
+from shmepoch.ids import SessionId
+from shmepoch.memory.segment import list_sessions, remove_unused
+
+#: How many of an identifier's last bytes follow from those before.
+_MARK_BYTES: Final = 5
+_VERSION_AT: Final = 6
+_VARIANT_AT: Final = 8
+#: A UUID of this version is what its maker says it is (RFC 9562); no library makes one unasked.
+_VERSION: Final = 8 << 4
+_VARIANT: Final = 2 << 6
+
+
+def new_session() -> SessionId:
+    """A session that is worth nothing once its run has ended, however that was."""
+    raw = bytearray(secrets.token_bytes(16))
+    raw[_VERSION_AT] = _VERSION | raw[_VERSION_AT] & 0x0F
+    raw[_VARIANT_AT] = _VARIANT | raw[_VARIANT_AT] & 0x3F
+    return SessionId.from_bytes(_marked(bytes(raw)))
+
+
+def is_left_over(session_id: SessionId) -> bool:
+    """Whether it is the session of a run that nothing carries on with."""
+    raw = session_id.bytes
+    return raw[_VERSION_AT] & 0xF0 == _VERSION and raw == _marked(raw)
+
+
+def remove_left_over(namespace: str) -> None:
+    """Remove the segments of runs that were killed, where no process has them any more."""
+    for session_id in list_sessions(namespace):
+        if is_left_over(session_id):
+            with contextlib.suppress(ShmepochError, OSError):  # another user's; the run needs none
+                remove_unused(namespace, session_id)
+
+
+def _marked(raw: bytes) -> bytes:
+    kept = raw[:-_MARK_BYTES]
+    return kept + hashlib.blake2b(kept, digest_size=_MARK_BYTES, person=b"shmepoch run").digest()
