@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from shmepoch.stores.protocol import (
     HistoryEntry,
 )
 from shmepoch.stores.schema import from_sql, to_sql
+from shmepoch.timeouts import limit_s
 
 Synchronous: TypeAlias = Literal["full", "normal"]
 """When a save has reached the disk; what each promises, `SqliteRuntimeStore` says."""
@@ -111,7 +111,9 @@ class SqliteRuntimeStore:
 
     The file is made, for this user alone, if it is not there. It has a write-ahead log: it lies on
     a local file system, and the `-wal` and `-shm` beside it belong to it while it is in use.
-    `busy_timeout` is how many seconds a call waits for another process's transaction.
+    `busy_timeout` is how many seconds a call waits for another process's transaction; infinity is
+    no limit. A store that is `read_only` needs no right to write to the file or beside it, makes
+    nothing, and refuses an empty file; what would change it raises `StoreWriteFailed`.
 
     `synchronous` says when a save has reached the disk. With either value the death of any process,
     at any moment, takes nothing that was saved, and nothing that stops the machine leaves a damaged
@@ -132,13 +134,17 @@ class SqliteRuntimeStore:
         *,
         busy_timeout: float = 5.0,
         synchronous: Synchronous = "full",
+        read_only: bool = False,
     ) -> None:
-        if not (isinstance(busy_timeout, int | float) and 0 <= busy_timeout < math.inf):
+        limit = limit_s(busy_timeout, "busy_timeout")
+        if busy_timeout is None or busy_timeout < 0:
             raise ConfigInvalid("busy_timeout", busy_timeout, "a number of seconds, 0 or above")
         if synchronous not in get_args(Synchronous):
             raise ConfigInvalid("synchronous", synchronous, "'full' or 'normal'")
         self.path: Final = Path(os.path.abspath(path))
-        self._database = Database(self.path, busy_timeout=busy_timeout, synchronous=synchronous)
+        self._database = Database(
+            self.path, busy_timeout=limit, synchronous=synchronous, read_only=read_only
+        )
         try:
             with self._database.read():
                 pass

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from shmepoch.epoch.operations import OperationStatus
@@ -17,7 +22,7 @@ from shmepoch.errors import (
     StoreUnusable,
     StoreWriteFailed,
 )
-from shmepoch.stores import SqliteRuntimeStore
+from shmepoch.stores import SqliteRuntimeStore, database
 from shmepoch.stores import schema as store_schema
 from tests.stores.samples import Epoch, completion, completions, running
 from tests.support import spec
@@ -37,10 +42,35 @@ def ask(path: Path, query: str, *parameters: object) -> list[Any]:
 # --- the settings ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("busy_timeout", [-1, float("inf"), float("nan"), None])
+@pytest.mark.parametrize("busy_timeout", [-1, float("nan"), numpy.float32("nan"), None, "1"])
 def test_a_busy_timeout_is_a_number_of_seconds(path: Path, busy_timeout: Any) -> None:
     with pytest.raises(ConfigInvalid, match="busy_timeout"):
         SqliteRuntimeStore(path, busy_timeout=busy_timeout)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "busy_timeout", [float("inf"), 3_000_000, 1e9, 1e300, 10**400, numpy.int64(60), numpy.inf]
+)
+def test_a_long_busy_timeout_waits_for_a_lock_that_ends(path: Path, busy_timeout: Any) -> None:
+    """SQLite's own number of milliseconds would overflow, and it would not wait at all."""
+    with SqliteRuntimeStore(path, busy_timeout=busy_timeout) as store:
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        begun = threading.Event()
+
+        def release() -> None:
+            begun.wait()
+            other.execute("COMMIT")
+
+        thread = threading.Thread(target=release)
+        thread.start()
+        with store._database.read() as connection:
+            assert connection.execute("PRAGMA busy_timeout").fetchone()[0] >= 60_000
+        begun.set()
+        store.save([Epoch().capture()])
+        thread.join()
+        other.close()
 
 
 @pytest.mark.parametrize("synchronous", ["off", "FULL", "", None])
@@ -89,6 +119,42 @@ def test_the_file_is_its_users_alone(sqlite: SqliteRuntimeStore) -> None:
     sqlite.save([Epoch().capture()])
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in sqlite.path.parent.iterdir()}
     assert modes == dict.fromkeys(("store.db", "store.db-wal", "store.db-shm"), 0o600)
+
+
+@pytest.fixture(params=[0o022, 0o000, 0o777])
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_file_is_its_users_alone_through_a_link_too(
+    tmp_path: Path, umask: None, exists: bool
+) -> None:
+    """A link that leads to no file yet, and one into another folder, where the log is made."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    folder.chmod(0o700)
+    link, real = tmp_path / "link.db", folder / "store.db"
+    if exists:
+        SqliteRuntimeStore(real).close()
+    link.symlink_to(real)
+    with SqliteRuntimeStore(link) as store:
+        store.save([Epoch().capture()])
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+        assert modes == dict.fromkeys(("store.db", "store.db-wal", "store.db-shm"), 0o600)
+    assert [p.name for p in folder.iterdir()] == ["store.db"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.db", "real"]
+
+
+def test_the_mode_of_a_file_that_was_there_is_its_users_choice(path: Path) -> None:
+    path.touch()
+    path.chmod(0o640)
+    with SqliteRuntimeStore(path) as store:
+        store.save([Epoch().capture()])
+        modes = {stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()}
+    assert modes == {0o640}
 
 
 def test_history_can_be_read_with_the_sqlite3_tool(sqlite: SqliteRuntimeStore) -> None:
@@ -234,6 +300,132 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreUnusable):
         SqliteRuntimeStore(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "loop", "nul", "device"])
+def test_what_cannot_be_a_file_is_refused(path: Path, kind: str) -> None:
+    chosen: str | Path = path
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "nul":
+        chosen = f"{path}\0"
+    else:
+        chosen = "/dev/null"
+    with pytest.raises(StoreUnusable):
+        SqliteRuntimeStore(chosen)
+    with pytest.raises(StoreUnusable):
+        SqliteRuntimeStore(chosen, read_only=True)
+
+
+def test_a_path_that_is_refused_has_no_file_afterwards(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Networked(database.OwnConnection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            asked = "SELECT 'delete'" if "journal_mode" in sql else sql
+            return super().execute(asked, *parameters)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "OwnConnection", Networked)
+        with pytest.raises(StoreUnusable, match="write-ahead log"):
+            SqliteRuntimeStore(path)
+    assert list(path.parent.iterdir()) == []
+    with SqliteRuntimeStore(path) as store:
+        store.save([Epoch().capture()])
+
+
+# --- to be read only ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(path: Path) -> Epoch:
+    """An epoch in a store that nothing has open."""
+    epoch = Epoch()
+    with SqliteRuntimeStore(path) as store:
+        store.save([epoch.capture(completions(1, 3))])
+    return epoch
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_store_that_is_read_only_makes_and_changes_nothing(path: Path, kept: Epoch) -> None:
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    before = contents(path.parent)
+    with SqliteRuntimeStore(path, read_only=True) as store:
+        assert store.last_seq(kept.id) == 3
+        assert len(list(store.history(kept.session_id))) == 3
+        assert list(store.sessions()) == [kept.session_id]
+        assert store.load(kept.session_id) is not None
+        assert contents(path.parent) == before
+        with pytest.raises(StoreWriteFailed, match="readonly"):
+            store.save([kept.capture([completion(4)])])
+        with pytest.raises(StoreWriteFailed, match="readonly"):
+            store.remove(kept.session_id)
+    assert contents(path.parent) == before
+    path.parent.chmod(0o755)
+
+
+def test_a_store_that_is_read_only_sees_what_others_write(path: Path, kept: Epoch) -> None:
+    """Before there is a log, while there is one, and after it is gone again."""
+    with SqliteRuntimeStore(path, read_only=True) as reader:
+        assert reader.last_seq(kept.id) == 3
+        for seq in (4, 5):
+            with SqliteRuntimeStore(path) as writer:
+                writer.save([kept.capture([completion(seq)])])
+                assert reader.last_seq(kept.id) == seq
+            assert reader.last_seq(kept.id) == seq
+
+
+def test_what_is_changed_while_it_is_read_without_locks_is_not_believed(
+    path: Path, kept: Epoch
+) -> None:
+    def read(reader: SqliteRuntimeStore) -> None:
+        with reader._database.read() as connection:
+            connection.execute("SELECT count(*) FROM entries").fetchone()
+            with SqliteRuntimeStore(path) as writer:
+                writer.save([kept.capture([completion(4)])])
+
+    with SqliteRuntimeStore(path, read_only=True) as reader:
+        with pytest.raises(StoreUnusable, match="read it again"):
+            read(reader)
+        assert reader.last_seq(kept.id) == 4
+
+
+def test_what_a_writer_that_was_killed_left_in_the_log_is_read(path: Path, tmp_path: Path) -> None:
+    epoch, folder = Epoch(), tmp_path / "copy"
+    folder.mkdir()
+    with SqliteRuntimeStore(path) as store:
+        store.save([epoch.capture(completions(1, 3))])
+        for part in path.parent.glob("store.db*"):
+            shutil.copy(part, folder)
+    with SqliteRuntimeStore(folder / path.name, read_only=True) as copied:
+        assert copied.last_seq(epoch.id) == 3
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no database", "another's", "earlier"])
+def test_what_is_no_store_is_refused_to_be_read_and_left_alone(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "empty":
+        path.touch()
+    elif kind == "no database":
+        path.write_bytes(b"not a database at all\n" * 100)
+    elif kind == "another's":
+        ask(path, "CREATE TABLE accounts (name)")
+    elif kind == "earlier":
+        SqliteRuntimeStore(path).close()
+        later = (*store_schema.MIGRATIONS, ("ALTER TABLE epochs ADD COLUMN label TEXT",))
+        monkeypatch.setattr(store_schema, "MIGRATIONS", later)
+    before = contents(path.parent)
+    why = "no such file|empty|not a database|another program's"
+    with pytest.raises(StoreUnusable, match=why):
+        SqliteRuntimeStore(path, read_only=True)
+    assert contents(path.parent) == before
 
 
 def spoil(path: Path, table: str) -> None:

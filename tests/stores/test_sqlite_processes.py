@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -15,16 +15,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shmepoch.errors import StoreConflict, StoreUnusable, StoreWriteFailed
+from shmepoch.errors import StoreConflict, StoreReadFailed, StoreUnusable, StoreWriteFailed
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.stores import SqliteRuntimeStore
+from shmepoch.stores import SqliteRuntimeStore, database
 from tests.stores.samples import Epoch, completion, completions
+from tests.support import eventually
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -137,7 +139,7 @@ def test_a_switch_of_the_journal_that_gives_up_at_once_is_tried_again(
     """SQLite does so about once in two hundred times that eight processes make a file together."""
     refusals = [1, 2, 3]
 
-    class Hasty(sqlite3.Connection):
+    class Hasty(database.OwnConnection):
         def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
             if "journal_mode" in sql and refusals:
                 refusals.pop()
@@ -146,7 +148,7 @@ def test_a_switch_of_the_journal_that_gives_up_at_once_is_tried_again(
                 raise error
             return super().execute(sql, *parameters)
 
-    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Hasty))
+    monkeypatch.setattr(database, "OwnConnection", Hasty)
     with pytest.raises(StoreUnusable, match="locked, for longer"):
         opened(path, busy_timeout=0)
     with opened(path) as store:
@@ -258,6 +260,192 @@ def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -
     require_sound(sqlite.path)
 
 
+def descriptors_of(pid: int, path: Path) -> list[str]:
+    """What a process has open of a store's files."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            found.append(str(link.readlink()))
+    return [target for target in found if target.startswith(str(path))]
+
+
+@pytest.mark.parametrize("closing", [True, False], ids=["closed", "collected"])
+def test_no_connection_is_inherited_while_another_thread_opens_stores(
+    path: Path, closing: bool
+) -> None:
+    """Nor one that is being closed, since its store is not used any more."""
+    opened(path).close()
+    stop, made = threading.Event(), threading.Event()
+
+    def open_stores() -> None:
+        while not stop.is_set():
+            store = opened(path)
+            made.set()
+            if closing:
+                store.close()
+
+    threads = [threading.Thread(target=open_stores) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    made.wait()
+    inherited = []
+    try:
+        for _ in range(30):
+            pid = os.fork()
+            if pid == 0:
+                signal.pause()
+            inherited += descriptors_of(pid, path)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert inherited == []
+
+
+class Interrupt(Exception):
+    """What a signal handler raises."""
+
+
+def running_in_main() -> str:
+    """The function that the main thread is in."""
+    main = threading.main_thread().ident
+    assert main is not None
+    return sys._current_frames()[main].f_code.co_name
+
+
+@contextlib.contextmanager
+def handling(act: Callable[[], object]) -> Iterator[None]:
+    """Do `act` when SIGUSR1 comes."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: act())
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_fork_that_is_interrupted_leaves_no_lock(sqlite: SqliteRuntimeStore) -> None:
+    """It waits for a transaction of another thread, and nothing can stop it any more."""
+    epoch, inside, go_on = Epoch(), threading.Event(), threading.Event()
+    forked_while_it_ran: list[bool] = []
+
+    def transact() -> None:
+        with sqlite._database.write():
+            inside.set()
+            go_on.wait()
+            forked_while_it_ran.append(bool(children))
+
+    def interrupt() -> None:
+        eventually(lambda: running_in_main() == "_stop_others")
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+        go_on.set()
+
+    children: list[int] = []
+    raised: list[Interrupt] = []
+
+    def give_up() -> None:
+        raised.append(Interrupt())
+        raise raised[-1]
+
+    threads = [threading.Thread(target=transact), threading.Thread(target=interrupt)]
+    with handling(give_up):
+        threads[0].start()
+        inside.wait()
+        threads[1].start()
+        with contextlib.suppress(Interrupt):
+            children.append(in_child(lambda: sqlite.save([Epoch().capture()])))
+        for thread in threads:
+            thread.join()
+    assert raised
+    assert forked_while_it_ran == [False]
+    assert children == [0]
+    sqlite.save([epoch.capture([completion(1)])])
+    assert in_child(lambda: sqlite.save([Epoch().capture()])) == 0
+    assert len(list(sqlite.sessions())) == 3
+
+
+class Interrupted(database.OwnConnection):
+    """A connection that a signal interrupts in the middle of a transaction."""
+
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        cursor = super().executemany(*args)
+        if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return cursor
+
+
+def test_a_handler_that_forks_in_the_middle_of_a_transaction(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction is the parent's. Neither waits for ever, and the child cannot do damage: it
+    has SQLite's memory of locks that it does not have."""
+    epoch, other, children = Epoch(), Epoch(), list[int]()
+    monkeypatch.setattr(database, "OwnConnection", Interrupted)
+    store = opened(path)
+    elsewhere = opened(path.with_name("other.db"))
+
+    def fork() -> None:
+        if children:
+            return
+        children.append(os.fork())
+        if children[0] == 0:
+            for use in (store.save, opened(path.with_name("another.db")).save):
+                with contextlib.suppress(StoreWriteFailed):
+                    use([other.capture()])
+            with pytest.raises(StoreUnusable, match="forked in the middle"):
+                opened(path)
+            with pytest.raises(StoreReadFailed, match="forked in the middle"):
+                store.last_seq(epoch.id)
+            elsewhere.save([other.capture()])  # of a file that it has not inherited
+
+    with handling(fork):
+        try:
+            store.save([epoch.capture(completions(1, 3))])
+            assert children != [0]
+        except BaseException as error:
+            if children != [0]:
+                raise
+            as_expected = isinstance(error, StoreWriteFailed) and "forked in" in error.reason
+            os._exit(0 if as_expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+    store.save([epoch.capture([completion(4)])])
+    assert store.last_seq(epoch.id) == 4
+    assert list(store.sessions()) == [epoch.session_id]
+    assert list(elsewhere.sessions()) == [other.session_id]
+    store.close()
+    elsewhere.close()
+    require_sound(path)
+
+
+def test_a_handler_may_use_the_store_in_the_middle_of_a_transaction(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told at once that it cannot write now; it may read, and it may close the store."""
+    epoch, heard = Epoch(), list[str]()
+    monkeypatch.setattr(database, "OwnConnection", Interrupted)
+    store = opened(path)
+
+    def use() -> None:
+        if not heard:
+            with pytest.raises(StoreWriteFailed, match="signal handler") as caught:
+                store.save([Epoch().capture()])
+            heard.append(caught.value.reason)
+            assert store.last_seq(epoch.id) == 0
+            store.close()
+
+    with handling(use):
+        store.save([epoch.capture(completions(1, 3))])
+    assert len(heard) == 1
+    with pytest.raises(StoreWriteFailed, match="it was closed"):
+        store.save([epoch.capture()])
+    gc.collect()  # the traceback has the cursor
+    assert descriptors_of(os.getpid(), path) == []
+    with opened(path) as again:
+        assert again.last_seq(epoch.id) == 3
+
+
 # --- killed ---------------------------------------------------------------------------------------
 
 
@@ -308,7 +496,7 @@ def test_killed_within_a_transaction_nothing_of_it_is_seen(
 SAVING = """
 import sys
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.stores import SqliteRuntimeStore
+from shmepoch.stores import SqliteRuntimeStore, database
 from tests.stores.samples import Epoch, completion
 
 epoch = Epoch(SessionId.parse(sys.argv[2]))
@@ -409,7 +597,7 @@ def test_a_conflict_leaves_no_lock(sqlite: SqliteRuntimeStore) -> None:
 FILLING = """
 import json, sys
 from shmepoch.errors import StoreWriteFailed
-from shmepoch.stores import SqliteRuntimeStore
+from shmepoch.stores import SqliteRuntimeStore, database
 from tests.stores.samples import Epoch, completion
 
 def fill(path, limit, lift):
