@@ -86,6 +86,7 @@ from shmepoch.errors import (
     TokenInvalid,
     WaitAlreadyActive,
     WitnessMismatch,
+    WriterBusy,
 )
 from shmepoch.ids import (
     OperationId,
@@ -206,6 +207,7 @@ __all__ = [
     "WaitAlreadyActive",
     "WaitRequestId",
     "WitnessMismatch",
+    "WriterBusy",
     "dec_hook",
     "enc_hook",
 ]

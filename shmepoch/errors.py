@@ -245,6 +245,18 @@ class EpochSealed(ShmepochError):
         )
 
 
+class WriterBusy(ShmepochError):
+    """Another transition of the epoch is in progress, and this one was not to wait for it."""
+
+    epoch_id: RuntimeEpochId
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        super().__init__(
+            f"another transition of epoch {epoch_id} is in progress; try again later",
+            epoch_id=epoch_id,
+        )
+
+
 class EpochGone(ShmepochError):
     """The epoch's segment is not in shared memory any more."""
 

@@ -80,8 +80,16 @@ _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wir
 )
 #: An operation that is to end, and the outcome that it is to have.
 _Ending: TypeAlias = tuple[OperationView, msgspec.Raw]
+#: The end of a text that was cut.
+_CUT: Final = "..."
+#: What an entry takes at most besides what its operation's spec takes, and its reason.
+_ENTRY_ROOM: Final = 64
 _progress_decoder: Final = wire_decoder(OperationProgressUpdate)
 _peer_decoder: Final = wire_decoder(OperationPeerHandle)
+
+
+def _nothing_more() -> None:
+    pass
 
 
 class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
@@ -262,21 +270,58 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def terminate_owner(self, reason: str) -> None:
         self._terminate(lambda _: True, reason)
 
-    def terminate_where(self, ended: Callable[[int], bool], reason: str) -> int:
-        """End, as `Terminated` and in one commit, the operations that have not ended and whose
-        participant `ended` says so of; how many there were.
+    def terminate_and_seal(self, reason: str) -> None:
+        """End every operation as `terminate_owner` does, and then the epoch, under one hold of the
+        writer lock: no operation is registered in between.
 
-        Where others would wait for the store, this raises `StoreBehind` at once.
+        A process that is killed between the two leaves an open epoch in which every operation has
+        ended. The next runtime goes on with it, and the call may be made again.
         """
-        return self._terminate(ended, reason, store_wait_ms=0)
+        self._terminate(lambda _: True, reason, then=self._segment.seal_held)
+
+    def terminate_where(
+        self, ended: Callable[[int], bool], reason: str, *, dead: Iterable[int] = ()
+    ) -> int:
+        """End, as `Terminated` and in one commit, the operations that have not ended and whose
+        participant `ended` says so of, and forget what the `dead` participants watched; how many
+        operations there were.
+
+        It waits for nothing: it raises `WriterBusy` while another transition is in progress, and
+        `StoreBehind` where others would wait for the store.
+        """
+
+        def forget_watchers() -> None:
+            for participant in dead:
+                self._table.forget_watchers(participant)
+
+        return self._terminate(ended, reason, then=forget_watchers, waits=False)
 
     def _terminate(
-        self, whose: Callable[[int], bool], reason: str, store_wait_ms: int | None = None
+        self,
+        whose: Callable[[int], bool],
+        reason: str,
+        *,
+        then: Callable[[], None] = _nothing_more,
+        waits: bool = True,
     ) -> int:
-        outcome = _encode_outcome(Terminated(reason))
-        return self._end_all(
-            lambda words: [(view, outcome) for view in self._live(words, whose)], store_wait_ms
-        )
+        _encode_outcome(Terminated(reason))  # refuses what is no reason, before the lock is taken
+
+        def find(words: Words) -> list[_Ending]:
+            live = self._live(words, whose)
+            if not live:
+                return []
+            outcome = _encode_outcome(Terminated(_shortened(reason, self._reason_room(len(live)))))
+            return [(view, outcome) for view in live]
+
+        return self._end_all(find, then=then, waits=waits)
+
+    def _reason_room(self, operations: int) -> int:
+        """FEED-3: how long a reason may be that so many operations end with in one commit.
+
+        A configuration gives each operation of a full table at least two specs' room in the feed,
+        and an entry without its reason takes little more than one.
+        """
+        return self._feed.payload_limit // operations - at.WORD - at.SPEC_LIMIT - _ENTRY_ROOM
 
     def _live(self, words: Words, whose: Callable[[int], bool]) -> list[OperationView]:
         live = [
@@ -307,25 +352,33 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end_all(allowed)
 
     def _end_all(
-        self, find: Callable[[Words], Sequence[_Ending]], store_wait_ms: int | None = None
+        self,
+        find: Callable[[Words], Sequence[_Ending]],
+        *,
+        then: Callable[[], None] = _nothing_more,
+        waits: bool = True,
     ) -> int:
-        """End, in one commit, what `find` finds under the writer lock; how many there were.
+        """End, in one commit, what `find` finds under the writer lock, and do `then` before it is
+        released; how many there were.
 
         DURABLE-1: nobody waits for a store with the writer lock held, so that others go on; what
         was found is found anew afterwards.
         """
-        wait_ms = self._config.store_wait_ms if store_wait_ms is None else store_wait_ms
+        segment = self._segment
+        wait_ms = self._config.store_wait_ms if waits else 0
         deadline = time.monotonic() + wait_ms / 1000
         while True:
-            with self._segment.writer:
+            with segment.writer if waits else segment.writer_if_free():
                 words = self._begin()
                 endings = find(words)
                 awaited = self._commit(endings, words)
+                if not awaited:
+                    then()
             if not awaited:
                 break
             self._await_store(awaited, deadline, wait_ms)
-        if endings:
-            self._segment.waiters.notify()
+        if endings or segment.sealed:
+            segment.waiters.notify()
         return len(endings)
 
     def _await_store(self, seq: CompletionSeq, deadline: float, wait_ms: int) -> None:
@@ -520,11 +573,6 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             if self._table.slot(slot.number).birth == slot.birth:
                 self._table.count_watcher(slot, self._segment.participant, -1)
 
-    def forget_watchers(self, participant: int) -> None:
-        """Nobody of a participant that died watches any more."""
-        with self._segment.writer:
-            self._table.forget_watchers(participant)
-
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
     ) -> WaitAllResult:
@@ -652,6 +700,14 @@ def _completed(result: OperationResult) -> Completed:
 def _encode_outcome(outcome: OperationTerminalOutcome) -> msgspec.Raw:
     data, _ = encode_checked(outcome, _outcome_decoder)
     return msgspec.Raw(data)
+
+
+def _shortened(text: str, size: int) -> str:
+    """`text` if it takes at most `size` bytes, else its beginning and a mark."""
+    data = text.encode()
+    if len(data) <= size:
+        return text
+    return data[: size - len(_CUT)].decode(errors="ignore") + _CUT
 
 
 def _now_ms() -> int:

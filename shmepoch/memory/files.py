@@ -74,13 +74,16 @@ def link(fd: Descriptor, path: Path) -> None:
 
 def unlink(fd: Descriptor, path: Path) -> None:
     """Remove the name `path` if it still names this file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return
-    mine = os.fstat(fd.fileno())
-    if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
+    if is_same(fd, path):
         path.unlink(missing_ok=True)
+
+
+def is_same(fd: Descriptor, path: Path) -> bool:
+    """Whether `path` names this file."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(fd.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def open_owned(path: str | Path) -> Descriptor:

@@ -142,6 +142,11 @@ class Participants:
         number = self._memory.load(Layout.participant(slot)) >> _SLOT_BITS
         return number == key >> _SLOT_BITS and is_locked(self._fd, at.PARTICIPANT_BYTE + slot)
 
+    def others_hold_slots(self) -> bool:
+        """Whether another attachment is a participant. From before it counts as joined until it
+        ends, it holds the lock of its slot."""
+        return any(is_locked(self._fd, at.PARTICIPANT_BYTE + i) for i in range(self._capacity))
+
     def joined(self) -> int:
         """How many participants ever joined."""
         return self._memory.load(at.JOINED_AT)

@@ -9,6 +9,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from shmepoch.errors import (
     SegmentCorrupted,
     SegmentExists,
     WitnessMismatch,
+    WriterBusy,
 )
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
@@ -34,17 +36,18 @@ from shmepoch.memory._native import (
     is_locked,
     leave_inherited,
     try_lock,
+    unlock,
 )
 from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.claims import Claim, claim, claims_after_fork, lose_claims
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
+    is_same,
     link,
     map_shared,
     open_held,
     open_owned,
-    unlink,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
 from shmepoch.memory.header import Header, read_header, write_header
@@ -189,7 +192,7 @@ class Segment:
     def seal(self) -> None:
         """End the epoch for good and wake everybody who waits for it."""
         with self.writer:
-            self.memory.store(at.STATE_AT, at.SEALED)
+            self.seal_held()
         self.waiters.notify()
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
@@ -197,6 +200,20 @@ class Segment:
         while other claims exclude that. Lost when this process leaves the epoch, and in a child
         that it forks."""
         return claim(self, byte, shared=shared)
+
+    def seal_held(self) -> None:
+        """End the epoch under the writer lock; for who notifies the waiters afterwards."""
+        self.memory.store(at.STATE_AT, at.SEALED)
+
+    @contextmanager
+    def writer_if_free(self) -> Iterator[None]:
+        """The writer lock, for who would rather come back later; `WriterBusy` if it is held."""
+        if not self.writer.try_enter():
+            raise WriterBusy(self.epoch_id)
+        try:
+            yield
+        finally:
+            self.writer.__exit__(None, None, None)
 
     def _make_waiters(self, waits: AsyncWaits) -> Waiters:
         return Waiters(self.memory, self._closed_error_maker(), waits)
@@ -269,7 +286,7 @@ class SharedSegment(Segment):
         """Give the segment its name; `SegmentExists` if it is taken and not to be replaced."""
         target = self.path
         if replace:
-            target = self._replacement
+            target = _replacement(self.path)
             target.unlink(missing_ok=True)
         try:
             link(self._descriptor, target)
@@ -354,11 +371,6 @@ class SharedSegment(Segment):
         """Where the segment lies, once it is published and until it is unlinked."""
         return segment_path(self.namespace, self.session_id)
 
-    @property
-    def _replacement(self) -> Path:
-        """Where a segment lies for the moment before it takes over an old one's name."""
-        return self.path.with_name(f"{self.name}.new")
-
     def try_own(self) -> bool:
         """Become the session's one runtime; False while there is one, here or elsewhere."""
         with self._attaching:
@@ -367,6 +379,20 @@ class SharedSegment(Segment):
                 return False
             self._owns = True
             return True
+
+    def disown(self, role: Role) -> None:
+        """Give up what `try_own` gave, and be a participant in this role again."""
+        with self._attaching:
+            if self._owns:
+                self._owns = False
+                unlock(self._descriptor, at.RUNTIME_BYTE)
+        self.join(role)
+
+    @property
+    def named(self) -> bool:
+        """Whether the session's name names this segment. The one who may change that is its owner:
+        who has become that has to look once more."""
+        return is_same(self._descriptor, self.path)
 
     @property
     def owned(self) -> bool:
@@ -410,8 +436,7 @@ class SharedSegment(Segment):
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
-        unlink(self._descriptor, self.path)
-        self._replacement.unlink(missing_ok=True)  # of a runtime that was killed while it replaced
+        _remove(self._descriptor, self.path)
 
     def close(self) -> bool:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
@@ -527,13 +552,42 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
     except FileNotFoundError:
         return False
     try:
-        held = try_lock(opened, at.PRESENCE_BYTE, False)
-        if not held or os.fstat(opened.fileno()).st_nlink == 0:
+        if not try_lock(opened, at.PRESENCE_BYTE, False):
             return False
-        path.unlink()
-        return True
+        return _remove(opened, path)
     finally:
         opened.close()
+
+
+def abandon(namespace: str, session_id: SessionId) -> bool:
+    """Remove a session's segment whatever is in it, unless it has a live runtime; whether it was
+    removed. Who has it attached keeps the memory, and finds that the name is gone."""
+    path = segment_path(namespace, session_id)
+    try:
+        opened = open_owned(path)
+    except FileNotFoundError:
+        return False
+    try:
+        return try_lock(opened, at.RUNTIME_BYTE, False) and _remove(opened, path)
+    finally:
+        opened.close()
+
+
+def _remove(fd: Descriptor, path: Path) -> bool:
+    """Remove a segment's name, if it is still this file's; for its owner, or who keeps owners out.
+    Whether it was."""
+    if not is_same(fd, path):
+        return False
+    # Of a runtime that was killed while it replaced this one. It goes first, as long as the name
+    # keeps others from making a segment and a replacement of that.
+    _replacement(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _replacement(path: Path) -> Path:
+    """Where a segment lies for the moment before it takes over an old one's name."""
+    return path.with_name(f"{path.name}.new")
 
 
 #: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.

@@ -1,67 +1,135 @@
-"""Supervision: noticing participants that died, and ending what they ran."""
+"""Supervision: noticing participants that ended, and ending what they ran."""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.errors import BindingsClosed, EpochSealed, StoreBehind
+from shmepoch.errors import BindingsClosed, EpochSealed, StoreBehind, WriterBusy
+from shmepoch.memory import layout as at
+from shmepoch.memory.files import SHM_DIR
+from shmepoch.memory.participants import Participant
 
 _log = logging.getLogger(__name__)
 
 #: How often the participants' locks are looked at; a death is noticed within a second.
 _INTERVAL_S: Final = 0.25
+#: How many of those that ended together are named in a reason, which each operation carries.
+_NAMED: Final = 3
+#: How long `settle` tries again while a transition is in progress, and how often.
+_SETTLE_S: Final = 1.0
+_SETTLE_PAUSE_S: Final = 0.001
+#: How long the end of the supervising thread is waited for. It waits for nothing but its log.
+_STOP_S: Final = 2.0
 
 
 class EpochSupervisor:
     """Ends the operations whose participant is gone, so that the agent hears of them."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
-        self._bindings = bindings
+        self.bindings: Final = bindings
+        #: Whether the session's name was taken from this epoch's segment while the epoch was open.
+        self.lost = False
+        self._memory: Final = bindings.shared_segment().memory
         self._known: object = None
+        self._alone_since = -1
 
     def look(self) -> int:
-        """Look once; how many operations were ended."""
-        segment = self._bindings.shared_segment()
+        """Look once; how many operations were ended.
+
+        SUPERVISE-1: it waits for nothing, neither for a transition nor for a store. What it cannot
+        do now the next look does, and other epochs do not wait for it.
+        """
+        try:
+            return self._look()
+        except (StoreBehind, WriterBusy) as error:
+            _log.debug("session %s: %s", self.bindings.session_id, error)
+            return 0
+
+    def settle(self) -> None:
+        """Look, for who is about to hand the epoch out: a transition in progress is waited for, but
+        not for long, since its process may be stopped."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            try:
+                self._look()
+                return
+            except StoreBehind:
+                return
+            except WriterBusy:
+                if time.monotonic() > deadline:
+                    return
+            time.sleep(_SETTLE_PAUSE_S)
+
+    def look_for_name(self) -> None:
+        """Notice that the session's name is not this segment's any more."""
+        segment = self.bindings.shared_segment()
+        if self.lost or not segment.attached or segment.named or segment.sealed:
+            return
+        self.lost = True
+        _log.error(
+            "session %s: %s is gone or another file, while epoch %s was open: what is committed to "
+            "the epoch from now on is lost. Something other than shmepoch removed the name; see "
+            "that cleaners of temporary files leave %s alone. The session can be prepared anew",
+            segment.session_id,
+            segment.path,
+            segment.epoch_id,
+            SHM_DIR,
+        )
+
+    def _look(self) -> int:
+        # Alone, this process has nobody's operations to end, until somebody joins.
+        if self._memory.load(at.JOINED_AT) == self._alone_since:
+            return 0
+        segment = self.bindings.shared_segment()
         if not segment.attached:
             return 0
         participants = segment.participants
         joined = participants.joined()
+        # In this order: who has joined by now holds a slot's lock, or is gone before the rest of
+        # this look, which finds what it left.
+        alone = not participants.others_hold_slots()
         present = participants.list(me=segment.participant)
         dead = [participant for participant in present if not participant.alive]
         # Besides those found dead, somebody may have left in good order with operations running,
         # or have joined and gone since the last look, or have taken a dead one's slot.
         known = joined, tuple(participant.key for participant in present if participant.alive)
-        if not dead and known == self._known:
-            return 0
-        registry = self._bindings.ops_lifecycle
-        try:
-            ended = registry.terminate_where(
+        ended = 0
+        if dead or known != self._known:
+            ended = self.bindings.ops_lifecycle.terminate_where(
                 lambda key: key != segment.participant and not participants.is_alive(key),
-                _reason([f"{participant.role} process {participant.pid}" for participant in dead]),
+                f"the process that ran it ended without finishing it ({_names(dead) or 'it left'})",
+                dead=[participant.key for participant in dead],
             )
-        except StoreBehind as error:  # the next look tries again; other epochs do not wait for it
-            _log.debug("session %s: %s", self._bindings.session_id, error)
-            return 0
-        for participant in dead:
-            registry.forget_watchers(participant.key)
-            participants.clear(participant)
-        if ended or dead:
-            _log.warning(
-                "session %s: %d participants died, %d of their operations ended as terminated",
-                self._bindings.session_id,
-                len(dead),
-                ended,
-            )
+            for participant in dead:
+                participants.clear(participant)
+            if dead or ended:
+                self._tell(dead, ended)
         self._known = known
+        self._alone_since = joined if alone else -1
         return ended
 
+    def _tell(self, dead: Sequence[Participant], ended: int) -> None:
+        # How they ended does not show: a normal exit gives up the same lock.
+        _log.log(
+            logging.WARNING if ended else logging.INFO,
+            "session %s: %s ended; operations terminated with that: %d",
+            self.bindings.session_id,
+            _names(dead) or "a participant",
+            ended,
+        )
 
-def _reason(who: Iterable[str]) -> str:
-    return f"the process that ran it ended without finishing it ({', '.join(who) or 'it left'})"
+
+def _names(participants: Sequence[Participant]) -> str:
+    """Who they are: the first few, and how many more."""
+    names = ", ".join(f"{one.role} process {one.pid}" for one in participants[:_NAMED])
+    more = len(participants) - _NAMED
+    return f"{names} and {more} more" if more > 0 else names
 
 
 class Supervisor:
@@ -71,20 +139,55 @@ class Supervisor:
         self._epochs = epochs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shmepoch-supervisor", daemon=True)
+        #: What failed at the last look, so that it is told once.
+        self._failing: dict[EpochSupervisor, str] = {}
 
     def start(self) -> None:
+        """Start the thread; raises `RuntimeError` if there is none to be had."""
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread, and wait for that unless it is the caller's own."""
         self._stop.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_STOP_S)
 
     def _run(self) -> None:
+        names = _Names()
         while not self._stop.wait(_INTERVAL_S):
+            changed, failing = names.may_have_changed(), {}
             for epoch in self._epochs():
                 try:
                     epoch.look()
+                    if changed:
+                        epoch.look_for_name()
                 except (EpochSealed, BindingsClosed) as error:  # by another thread, just now
                     _log.debug("not supervised: %s", error)
-                except Exception:  # whatever is wrong with one epoch, the others are looked after
-                    _log.exception("looking after an epoch failed")
+                except Exception as error:  # one epoch's, and no concern of the others
+                    failing[epoch] = repr(error)
+                    if self._failing.get(epoch) != failing[epoch]:
+                        _log.exception("an epoch cannot be looked after; it is tried again")
+            self._failing = failing
+
+
+class _Names:
+    """Whether names in shared memory may have changed: one look for every epoch.
+
+    A directory's time is as coarse as the kernel's clock, so a change may be followed by another
+    that does not show. One that shows counts for the next look, too, which is later than that.
+    """
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._changed = True
+
+    def may_have_changed(self) -> bool:
+        now: object = None
+        try:
+            found = os.stat(SHM_DIR)
+            now = found.st_dev, found.st_ino, found.st_mtime_ns
+        except OSError:
+            pass  # all of it is gone, and every name with it
+        before, self._changed = self._changed, now != self._seen
+        self._seen = now
+        return self._changed or before

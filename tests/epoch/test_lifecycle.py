@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import pytest
@@ -31,8 +32,10 @@ from shmepoch.errors import (
     InvalidTransition,
     NotFound,
     PeerNotExpected,
+    WriterBusy,
 )
 from shmepoch.ids import OperationId, SessionId
+from tests.epoch.deadline import DEADLINE_S
 from tests.epoch.implementations import Epoch
 from tests.epoch.operations import (
     CHILD,
@@ -269,6 +272,39 @@ def test_an_owner_ends_with_everything_it_ran(registry: Registry) -> None:
     assert registry.active_count() == 0
     registry.terminate_owner("again")
     assert registry.completion_feed().list_since(ended) == batch
+
+
+def test_an_epoch_ends_with_everything_that_ran_in_it(epoch: Epoch) -> None:
+    registry = epoch.registry
+    live = [reach(registry, status) for status in PATHS if not status.is_terminal]
+    ended = registry.completion_feed().watermark()
+    registry.terminate_and_seal("over")
+    entries = registry.completion_feed().list_since(ended).entries
+    assert [entry.operation_id for entry in entries] == live
+    assert {entry.terminal_outcome for entry in entries} == {Terminated("over")}
+    assert epoch.segment.sealed
+    for change in (registry.terminate_and_seal, registry.terminate_owner):
+        with pytest.raises(EpochSealed):
+            change("again")
+
+
+def test_who_waits_hears_of_the_end_of_an_epoch_in_which_nothing_ran(epoch: Epoch) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(epoch.registry.completion_feed().wait_for_advance, 0, DEADLINE_S)
+        epoch.registry.terminate_and_seal("over")
+        with pytest.raises(EpochSealed):
+            waiting.result()
+
+
+def test_who_does_not_wait_is_told_that_a_transition_is_in_progress(epoch: Epoch) -> None:
+    registry, id = epoch.registry, OperationId.new()
+    registry.register_operation(spec(id=id))
+    with ThreadPoolExecutor(1) as pool, epoch.segment.writer:
+        busy = pool.submit(registry.terminate_where, lambda _: True, "gone")
+        with pytest.raises(WriterBusy):
+            busy.result(DEADLINE_S)
+    assert taken(registry, id).status is OperationStatus.PROVISIONING
+    assert registry.terminate_where(lambda _: True, "gone") == 1
 
 
 def test_operations_are_listed_by_display_name(registry: Registry) -> None:

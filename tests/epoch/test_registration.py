@@ -16,6 +16,7 @@ from shmepoch.epoch.operations import (
     OperationResult,
     OperationSpec,
     OperationStatus,
+    Terminated,
     TrustedPeerSpec,
 )
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -165,22 +166,67 @@ def test_a_feed_can_be_filled_by_one_entry_exactly(make_epoch: MakeEpoch) -> Non
 
 def test_operations_that_end_together_fit_together_or_not_at_all(make_epoch: MakeEpoch) -> None:
     registry = make_epoch(max_operations=2, feed_bytes=SMALL_FEED).registry
-    for _ in range(2):
-        reach(registry, OperationStatus.RUNNING)
+    ids = [reach(registry, OperationStatus.RUNNING) for _ in range(2)]
     before = state(registry)
     with pytest.raises(PayloadTooLarge):
-        registry.terminate_owner("r" * (SMALL_FEED // 2))
+        registry.complete_operations([result(id, "c" * (SMALL_FEED // 2)) for id in ids])
     assert state(registry) == before
-    registry.terminate_owner("r" * (SMALL_FEED // 2 - 300))
+    registry.complete_operations([result(id, "c" * (SMALL_FEED // 2 - 400)) for id in ids])
     assert len(registry.completion_feed().list_since(0).entries) == 2
 
 
-def test_a_full_table_of_the_longest_names_can_end_in_one_commit(make_epoch: MakeEpoch) -> None:
-    registry = make_epoch(max_operations=50, feed_bytes=at.PAGE + 100 * at.SPEC_LIMIT).registry
+def _where(registry: RuntimeOpsLifecycleRegistry, reason: str) -> None:
+    registry.terminate_where(lambda _: True, reason)
+
+
+def _longest_spec() -> OperationSpec:
+    short = spec("x" * 40)
+    longest = spec("x" * (40 + at.SPEC_LIMIT - len(to_wire(short)) - 1))
+    assert len(to_wire(longest)) == at.SPEC_LIMIT
+    return longest
+
+
+#: 50 of them have the least room that a configuration may give a table of 50.
+FULL = {"max_operations": 50, "feed_bytes": at.PAGE + 100 * at.SPEC_LIMIT}
+LONGEST = {
+    "no reason to speak of": "owner ended",
+    "a reason longer than the feed": "r" * 2**20,
+    "a reason in characters of four bytes": "\U0001f6d1" * 2**17,
+}
+
+
+@pytest.mark.parametrize("reason", LONGEST.values(), ids=LONGEST)
+@pytest.mark.parametrize(
+    "end",
+    [
+        RuntimeOpsLifecycleRegistry.terminate_owner,
+        RuntimeOpsLifecycleRegistry.terminate_and_seal,
+        _where,
+    ],
+)
+def test_a_full_table_of_the_longest_names_can_end_in_one_commit(
+    make_epoch: MakeEpoch, end: Callable[[RuntimeOpsLifecycleRegistry, str], object], reason: str
+) -> None:
+    registry = make_epoch(**FULL).registry
     for _ in range(50):
-        registry.register_operation(named(350))
-    registry.terminate_owner("owner ended")
-    assert len(registry.completion_feed().list_since(0).entries) == 50
+        registry.register_operation(_longest_spec())
+    end(registry, reason)
+    entries = registry.completion_feed().list_since(0).entries
+    assert len(entries) == 50
+    for entry in entries:
+        assert isinstance(entry.terminal_outcome, Terminated)
+        kept, cut = entry.terminal_outcome.reason.removesuffix("..."), len(reason) > 50
+        assert reason.startswith(kept)
+        assert entry.terminal_outcome.reason.endswith("...") is cut
+        assert len(kept) >= 11 if not cut else len(kept.encode()) > 400
+
+
+def test_a_reason_is_whole_where_there_is_room(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(**FULL).registry
+    registry.register_operation(named(350))
+    registry.terminate_owner("r" * 40_000)
+    (entry,) = registry.completion_feed().list_since(0).entries
+    assert entry.terminal_outcome == Terminated("r" * 40_000)
 
 
 SURROGATE = "\ud800"

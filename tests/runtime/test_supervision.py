@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -20,8 +24,11 @@ from shmepoch import (
     Terminated,
 )
 from shmepoch.memory import layout as at
+from shmepoch.memory._native import try_lock
 from shmepoch.memory.segment import SharedSegment
+from shmepoch.runtime import supervision
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
+from tests.epoch.deadline import DEADLINE_S
 from tests.support import eventually, spec
 
 
@@ -34,10 +41,10 @@ class Worker:
         self.segment.join(role)
         self.registry = RuntimeOpsLifecycleRegistry(self.segment)
 
-    def run(self) -> OperationId:
+    def run(self, name: str = "work") -> OperationId:
         """Begin an operation."""
         id = OperationId.new()
-        self.registry.register_operation(spec(id=id))
+        self.registry.register_operation(spec(name, id=id))
         self.registry.provisioning_succeeded(id)
         return id
 
@@ -51,11 +58,17 @@ class Worker:
 
 
 @pytest.fixture
-def alone(namespace: str) -> Iterator[SessionRuntimeBindings]:
+def config() -> at.OpsLifecycleConfig:
+    """The size of the epoch `alone`; a test may give it another."""
+    return at.OpsLifecycleConfig()
+
+
+@pytest.fixture
+def alone(namespace: str, config: at.OpsLifecycleConfig) -> Iterator[SessionRuntimeBindings]:
     """Bindings of a runtime whose adapter does not look by itself."""
     segment = SharedSegment.allocate(
         namespace,
-        at.OpsLifecycleConfig(),
+        config,
         session_id=SessionId.new(),
         epoch_id=SessionRuntimeBindings.standalone(SessionId.new()).epoch_id,
     )
@@ -66,7 +79,7 @@ def alone(namespace: str) -> Iterator[SessionRuntimeBindings]:
     yield bindings
     if segment.attached:
         bindings.ops_lifecycle.check()
-    segment.path.unlink()
+    segment.path.unlink(missing_ok=True)
     bindings.close()
 
 
@@ -135,6 +148,73 @@ def test_many_dead_are_one_commit(
     assert len(set(map(repr, outcomes.values()))) == 1
     for role in ("worker", "agent", "observer"):
         assert f"{role} process" in repr(outcomes[ids[0]])
+
+
+#: 120 of them have the least room that a configuration may give a table of 120.
+TIGHT = at.OpsLifecycleConfig(
+    max_operations=120, feed_bytes=at.PAGE + 240 * at.SPEC_LIMIT, max_participants=64
+)
+
+
+@pytest.mark.parametrize("config", [TIGHT], ids=["tight"])
+def test_however_many_die_together_everything_ends(
+    alone: SessionRuntimeBindings, worker: Callable[..., Worker]
+) -> None:
+    workers = [worker() for _ in range(60)]
+    ids = [one.run("n" * 350) for one in workers for _ in range(2)]
+    for one in workers:
+        one.die()
+    assert EpochSupervisor(alone).look() == 120
+    outcomes = ended(alone)
+    assert list(outcomes) == ids
+    for outcome in outcomes.values():
+        assert isinstance(outcome, Terminated)
+        assert outcome.reason.count("worker process") == 3
+        assert "and 57 more" in outcome.reason
+    assert len(alone.participants()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dead", "running", "level", "told"),
+    [
+        (1, 0, logging.INFO, "worker process {pid} ended; operations terminated with that: 0"),
+        (1, 1, logging.WARNING, "worker process {pid} ended; operations terminated with that: 1"),
+        (4, 4, logging.WARNING, " and 1 more ended; operations terminated with that: 4"),
+    ],
+)
+def test_an_end_is_told_as_what_is_known_of_it(
+    alone: SessionRuntimeBindings,
+    worker: Callable[..., Worker],
+    caplog: pytest.LogCaptureFixture,
+    dead: int,
+    running: int,
+    level: int,
+    told: str,
+) -> None:
+    """A normal exit looks like a death, and is nothing to be warned of if nothing ran."""
+    caplog.set_level(logging.INFO, "shmepoch")
+    workers = [worker() for _ in range(dead)]
+    for one in workers[:running]:
+        one.run()
+    for one in workers:
+        one.die()
+    EpochSupervisor(alone).look()
+    [record] = caplog.records
+    assert record.levelno == level
+    assert told.format(pid=os.getpid()) in record.getMessage()
+
+
+def test_who_leaves_with_nothing_running_is_not_told(
+    alone: SessionRuntimeBindings,
+    worker: Callable[..., Worker],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "shmepoch")
+    supervisor, one = EpochSupervisor(alone), worker()
+    supervisor.look()
+    one.leave()
+    supervisor.look()
+    assert caplog.records == []
 
 
 def test_who_left_in_good_order_is_noticed_too(
@@ -212,6 +292,128 @@ def test_a_look_at_nothing_new_takes_no_lock(
         assert supervisor.look() == 0
 
 
+def test_a_look_at_an_epoch_that_nobody_else_joined_is_one_load(
+    alone: SessionRuntimeBindings,
+    worker: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    supervisor = EpochSupervisor(alone)
+    supervisor.look()
+    loads: list[int] = []
+    memory = alone.shared_segment().memory
+
+    class Watched:
+        def load(self, offset: int) -> int:
+            loads.append(offset)
+            return memory.load(offset)
+
+    monkeypatch.setattr(supervisor, "_memory", Watched())
+    with monkeypatch.context() as patch:
+        patch.setattr(alone, "shared_segment", None)
+        assert supervisor.look() == 0
+    assert loads == [at.JOINED_AT]
+    one = worker()
+    id = one.run()
+    one.die()
+    assert supervisor.look() == 1
+    assert list(ended(alone)) == [id]
+
+
+def test_who_is_about_to_join_is_not_overlooked(
+    alone: SessionRuntimeBindings, worker: Callable[..., Worker]
+) -> None:
+    """It counts as joined, and was stopped before it could be listed."""
+    late = SharedSegment.attach(alone.shared_segment().namespace, alone.session_id)
+    slot = 1
+    assert try_lock(late.fd, at.PARTICIPANT_BYTE + slot, False)
+    number = late.memory.fetch_add(at.JOINED_AT, 1) + 1
+    supervisor = EpochSupervisor(alone)
+    assert [supervisor.look() for _ in range(2)] == [0, 0]
+    late.memory.store(at.Layout.participant(slot), number << 8 | Role.WORKER.number)
+    late.participant = number << 8 | slot
+    id = OperationId.new()
+    RuntimeOpsLifecycleRegistry(late).register_operation(spec(id=id))
+    late._descriptor.close()
+    assert supervisor.look() == 1
+    assert list(ended(alone)) == [id]
+
+
+def test_a_look_waits_for_no_transition(
+    alone: SessionRuntimeBindings, worker: Callable[..., Worker]
+) -> None:
+    stopped, doomed = worker(), worker()
+    id = doomed.run()
+    watch = alone.ops_lifecycle.register_watcher(id)
+    doomed.die()
+    supervisor = EpochSupervisor(alone)
+    with ThreadPoolExecutor(1) as pool, stopped.segment.writer:
+        assert pool.submit(supervisor.look).result(DEADLINE_S) == 0
+        pool.submit(supervisor.settle).result(DEADLINE_S)  # it gives up, some time
+    assert ended(alone) == {}
+    assert supervisor.look() == 1
+    assert watch.wait(DEADLINE_S) == ended(alone)[id]
+
+
+def test_settling_waits_for_a_transition_that_ends(
+    alone: SessionRuntimeBindings, worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_SETTLE_S", DEADLINE_S)
+    slow, doomed = worker(), worker()
+    id = doomed.run()
+    doomed.die()
+    with ThreadPoolExecutor(1) as pool:
+        with slow.segment.writer:
+            settling = pool.submit(EpochSupervisor(alone).settle)
+            with pytest.raises(TimeoutError):
+                settling.result(0.05)
+        settling.result(DEADLINE_S)
+    assert list(ended(alone)) == [id]
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path) -> None:
+    other = path.with_name(f"{path.name}.test")
+    other.touch()
+    other.rename(path)
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name(f"{path.name}.test"))
+
+
+@pytest.mark.parametrize("lose", [remove, replace, move])
+def test_an_epoch_whose_name_is_gone_is_lost(
+    alone: SessionRuntimeBindings,
+    caplog: pytest.LogCaptureFixture,
+    lose: Callable[[Path], None],
+) -> None:
+    path = alone.shared_segment().path
+    epoch = EpochSupervisor(alone)
+    supervisor = Supervisor(lambda: [epoch])
+    supervisor.start()
+    lose(path)
+    try:
+        eventually(lambda: epoch.lost)
+    finally:
+        supervisor.stop()
+        path.with_name(f"{path.name}.test").unlink(missing_ok=True)
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert str(path) in record.getMessage()
+
+
+def test_an_epoch_that_was_sealed_may_lose_its_name(alone: SessionRuntimeBindings) -> None:
+    epoch = EpochSupervisor(alone)
+    epoch.look_for_name()
+    alone.shared_segment().seal()
+    alone.shared_segment().unlink()
+    epoch.look_for_name()
+    assert not epoch.lost
+
+
 def test_a_transition_that_killed_its_writer_is_repaired(
     alone: SessionRuntimeBindings, worker: Callable[..., Worker]
 ) -> None:
@@ -258,7 +460,10 @@ def test_bindings_that_were_closed_are_left_alone(
 class Broken:
     """An epoch of which nobody thought that its supervision could fail this way."""
 
+    looks = 0
+
     def look(self) -> int:
+        self.looks += 1
         raise OSError("not expected")
 
 
@@ -266,14 +471,16 @@ def test_an_unexpected_error_does_not_end_the_supervision_of_the_others(
     alone: SessionRuntimeBindings,
     worker: Callable[..., Worker],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    doomed = worker()
+    doomed, broken = worker(), Broken()
     id = doomed.run()
-    supervisor = Supervisor(lambda: [cast(EpochSupervisor, Broken()), EpochSupervisor(alone)])
+    supervisor = Supervisor(lambda: [cast(EpochSupervisor, broken), EpochSupervisor(alone)])
     supervisor.start()
     doomed.die()
     try:
-        eventually(lambda: list(ended(alone)) == [id], within=5)
+        eventually(lambda: list(ended(alone)) == [id] and broken.looks >= 3)
     finally:
         supervisor.stop()
+    assert caplog.text.count("an epoch cannot be looked after") == 1, "it is told once"
