@@ -63,6 +63,7 @@ from shmepoch.errors import (
     MaxConcurrentExceeded,
     NamespaceInvalid,
     NotFound,
+    ObserverReadOnly,
     ParticipantsExhausted,
     PayloadTooLarge,
     PeerNotExpected,
@@ -72,6 +73,7 @@ from shmepoch.errors import (
     SegmentCorrupted,
     SegmentExists,
     SegmentForeign,
+    SessionNotFound,
     SessionNotRegistered,
     SharedMemoryExhausted,
     SharedMemoryUnusable,
@@ -103,6 +105,7 @@ from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.boundary import AgentBoundary, Drain, Notice
 from shmepoch.runtime.factory import AgentFactory
 from shmepoch.runtime.loop import Continuation, RuntimeLoop
+from shmepoch.runtime.observing import list_sessions, observe_session, remove_unused
 from shmepoch.runtime.persistence import ChannelStatus, PersistenceChannel
 from shmepoch.stores import InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore
 
@@ -150,6 +153,7 @@ __all__ = [
     "NamespaceInvalid",
     "NotFound",
     "Notice",
+    "ObserverReadOnly",
     "OperationCompletionWatch",
     "OperationId",
     "OperationKind",
@@ -184,6 +188,7 @@ __all__ = [
     "SegmentExists",
     "SegmentForeign",
     "SessionId",
+    "SessionNotFound",
     "SessionNotRegistered",
     "SessionOwned",
     "SessionRuntimeBindings",
@@ -210,6 +215,9 @@ __all__ = [
     "WriterBusy",
     "dec_hook",
     "enc_hook",
+    "list_sessions",
+    "observe_session",
+    "remove_unused",
 ]
 
 starting.imported()

@@ -305,12 +305,31 @@ class BindingsMismatch(ShmepochError):
 
 
 class BindingsNotTransferable(ShmepochError):
-    """Local-only bindings cannot leave their process."""
+    """Local-only bindings, and an observer's, cannot leave their process."""
 
-    def __init__(self) -> None:
+    observer: bool
+
+    def __init__(self, *, observer: bool = False) -> None:
         super().__init__(
-            "standalone bindings live in this process's private memory and cannot leave it; "
-            "use RuntimeSessionAdapter.prepare_bindings for bindings that other processes share"
+            "an observer's bindings stay in its process; observe the session from the other one, "
+            "too, or pass it the bindings that RuntimeSessionAdapter.prepare_bindings returned"
+            if observer
+            else "standalone bindings live in this process's private memory and cannot leave it; "
+            "use RuntimeSessionAdapter.prepare_bindings for bindings that other processes share",
+            observer=observer,
+        )
+
+
+class ObserverReadOnly(ShmepochError):
+    """A change was asked of an observer's bindings, which can only look."""
+
+    epoch_id: RuntimeEpochId
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        super().__init__(
+            f"these bindings of epoch {epoch_id} are an observer's and change nothing; ask the "
+            "session's runtime for bindings (prepare_bindings, or a token of them)",
+            epoch_id=epoch_id,
         )
 
 
@@ -336,6 +355,22 @@ class BindingsClosed(ShmepochError):
             f"this process closed its bindings of epoch {epoch_id}; "
             "keep them open while they are used, or attach again from the token",
             epoch_id=epoch_id,
+        )
+
+
+class SessionNotFound(ShmepochError, LookupError):
+    """The session has no segment in shared memory."""
+
+    session_id: SessionId
+    namespace: str
+
+    def __init__(self, session_id: SessionId, namespace: str) -> None:
+        super().__init__(
+            f"session {session_id} has no epoch in shared memory in namespace {namespace!r}; "
+            "list_sessions names those that have one. A runtime makes it (prepare_bindings), from "
+            "its store if it has one",
+            session_id=session_id,
+            namespace=namespace,
         )
 
 
@@ -465,7 +500,8 @@ class SegmentExists(ShmepochError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"segment {name!r} exists already; attach to it, or remove it first", name=name
+            f"segment {name!r} exists already; attach to it, or remove it first (remove_unused)",
+            name=name,
         )
 
 
@@ -499,7 +535,8 @@ class SegmentCorrupted(ShmepochError):
     def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
         super().__init__(
             f"segment {name!r} is corrupted: {field} is {actual!r}, not {expected!r}; "
-            "remove it with its session's unregister, the session then starts a new epoch",
+            "end the processes that use it and call remove_unused; the session then goes on from "
+            "its store, or with a new epoch",
             name=name,
             field=field,
             expected=expected,
@@ -517,7 +554,8 @@ class LayoutUnsupported(ShmepochError):
     def __init__(self, name: str, expected: int, actual: int) -> None:
         super().__init__(
             f"segment {name!r} has layout version {actual}, this release reads {expected}; "
-            "use the same release of shmepoch in every process of a deployment",
+            "use the same release of shmepoch in every process of a deployment. If no process of "
+            "the other release runs, remove_unused removes the segment",
             name=name,
             expected=expected,
             actual=actual,
@@ -534,8 +572,8 @@ class SharedMemoryExhausted(ShmepochError, OSError):
         super().__init__(
             f"a new epoch needs {need} bytes in {directory} and {room} are free; "
             "enlarge it (docker run --shm-size=1g; Compose shm_size: 1g; Kubernetes: an emptyDir "
-            "with medium: Memory mounted there), remove epochs that are no longer used, "
-            "or create the epoch with a smaller OpsLifecycleConfig",
+            "with medium: Memory mounted there), remove epochs that are no longer used "
+            "(list_sessions, remove_unused), or create the epoch with a smaller OpsLifecycleConfig",
             need=need,
             room=room,
             directory=directory,

@@ -127,9 +127,9 @@ class SessionRuntimeBindings:
 
     @lazy
     def handle(self) -> EpochHandle | None:
-        """What another process needs to attach; None for standalone bindings."""
+        """What another process needs to attach; None for standalone bindings and an observer's."""
         segment = self._segment
-        if not isinstance(segment, SharedSegment):
+        if not isinstance(segment, SharedSegment) or segment.read_only:
             return None
         return EpochHandle(
             namespace=segment.namespace,
@@ -179,7 +179,8 @@ class SessionRuntimeBindings:
         """The process's bindings of an attached segment: those it has already, or new ones."""
         with _attached_lock:
             bindings = _known(segment.epoch_id)
-            if bindings is None:
+            # An epoch that was recovered has its id in a segment, and with a witness, of its own.
+            if bindings is None or bindings.shared_segment().witness != segment.witness:
                 try:
                     return _remember(cls(segment))
                 except BaseException:
@@ -193,10 +194,10 @@ class SessionRuntimeBindings:
         """The bindings as text, for an environment variable or a command line.
 
         Whoever has the text can attach: it is a capability. Raises `BindingsNotTransferable` for
-        standalone bindings.
+        standalone bindings and an observer's.
         """
         if self.handle is None:
-            raise BindingsNotTransferable
+            raise BindingsNotTransferable(observer=self.read_only)
         return self.handle.to_token()
 
     @classmethod
@@ -213,6 +214,11 @@ class SessionRuntimeBindings:
     def skipped(self) -> SkippedRange:
         """The sequences that the last recovery left out."""
         return self._segment.skipped
+
+    @property
+    def read_only(self) -> bool:
+        """Whether they are an observer's, and change nothing."""
+        return self._segment.read_only
 
     def announce(self, role: Role) -> None:
         """Say what this process does in the epoch; of no effect on standalone bindings."""

@@ -11,7 +11,7 @@ from msgspec.structs import asdict, astuple
 from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Cell, Memory
+from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
 
@@ -121,9 +121,9 @@ class EpochCursorState:
     """The three cursors of an epoch, as lock-free words in its memory."""
 
     _memory: Memory
-    agent_applied_cursor: Cell
-    runtime_observed_seq: Cell
-    runtime_last_injected_seq: Cell
+    agent_applied_cursor: CursorCell
+    runtime_observed_seq: CursorCell
+    runtime_last_injected_seq: CursorCell
     #: All three as they stood at one instant; in one native call, which makes the record, too.
     snapshot: Callable[[], EpochCursorSnapshot]
 
@@ -132,8 +132,8 @@ class EpochCursorState:
         segment = segment or Segment.private(None)
         memory = segment.memory
 
-        def cell(index: int) -> Cell:
-            return Cell(memory, Layout.cursor(index), at.STATE_AT, segment.closed_error)
+        def cell(index: int) -> CursorCell:
+            return segment.cell(Layout.cursor(index))
 
         vars(self).update(
             _memory=memory,

@@ -13,7 +13,6 @@ from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, Complet
 from shmepoch.epoch.operations import OperationSpec
 from shmepoch.errors import EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
-from shmepoch.memory._native import Cell
 from shmepoch.memory.segment import Segment
 from shmepoch.memory.waiting import require_position
 
@@ -127,7 +126,7 @@ class SegmentFeed:
     def mark_durable(self, seq: CompletionSeq) -> None:
         """A store has taken everything up to `seq`; writers that wait for it go on."""
         with contextlib.suppress(EpochSealed):  # nobody waits for it any more
-            Cell(self._memory, at.DURABLE_AT, at.STATE_AT, self._segment.closed_error).advance(seq)
+            self._segment.cell(at.DURABLE_AT).advance(seq)
             self._segment.waiters.wake_writers()
 
     def wait_durable(self, seq: CompletionSeq, timeout: float) -> None:

@@ -558,6 +558,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- waiting ------------------------------------------------------------------------------
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
+        if self._segment.read_only:  # an observer watches without being counted
+            since = self._feed.watermark()
+            slot = self.locate(id)
+            return OperationCompletionWatch(self, id, slot, since, self.outcome_at(slot, since))
         with self._segment.writer:
             words = self._begin()
             view = self._require(id, words)
@@ -569,6 +573,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def unregister_watcher(self, slot: Slot) -> None:
         """One watcher less, if the operation is still there; for `OperationCompletionWatch`."""
+        if self._segment.read_only:
+            return
         with self._segment.writer:
             if self._table.slot(slot.number).birth == slot.birth:
                 self._table.count_watcher(slot, self._segment.participant, -1)

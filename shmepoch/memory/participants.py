@@ -66,8 +66,9 @@ class Participants:
         self._capacity = capacity
         self._name = name
 
-    def join(self, role: Role) -> int:
-        """Take a free slot, or one whose holder died; the key of the new participant.
+    def join(self, role: Role, *, only_free: bool = False) -> int:
+        """Take a free slot, or one whose holder died unless `only_free`; the key of the new
+        participant.
 
         The slot's lock is what is taken, so two that join at once need no other lock. Raises
         `ParticipantsExhausted` when every slot has a live holder.
@@ -77,7 +78,7 @@ class Participants:
         joined = self._memory.fetch_or(at.JOINED_AT, 0)
         if joined >= _LAST_NUMBER:
             raise SegmentCorrupted(self._name, "joined", f"below {_LAST_NUMBER}", joined)
-        slot = self._lock_slot()
+        slot = self._lock_slot(only_free)
         offset = Layout.participant(slot)
         number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
         self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
@@ -85,14 +86,14 @@ class Participants:
         self._memory.store(offset, number << _SLOT_BITS | role.number)
         return number << _SLOT_BITS | slot
 
-    def _lock_slot(self) -> int:
+    def _lock_slot(self, only_free: bool) -> int:
         """Lock a free slot, else one whose holder died: the supervisor is to see the dead first."""
         slot = self._free_slot(0)
         while slot >= 0:
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
                 return slot
             slot = self._free_slot(slot + 1)
-        for slot in range(self._capacity):
+        for slot in range(0 if only_free else self._capacity):
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
                 return slot
         raise ParticipantsExhausted(self._capacity, self._name)

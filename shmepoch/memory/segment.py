@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import os
@@ -9,17 +10,18 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, Protocol, SupportsIndex
 
 from shmepoch.errors import (
     BindingsClosed,
     EpochGone,
     EpochSealed,
     NamespaceInvalid,
+    ObserverReadOnly,
+    ParticipantsExhausted,
     SegmentCorrupted,
     SegmentExists,
     WitnessMismatch,
@@ -30,6 +32,7 @@ from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import (
+    Cell,
     Descriptor,
     Memory,
     WriterLock,
@@ -116,6 +119,16 @@ class Lock(Protocol):
         """Enter if that waits for nothing; whether it did, for the caller to exit."""
         ...
 
+    def retire(
+        self,
+        on_closed: Callable[[], BaseException],
+        timeout_ns: int | None = None,
+        on_left: Callable[[], object] | None = None,
+        /,
+    ) -> bool:
+        """Refuse every entry from now on; whether no thread of this process is inside any more."""
+        ...
+
     def after_fork(self) -> None:
         """In a forked child: be free, since the thread that held it may not exist here."""
         ...
@@ -130,6 +143,8 @@ class Segment:
     name: str = "private memory"
     #: What carries this process's locks; private memory has none.
     carrier: Descriptor | None = None
+    #: Whether this is an observer's, which changes nothing.
+    read_only: bool = False
     #: Who this process is in the slots it writes; private memory has nobody else.
     participant: int = 0
     writer: Lock
@@ -180,6 +195,10 @@ class Segment:
         """Whether the epoch takes no more changes: it is sealed, or found to be gone."""
         return self.memory.load(at.STATE_AT) != at.OPEN
 
+    def cell(self, offset: int) -> Cell | ObservedCell:
+        """The word at `offset` as a cell, which takes no change of an epoch that has ended."""
+        return Cell(self.memory, offset, at.STATE_AT, self.closed_error)
+
     def closed_error(self) -> EpochSealed | EpochGone:
         """What a change of an epoch that has ended raises."""
         return self._closed_error_maker()()
@@ -205,7 +224,7 @@ class Segment:
         """End the epoch under the writer lock; for who notifies the waiters afterwards."""
         self.memory.store(at.STATE_AT, at.SEALED)
 
-    @contextmanager
+    @contextlib.contextmanager
     def writer_if_free(self) -> Iterator[None]:
         """The writer lock, for who would rather come back later; `WriterBusy` if it is held."""
         if not self.writer.try_enter():
@@ -252,9 +271,7 @@ class SharedSegment(Segment):
         self._published = published
         #: Reentrant: a signal handler may use the epoch in the middle of its first use.
         self._attaching = threading.RLock()
-        self.writer: WriterLock = WriterLock(
-            descriptor, at.WRITER_BYTE, partial(_attend, self._reference)
-        )
+        self.writer = self._make_writer()
 
     @classmethod
     def allocate(
@@ -363,8 +380,14 @@ class SharedSegment(Segment):
         if self.participant:
             participants.announce(self.participant, role)
         else:
-            self.participant = participants.join(role)
+            self.participant = self._take_slot(participants, role)
         self.role = role
+
+    def _make_writer(self) -> Lock:
+        return WriterLock(self._descriptor, at.WRITER_BYTE, partial(_attend, self._reference))
+
+    def _take_slot(self, participants: Participants, role: Role) -> int:
+        return participants.join(role)
 
     @property
     def path(self) -> Path:
@@ -383,9 +406,10 @@ class SharedSegment(Segment):
     def disown(self, role: Role) -> None:
         """Give up what `try_own` gave, and be a participant in this role again."""
         with self._attaching:
-            if self._owns:
-                self._owns = False
-                unlock(self._descriptor, at.RUNTIME_BYTE)
+            if not (self._owns and self.attached):
+                return
+            self._owns = False
+            unlock(self._descriptor, at.RUNTIME_BYTE)
         self.join(role)
 
     @property
@@ -497,7 +521,7 @@ class SharedSegment(Segment):
                 raise EpochSealed(self.epoch_id)
             raise EpochGone(self.session_id, self.epoch_id, self.name)
         participants = self._participants_of(opened)
-        participant = participants.join(self.role)
+        participant = self._take_slot(participants, self.role)
         # A signal handler may have attached meanwhile; from the look on, none comes between. This
         # process is somebody before it is attached, so that it never writes as nobody.
         if self._descriptor.inherited:
@@ -505,6 +529,86 @@ class SharedSegment(Segment):
             self._descriptor.take(opened)
         else:
             participants.leave(participant)
+
+
+class ObservedSegment(SharedSegment):
+    """A segment as an observer has it.
+
+    OBSERVE-1: every change goes through the writer lock or through a cell, and both of an
+    observer's refuse it. It is a participant if there is a free slot, and changes nothing else.
+    """
+
+    read_only = True
+    role = Role.OBSERVER
+
+    def _make_writer(self) -> Lock:
+        return _NoLock(self.epoch_id)
+
+    def cell(self, offset: int) -> ObservedCell:
+        return ObservedCell(self.memory, offset, self.epoch_id)
+
+    def join(self, role: Role) -> None:
+        if role is not Role.OBSERVER:
+            raise ObserverReadOnly(self.epoch_id)
+        super().join(role)
+
+    def _take_slot(self, participants: Participants, role: Role) -> int:
+        try:
+            return participants.join(role, only_free=True)
+        except ParticipantsExhausted:
+            return 0  # it is not listed, and can read
+
+
+class ObservedCell:
+    """A cell as an observer has it."""
+
+    def __init__(self, memory: Memory, offset: int, epoch_id: RuntimeEpochId) -> None:
+        self._memory = memory
+        self._offset = offset
+        self._epoch_id = epoch_id
+
+    def load(self) -> int:
+        return self._memory.load(self._offset)
+
+    def advance(self, value: SupportsIndex, /) -> bool:
+        raise ObserverReadOnly(self._epoch_id)
+
+    def compare_and_swap(self, expected: SupportsIndex, new: SupportsIndex, /) -> bool:
+        raise ObserverReadOnly(self._epoch_id)
+
+
+class _NoLock:
+    """The writer lock of a segment as an observer has it."""
+
+    def __init__(self, epoch_id: RuntimeEpochId) -> None:
+        self._epoch_id = epoch_id
+
+    def __enter__(self) -> None:
+        raise ObserverReadOnly(self._epoch_id)
+
+    def try_enter(self) -> bool:
+        raise ObserverReadOnly(self._epoch_id)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        pass
+
+    def retire(
+        self,
+        on_closed: Callable[[], BaseException],
+        timeout_ns: int | None = None,
+        on_left: Callable[[], object] | None = None,
+        /,
+    ) -> bool:
+        return True
+
+    def after_fork(self) -> None:
+        pass
 
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:

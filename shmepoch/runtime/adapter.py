@@ -22,6 +22,7 @@ from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, resolve_namespace
 from shmepoch.runtime.durability import Durability
+from shmepoch.runtime.observing import observe_session
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
 from shmepoch.stores import RuntimeStore
 
@@ -119,6 +120,16 @@ class RuntimeSessionAdapter:
     def contains_session(self, session_id: SessionId) -> bool:
         """Whether this adapter owns the session; in a forked child it owns none."""
         return self._pid == os.getpid() and session_id in self._sessions
+
+    def observe_session(self, session_id: SessionId) -> SessionRuntimeBindings:
+        """Look at a session of this adapter's namespace, whatever process owns it, as
+        `shmepoch.observe_session` does. Completions that the feed has dropped are read from the
+        adapter's store."""
+        self._check_open()
+        bindings = observe_session(session_id, namespace=self._namespace)
+        if self._durability is not None:
+            bindings.history = self._durability.store
+        return bindings
 
     def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.

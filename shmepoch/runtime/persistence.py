@@ -18,6 +18,7 @@ from shmepoch.errors import (
     ChannelClosed,
     ConfigInvalid,
     EpochSealed,
+    ObserverReadOnly,
     ShmepochError,
     StoreConflict,
     StoreError,
@@ -125,8 +126,13 @@ class PersistenceChannel:
     # --- what is followed ---------------------------------------------------------------------
 
     def follow(self, bindings: SessionRuntimeBindings) -> None:
-        """Keep an epoch durable from now on; of no effect if it is followed already."""
+        """Keep an epoch durable from now on; of no effect if it is followed already.
+
+        Raises `ObserverReadOnly` for an observer's bindings: an epoch says how far its store is.
+        """
         self._require_mine()
+        if bindings.read_only:
+            raise ObserverReadOnly(bindings.epoch_id)
         with self._state:
             self._require_open()
             if bindings.epoch_id in self._epochs:

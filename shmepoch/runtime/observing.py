@@ -1,0 +1,54 @@
+"""Looking at the sessions of a namespace without being their runtime."""
+
+from __future__ import annotations
+
+from shmepoch.epoch.bindings import SessionRuntimeBindings
+from shmepoch.errors import SessionNotFound
+from shmepoch.ids import SessionId
+from shmepoch.memory import segment as segments
+from shmepoch.memory.participants import Role
+from shmepoch.memory.segment import ObservedSegment, resolve_namespace
+
+
+def observe_session(
+    session_id: SessionId, *, namespace: str | None = None
+) -> SessionRuntimeBindings:
+    """Bindings that look at a session's epoch, sealed or not, and change nothing.
+
+    They read everything, and wait like others. Whatever would change the epoch raises
+    `ObserverReadOnly`. They are an attachment of their own, whatever else this process has of the
+    epoch; `close` them after use. They are listed as a participant if a slot is free, and neither
+    keep a runtime from starting nor become one. `namespace` is that of the session's adapter
+    (default: SHMEPOCH_NAMESPACE, else "default").
+
+    Raises `SessionNotFound`, `NamespaceInvalid`, and what validating the segment may raise.
+    """
+    chosen = resolve_namespace(namespace)
+    try:
+        segment = ObservedSegment.attach(chosen, session_id)
+    except FileNotFoundError:
+        raise SessionNotFound(session_id, chosen) from None
+    try:
+        segment.join(Role.OBSERVER)
+        return SessionRuntimeBindings(segment)
+    except BaseException:
+        segment.close()
+        raise
+
+
+def list_sessions(*, namespace: str | None = None) -> list[SessionId]:
+    """The sessions of a namespace that have an epoch in shared memory, in order.
+
+    Whether a process has them attached is not looked at. Raises `NamespaceInvalid`.
+    """
+    return sorted(segments.list_sessions(resolve_namespace(namespace)))
+
+
+def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> bool:
+    """Remove a session's epoch from shared memory if no process has it attached; whether it was.
+
+    Never disturbs a process that uses it, or is just attaching. What no store has of the epoch is
+    gone for good. A segment that is damaged, or of another release, is removed as well. Raises
+    `SegmentForeign` for one of another user, and `NamespaceInvalid`.
+    """
+    return segments.remove_unused(resolve_namespace(namespace), session_id)
