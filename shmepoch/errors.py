@@ -387,6 +387,19 @@ class SessionNotRegistered(ShmepochError, LookupError):
         )
 
 
+class SessionBusy(ShmepochError):
+    """A signal handler or finalizer interrupted a call about a session, and made another."""
+
+    session_id: SessionId
+
+    def __init__(self, session_id: SessionId) -> None:
+        super().__init__(
+            f"this thread is in the middle of a call about session {session_id}, which a signal "
+            "handler or finalizer interrupted; make the call after that one has returned",
+            session_id=session_id,
+        )
+
+
 class RuntimeAlreadyActive(ShmepochError):
     """Another live runtime owns the session."""
 
@@ -535,8 +548,9 @@ class SegmentCorrupted(ShmepochError):
     def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
         super().__init__(
             f"segment {name!r} is corrupted: {field} is {actual!r}, not {expected!r}; "
-            "end the processes that use it and call remove_unused; the session then goes on from "
-            "its store, or with a new epoch",
+            "end the processes that use it and call remove_unused, or prepare the session with an "
+            "adapter that was made with rotate_if_unloadable=True, which removes the segment; the "
+            "session then goes on from its store, or with a new epoch",
             name=name,
             field=field,
             expected=expected,

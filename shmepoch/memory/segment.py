@@ -581,13 +581,13 @@ class _NoLock:
     """The writer lock of a segment as an observer has it."""
 
     def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        self._epoch_id = epoch_id
+        self._refusal: Callable[[], BaseException] = partial(ObserverReadOnly, epoch_id)
 
     def __enter__(self) -> None:
-        raise ObserverReadOnly(self._epoch_id)
+        raise self._refusal()
 
     def try_enter(self) -> bool:
-        raise ObserverReadOnly(self._epoch_id)
+        raise self._refusal()
 
     def __exit__(
         self,
@@ -605,6 +605,7 @@ class _NoLock:
         on_left: Callable[[], object] | None = None,
         /,
     ) -> bool:
+        self._refusal = on_closed
         return True
 
     def after_fork(self) -> None:

@@ -5,36 +5,63 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Self
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Final, Self, TypeVar
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     AdapterClosed,
+    ChannelClosed,
     RuntimeAlreadyActive,
+    SegmentCorrupted,
     SegmentExists,
+    SessionBusy,
     SessionNotRegistered,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.bells import remove_unused_bells
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import SharedSegment, resolve_namespace
+from shmepoch.memory.segment import SharedSegment, abandon, resolve_namespace
 from shmepoch.runtime.durability import Durability
 from shmepoch.runtime.observing import observe_session
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
 from shmepoch.stores import RuntimeStore
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
+
+#: How long `close` waits for calls that are in progress, all together.
+_CLOSE_S: Final = 1.0
+
+
+class _Session:
+    """What an adapter has of one session. Changed by the one call that holds `lock`."""
+
+    def __init__(self, id: SessionId) -> None:
+        self.id: Final = id
+        #: Reentrant, for a signal handler or finalizer to be refused where it would wait for ever.
+        self.lock: Final = threading.RLock()
+        self.busy = False
+        #: The epoch that the adapter owns, with its bindings; read without the lock.
+        self.owned: EpochSupervisor | None = None
 
 
 class RuntimeSessionAdapter:
     """Owns sessions: makes their epochs, finds them again, looks after them and ends them.
 
     A session has one live runtime. Closing the adapter, or dying, leaves the segments, and the
-    next adapter goes on with them. Its methods may be called from any thread; after a fork it
-    belongs to the parent.
+    next adapter goes on with them. Its methods may be called from any thread; calls about one
+    session wait for each other, and for no other session. After a fork it belongs to the parent.
+
+    ADAPTER-1: a store and other processes are waited for with the session's own lock only, which no
+    call about another session, no look and no supervision takes. So one that stands still holds up
+    its own session and no other.
     """
 
     def __init__(
@@ -43,26 +70,35 @@ class RuntimeSessionAdapter:
         namespace: str | None,
         config: OpsLifecycleConfig | None,
         durability: Durability | None = None,
+        rotate_if_unloadable: bool = False,
     ) -> None:
-        self._namespace = resolve_namespace(namespace)
+        self._namespace: Final = resolve_namespace(namespace)
         self._config = config or OpsLifecycleConfig()
-        self._durability = durability
-        self._lock = threading.RLock()
-        self._sessions: dict[SessionId, SessionRuntimeBindings] = {}
-        self._supervised: dict[SessionId, EpochSupervisor] = {}
+        self._durability: Final = durability
+        self._rotate_if_unloadable: Final = rotate_if_unloadable
+        #: Each access is one operation of the dictionary, which needs no lock.
+        self._sessions: Final[dict[SessionId, _Session]] = {}
+        self._supervising: Final = threading.RLock()
         self._supervisor: Supervisor | None = None
-        self._pid: int | None = os.getpid()
+        self._pid: Final = os.getpid()
+        self._closed = False
 
     @classmethod
     def ephemeral(
-        cls, *, namespace: str | None = None, config: OpsLifecycleConfig | None = None
+        cls,
+        *,
+        namespace: str | None = None,
+        config: OpsLifecycleConfig | None = None,
+        rotate_if_unloadable: bool = False,
     ) -> Self:
         """An adapter whose epochs survive every process, and end with the machine.
 
         `namespace` keeps deployments apart (default: SHMEPOCH_NAMESPACE, else "default");
-        `config` sizes the epochs that it makes. Raises `NamespaceInvalid`.
+        `config` sizes the epochs that it makes. A session whose segment is damaged is refused with
+        `SegmentCorrupted`, unless `rotate_if_unloadable` says to remove the segment and to start a
+        new epoch. Raises `NamespaceInvalid`.
         """
-        return cls(namespace=namespace, config=config)
+        return cls(namespace=namespace, config=config, rotate_if_unloadable=rotate_if_unloadable)
 
     @classmethod
     def persistent(
@@ -80,7 +116,8 @@ class RuntimeSessionAdapter:
         cannot be running any more: they end as `Terminated`, so that the agent hears of them,
         unless `terminate_unfinished` is false, which drops them. A session that the store cannot
         load is refused with `StoreLoadFailed`, unless `rotate_if_unloadable` says to start a new
-        epoch for it.
+        epoch for it. One whose live segment is damaged is refused with `SegmentCorrupted`, unless
+        it says to remove the segment and to go on from the store.
 
         A completion is durable within 50 ms, as far as the store's speed allows. One that retention
         drops before that is a gap and is counted; `config` with a `store_wait_ms` makes writers
@@ -90,6 +127,7 @@ class RuntimeSessionAdapter:
             namespace=namespace,
             config=config,
             durability=Durability(store, terminate_unfinished, rotate_if_unloadable),
+            rotate_if_unloadable=rotate_if_unloadable,
         )
 
     # --- sessions -----------------------------------------------------------------------------
@@ -98,28 +136,36 @@ class RuntimeSessionAdapter:
         """Own a session: go on with its live epoch, or make one.
 
         Does nothing if this adapter owns it already. Raises `RuntimeAlreadyActive` while another
-        runtime does, `SharedMemoryExhausted`, and what validating a segment may raise.
+        runtime does, `SharedMemoryExhausted`, and what validating a segment may raise. After a
+        failure the session is as it was, and the call may be made again. From a signal handler or
+        finalizer that interrupted a call about the same session it raises `SessionBusy`, as every
+        method does that changes something.
         """
         self.prepare_bindings(session_id)
 
     def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
-        """The bindings of a session, registering it first if need be: the same ones every time."""
+        """The bindings of a session, registering it first if need be: the same ones every time.
+
+        Others once the epoch has ended, or the session's name has gone. Raises what
+        `register_session` does.
+        """
         self._check_open()
-        with self._lock:
-            self._check_open()
-            bindings = self._sessions.get(session_id)
-            if bindings is None:
-                bindings = self._open(session_id)
-                self._adopt(bindings)
-            return bindings
+        owned = self._owned(session_id)
+        if owned is not None and not owned.bindings.sealed:
+            return owned.bindings
+        return self._alone(session_id, self._prepare)
 
     def ops_lifecycle_registry(self, session_id: SessionId) -> RuntimeOpsLifecycleRegistry:
         """The registry of a session's epoch; `SessionNotRegistered`."""
-        return self._registered(session_id).ops_lifecycle
+        self._check_open()
+        owned = self._owned(session_id)
+        if owned is None:
+            raise SessionNotRegistered(session_id)
+        return owned.bindings.ops_lifecycle
 
     def contains_session(self, session_id: SessionId) -> bool:
         """Whether this adapter owns the session; in a forked child it owns none."""
-        return self._pid == os.getpid() and session_id in self._sessions
+        return self._pid == os.getpid() and self._owned(session_id) is not None
 
     def observe_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Look at a session of this adapter's namespace, whatever process owns it, as
@@ -136,21 +182,9 @@ class RuntimeSessionAdapter:
 
         Who waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`. With a
         store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
-        one; call it again.
+        one; call it again, or `prepare_bindings`, which finishes it.
         """
-        self._check_open()
-        with self._lock:
-            old = self._registered(session_id)
-            old.shared_segment().seal()
-            if self._durability is not None:
-                self._durability.end(old)
-            bindings = self._create(session_id, RuntimeEpochId.new(), replace=True)
-            _log.info(
-                "session %s: reset from epoch %s to %s", session_id, old.epoch_id, bindings.epoch_id
-            )
-            self._adopt(bindings)
-            old.close()
-            return bindings
+        return self._alone(session_id, self._reset)
 
     def unregister_session(self, session_id: SessionId) -> None:
         """End the session: its operations end as `Terminated`, its epoch is sealed and its segment
@@ -159,35 +193,24 @@ class RuntimeSessionAdapter:
         Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
         `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
-        self._check_open()
-        with self._lock:
-            bindings = self._registered(session_id)
-            segment = bindings.shared_segment()
-            if not segment.sealed:
-                bindings.ops_lifecycle.terminate_owner("the session was unregistered")
-                segment.seal()
-            if self._durability is not None:
-                self._durability.end(bindings)
-            del self._sessions[session_id], self._supervised[session_id]
-            segment.unlink()
-            bindings.close()
+        self._alone(session_id, self._unregister)
 
     def close(self) -> None:
-        """Give up every session, leaving the segments for the next runtime."""
+        """Give up every session, leaving the segments for the next runtime.
+
+        A session that a call of another thread is about, or that this call interrupted, is given up
+        when that call ends; the log names it if that takes longer than a moment. May be called
+        again after it was interrupted.
+        """
         if self._pid != os.getpid():
-            return  # closed, or the parent's
-        with self._lock:
-            if self._pid is None:
-                return
-            self._pid = None
-        if self._supervisor is not None:
-            self._supervisor.stop()
-        if self._durability is not None:
-            self._durability.close()
-        for bindings in self._sessions.values():
-            bindings.close()
-        self._sessions.clear()
-        self._supervised.clear()
+            return
+        self._closed = True
+        try:
+            self._stop_supervising()
+            if self._durability is not None:
+                self._durability.close()
+        finally:
+            self._give_up_all()
         remove_unused_bells(self._namespace)
 
     def __enter__(self) -> Self:
@@ -196,114 +219,263 @@ class RuntimeSessionAdapter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- where an epoch comes from ------------------------------------------------------------
+    # --- one call about a session at a time ---------------------------------------------------
 
-    def _open(self, session_id: SessionId) -> SessionRuntimeBindings:
+    def _alone(self, session_id: SessionId, act: Callable[[_Session], T]) -> T:
+        """Do `act` while no other call is about the session."""
+        self._check_open()
         while True:
-            try:
-                found = SharedSegment.attach(self._namespace, session_id)
-            except FileNotFoundError:
-                try:
-                    return self._recover(session_id)
-                except SegmentExists:
-                    continue  # another runtime was faster; it will be named
-            return self._take_over(found)
+            session = self._sessions.setdefault(session_id, _Session(session_id))
+            with session.lock:
+                # Another call may have forgotten the session while this one waited.
+                if self._sessions.get(session_id) is session:
+                    return self._act(session, act)
 
-    def _take_over(self, found: SharedSegment) -> SessionRuntimeBindings:
-        """Become the runtime of a live segment, whose runtime was killed or closed."""
+    def _act(self, session: _Session, act: Callable[[_Session], T]) -> T:
+        if session.busy:
+            raise SessionBusy(session.id)
+        session.busy = True
+        try:
+            self._check_open()
+            done = act(session)
+        except ChannelClosed:
+            self._check_open()
+            raise
+        finally:
+            session.busy = False
+            if self._closed:
+                self._give_up(session)
+            elif session.owned is None:
+                self._sessions.pop(session.id, None)
+        return done
+
+    def _give_up_all(self) -> None:
+        deadline = time.monotonic() + _CLOSE_S
+        for session in list(self._sessions.values()):
+            if not session.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                self._left(session, "another call is about it")
+                continue
+            try:
+                if session.busy:
+                    self._left(session, "the call that this one interrupted is about it")
+                else:
+                    self._give_up(session)
+            finally:
+                session.lock.release()
+
+    def _give_up(self, session: _Session) -> None:
+        if session.owned is not None:
+            bindings = session.owned.bindings
+            bindings.close()
+            if bindings.shared_segment().attached:
+                self._left(session, "a transition of this process is in progress")
+            session.owned = None
+        self._sessions.pop(session.id, None)
+
+    @staticmethod
+    def _left(session: _Session, why: str) -> None:
+        _log.warning("session %s: given up later than the adapter, since %s", session.id, why)
+
+    # --- what a call does about its session ---------------------------------------------------
+
+    def _prepare(self, session: _Session) -> SessionRuntimeBindings:
+        self._supervise()  # before anything is owned: there may be no thread to be had
+        if session.owned is not None:
+            old = session.owned.bindings
+            if not (old.sealed or session.owned.lost):
+                return old
+            if old.shared_segment().named:
+                return self._renew(session, old)
+            self._forget(session, old)
+        return self._open(session)
+
+    def _reset(self, session: _Session) -> SessionRuntimeBindings:
+        old = self._require(session)
+        old.shared_segment().seal()
+        self._check_open()  # sealing may have waited; what is sealed the next runtime replaces
+        return self._prepare(session)
+
+    def _unregister(self, session: _Session) -> None:
+        bindings = self._require(session)
+        segment = bindings.shared_segment()
+        if not segment.sealed:
+            try:
+                bindings.ops_lifecycle.terminate_and_seal("the session was unregistered")
+            except SegmentCorrupted:
+                _log.exception("session %s: removed with what runs in it", session.id)
+                segment.seal()
+        if self._durability is not None:
+            self._durability.end(bindings)
+        segment.unlink()
+        bindings.close()
+        session.owned = None
+
+    def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:
+        """Own an epoch no longer whose segment has lost its name."""
+        if old.sealed:  # and was replaced, by a call that failed after that
+            if self._durability is not None:
+                self._durability.end(old)
+            old.close()
+        elif self._durability is not None:
+            self._durability.forget(old)
+        # One that is open stays attached: whoever uses it is told that it is gone (`EpochGone`).
+        session.owned = None
+
+    def _require(self, session: _Session) -> SessionRuntimeBindings:
+        if session.owned is None or session.owned.lost:
+            raise SessionNotRegistered(session.id)
+        return session.owned.bindings
+
+    def _owned(self, session_id: SessionId) -> EpochSupervisor | None:
+        session = self._sessions.get(session_id)
+        owned = None if session is None else session.owned
+        return None if owned is None or owned.lost else owned
+
+    def _check_open(self) -> None:
+        # Before any lock: in a forked child whoever held one does not exist.
+        if self._closed or self._pid != os.getpid():
+            raise AdapterClosed
+
+    # --- where an epoch comes from: each of these either owns one in the end, or nothing ------
+
+    def _open(self, session: _Session) -> SessionRuntimeBindings:
+        abandoned = False
+        while True:
+            self._check_open()
+            try:
+                bindings = self._find(session)
+            except SegmentExists:
+                continue  # another runtime was faster; it will be named
+            except SegmentCorrupted:
+                if abandoned or not self._rotate_if_unloadable:
+                    raise
+                if not abandon(self._namespace, session.id):
+                    raise
+                _log.exception("session %s: its damaged segment was removed", session.id)
+                abandoned = True
+                continue
+            if bindings is not None:
+                return bindings
+
+    def _find(self, session: _Session) -> SessionRuntimeBindings | None:
+        """A session's epoch, wherever it is now; None if it is elsewhere by now."""
+        try:
+            found = SharedSegment.attach(self._namespace, session.id)
+        except FileNotFoundError:
+            return self._recover(session)
+        return self._take_over(session, found)
+
+    def _take_over(self, session: _Session, found: SharedSegment) -> SessionRuntimeBindings | None:
+        """Become the runtime of a live segment, whose runtime was killed or closed.
+
+        OWN-1: only the owner of the segment that has the session's name gives that name to another
+        segment, or removes it. A segment may have lost the name before its owner left it, so who
+        takes one over looks at the name afterwards.
+        """
         bindings = SessionRuntimeBindings.of_segment(found)
         segment = bindings.shared_segment()
-        if not segment.try_own():
-            runtimes = [p.pid for p in bindings.participants() if p.role is Role.RUNTIME]
+        with ExitStack() as undo:
             if segment is found:
-                bindings.close()
-            raise RuntimeAlreadyActive(segment.session_id, runtimes[0] if runtimes else 0)
-        if segment.sealed:
-            # Its runtime was killed between sealing it and replacing or removing it.
-            if self._durability is not None:
-                self._durability.follow(bindings)
-                self._durability.end(bindings)
-            bindings.close()
-            bindings = self._create(segment.session_id, RuntimeEpochId.new(), replace=True)
-            _log.info(
-                "session %s: new epoch %s, the one found was sealed",
-                segment.session_id,
-                bindings.epoch_id,
-            )
-            return bindings
-        segment.join(Role.RUNTIME)
-        _log.info("session %s: live epoch %s", segment.session_id, segment.epoch_id)
+                undo.callback(bindings.close)
+            if not segment.try_own():
+                runtimes = [p.pid for p in bindings.participants() if p.role is Role.RUNTIME]
+                raise RuntimeAlreadyActive(session.id, runtimes[0] if runtimes else 0)
+            if segment is not found:  # this process used it before, and goes on to
+                undo.callback(segment.disown, segment.role)
+            if not segment.named:
+                return None
+            if segment.sealed:
+                # Its runtime was killed between sealing it and replacing or removing it.
+                if self._durability is not None:
+                    self._durability.follow(bindings)
+                return self._renew(session, bindings)
+            segment.join(Role.RUNTIME)
+            self._adopt(session, bindings)
+            undo.pop_all()
+        _log.info("session %s: live epoch %s", session.id, segment.epoch_id)
         return bindings
 
-    def _recover(self, session_id: SessionId) -> SessionRuntimeBindings:
+    def _renew(self, session: _Session, old: SessionRuntimeBindings) -> SessionRuntimeBindings:
+        """A new epoch in the place of one that was sealed, and that this adapter owns."""
+        if self._durability is not None:
+            self._durability.end(old)
+        bindings = self._make(session, RuntimeEpochId.new(), replacing=old.shared_segment())
+        old.close()  # not before: its lock keeps others from replacing it, too
+        _log.info("session %s: new epoch %s after %s", session.id, bindings.epoch_id, old.epoch_id)
+        return bindings
+
+    def _recover(self, session: _Session) -> SessionRuntimeBindings:
         """The stored epoch of a session that has no live segment, or else a new one."""
         stored = None
         if self._durability is not None:
-            stored = self._durability.load(session_id, self._config)
+            stored = self._durability.load(session.id, self._config)
         if stored is None:
-            bindings = self._create(session_id, RuntimeEpochId.new(), replace=False)
+            bindings = self._make(session, RuntimeEpochId.new())
             why = "no store" if self._durability is None else "the store has none"
-            _log.info("session %s: new epoch %s, %s", session_id, bindings.epoch_id, why)
+            _log.info("session %s: new epoch %s, %s", session.id, bindings.epoch_id, why)
             return bindings
-        bindings = self._create(session_id, stored.epoch_id, replace=False, stored=stored)
+        bindings = self._make(session, stored.epoch_id, stored=stored)
         _log.info(
             "session %s: epoch %s from the store, through %d",
-            session_id,
+            session.id,
             stored.epoch_id,
             stored.last_seq,
         )
         return bindings
 
-    def _create(
+    def _make(
         self,
-        session_id: SessionId,
+        session: _Session,
         epoch_id: RuntimeEpochId,
         *,
-        replace: bool,
+        replacing: SharedSegment | None = None,
         stored: PersistedOpsSnapshot | None = None,
     ) -> SessionRuntimeBindings:
+        """Raises `SegmentExists` if the session has a segment besides the one to be replaced."""
         config = self._config
         if stored is not None and self._durability is not None:
             config = self._durability.room_for(stored, config)
         segment = SharedSegment.allocate(
-            self._namespace, config, session_id=session_id, epoch_id=epoch_id
+            self._namespace, config, session_id=session.id, epoch_id=epoch_id
         )
-        try:
+        with ExitStack() as undo:
+            undo.callback(segment.close)
             segment.try_own()
             segment.join(Role.RUNTIME)
             if stored is not None and self._durability is not None:
                 self._durability.restore(segment, stored)
-            segment.publish(replace=replace)
-        except BaseException:
-            segment.close()
-            raise
-        return SessionRuntimeBindings.of_segment(segment)
+            segment.publish(replace=replacing is not None and replacing.named)
+            bindings = SessionRuntimeBindings.of_segment(segment)
+            undo.callback(bindings.close)
+            self._adopt(session, bindings)
+            undo.pop_all()
+        return bindings
 
-    def _adopt(self, bindings: SessionRuntimeBindings) -> None:
-        supervised = EpochSupervisor(bindings)
-        supervised.look()
+    def _adopt(self, session: _Session, bindings: SessionRuntimeBindings) -> None:
+        owned = EpochSupervisor(bindings)
+        owned.settle()
         if self._durability is not None:
             self._durability.follow(bindings)
-        self._sessions[bindings.session_id] = bindings
-        self._supervised[bindings.session_id] = supervised
-        if self._supervisor is None:
-            self._supervisor = Supervisor(self._epochs)
-            self._supervisor.start()
+        self._check_open()  # by now close may have passed this session over
+        session.owned = owned
+
+    # --- supervision --------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        with self._supervising:
+            if self._supervisor is None:
+                supervisor = Supervisor(self._epochs)
+                supervisor.start()
+                self._supervisor = supervisor
+        if self._closed:  # by another thread or a signal handler, which may have found none
+            self._stop_supervising()
+
+    def _stop_supervising(self) -> None:
+        with self._supervising:
+            supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.stop()
 
     def _epochs(self) -> list[EpochSupervisor]:
-        with self._lock:
-            return list(self._supervised.values())
-
-    def _registered(self, session_id: SessionId) -> SessionRuntimeBindings:
-        self._check_open()
-        with self._lock:
-            self._check_open()
-            bindings = self._sessions.get(session_id)
-            if bindings is None:
-                raise SessionNotRegistered(session_id)
-            return bindings
-
-    def _check_open(self) -> None:
-        """Asked before the lock, too: in a forked child, what held that does not exist."""
-        if self._pid != os.getpid():
-            raise AdapterClosed
+        owned = [session.owned for session in list(self._sessions.values())]
+        return [epoch for epoch in owned if epoch is not None and not epoch.lost]

@@ -10,7 +10,7 @@ from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.recovery import require_consistent, room_for
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.errors import RecordInvalid, StoreLoadFailed
+from shmepoch.errors import RecordInvalid, SegmentCorrupted, StoreLoadFailed
 from shmepoch.ids import SessionId
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout, OpsLifecycleConfig
 from shmepoch.memory.segment import SharedSegment
@@ -89,9 +89,20 @@ class Durability:
         """Store the end of a sealed epoch, and follow it no longer.
 
         Raises `StoreWriteFailed` if the store does not take it, or what makes this epoch impossible
-        to store, and goes on following.
+        to store, and goes on following. Of a segment that is damaged the end alone is stored: what
+        the store does not have of it is lost.
         """
-        self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
+        try:
+            self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
+        except SegmentCorrupted:
+            _log.exception("session %s: what is not stored is lost", bindings.session_id)
+            ended = PersistedOpsSnapshot(epoch_id=bindings.epoch_id)
+            session_id = bindings.session_id
+            self.store.save([EpochCapture(session_id=session_id, snapshot=ended, sealed=True)])
+        self.channel.unfollow(bindings)
+
+    def forget(self, bindings: SessionRuntimeBindings) -> None:
+        """Follow an epoch no longer that has not ended, and is out of reach."""
         self.channel.unfollow(bindings)
 
     def close(self) -> None:
