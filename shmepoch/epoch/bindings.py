@@ -22,7 +22,7 @@ from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.errors import BindingsNotTransferable, EpochSealed, TokenInvalid, WitnessMismatch
+from shmepoch.errors import BindingsClosed, BindingsNotTransferable, TokenInvalid
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
@@ -66,6 +66,8 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     @classmethod
     def from_token(cls, text: str) -> EpochHandle:
         """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
+        if not isinstance(text, str):
+            raise TypeError(f"a token is the text of to_token(), not {type(text).__name__}")
         token = text.strip()
         if not token.startswith(_PREFIX):
             raise TokenInvalid(_other_beginning(token))
@@ -108,17 +110,57 @@ class SessionRuntimeBindings:
     """One process's bindings of one epoch: its registry and its cursors, and the way to share them.
 
     Copies are the same object. Pickled, or passed as a token, they attach in the other process to
-    the same epoch; in this process they resolve to this object. Made by
-    `RuntimeSessionAdapter.prepare_bindings`, never by who consumes them.
+    the same epoch: from a token at once, and when they come out of a pickle on their first use,
+    which raises what `attach` does. In this process both resolve to this object. Made by
+    `RuntimeSessionAdapter.prepare_bindings`, never by what consumes them.
     """
 
+    session_id: SessionId
+    epoch_id: RuntimeEpochId
+    #: Where completions are found that the feed has dropped, if this process has such a place.
+    history: History | None
+    _closed: bool
+
     def __init__(self, segment: Segment) -> None:
-        self._segment: Final = segment
-        #: Where completions are found that the feed has dropped, if this process has such a place.
-        self.history: History | None = None
-        self.session_id: Final = segment.session_id
-        self.epoch_id: Final = segment.epoch_id
-        self.ops_lifecycle: Final = RuntimeOpsLifecycleRegistry(segment)
+        vars(self).update(
+            session_id=segment.session_id, epoch_id=segment.epoch_id, history=None, _closed=False
+        )
+        self._use(segment)
+
+    def _use(self, segment: Segment) -> None:
+        vars(self).update(_segment=segment, ops_lifecycle=RuntimeOpsLifecycleRegistry(segment))
+
+    @classmethod
+    def _of_handle(cls, handle: EpochHandle) -> SessionRuntimeBindings:
+        """Bindings that attach on their first use."""
+        self = cls.__new__(cls)
+        vars(self).update(
+            session_id=handle.session_id,
+            epoch_id=handle.epoch_id,
+            history=None,
+            handle=handle,
+            _closed=False,
+        )
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "history":
+            raise AttributeError(
+                f"{name} of bindings cannot be assigned to: they are the facts of one epoch; "
+                "prepare_bindings or attach gives those of another"
+            )
+        super().__setattr__(name, value)
+
+    @lazy
+    def _segment(self) -> Segment:
+        return self._attach()
+
+    @lazy
+    def ops_lifecycle(self) -> RuntimeOpsLifecycleRegistry:
+        """The epoch's operations."""
+        self._attach()
+        registry: RuntimeOpsLifecycleRegistry = vars(self)["ops_lifecycle"]
+        return registry
 
     @lazy
     def cursor_state(self) -> EpochCursorState:
@@ -153,48 +195,71 @@ class SessionRuntimeBindings:
         Raises `EpochGone`, `EpochSealed`, `WitnessMismatch`, `ParticipantsExhausted`, and what
         validating the segment may raise.
         """
+        if not isinstance(handle, EpochHandle):
+            raise TypeError(f"attach takes an EpochHandle, not {type(handle).__name__}")
         with _attached_lock:
-            bindings = _known(handle.epoch_id)
+            bindings = _known(handle)
             if bindings is None:
-                segment = SharedSegment.attach_epoch(
-                    handle.namespace, handle.session_id, handle.epoch_id, handle.witness
-                )
-                try:
-                    made = cls(segment)
-                    segment.join(Role.WORKER)
-                except BaseException:
-                    segment.close()
-                    raise
-                return _remember(made)
-        segment = bindings.shared_segment()
-        if not hmac.compare_digest(segment.witness, handle.witness):
-            raise WitnessMismatch(handle.epoch_id)
-        if segment.sealed:
-            raise EpochSealed(handle.epoch_id)
-        segment.ensure_attached()
+                segment = _join(handle)
+                bindings = _known(handle)  # a signal handler may have attached meanwhile
+                if bindings is None:
+                    return _remember(cls, segment)
+                segment.close()
+        bindings.require_open()
         return bindings
 
     @classmethod
     def of_segment(cls, segment: SharedSegment) -> SessionRuntimeBindings:
-        """The process's bindings of an attached segment: those it has already, or new ones."""
+        """The process's bindings of an attached segment: those it has already, or new ones.
+
+        Those of an epoch of the same name in other memory, as before a recovery, are others.
+        """
         with _attached_lock:
-            bindings = _known(segment.epoch_id)
-            # An epoch that was recovered has its id in a segment, and with a witness, of its own.
-            if bindings is None or bindings.shared_segment().witness != segment.witness:
-                try:
-                    return _remember(cls(segment))
-                except BaseException:
-                    segment.close()
-                    raise
-        segment.close()
-        bindings.shared_segment().ensure_attached()
+            reference = _attached.get(segment.witness)
+            bindings = None if reference is None else reference()
+            if bindings is None:
+                return _remember(cls, segment)
+        known = bindings.shared_segment()
+        if known is not segment:
+            segment.close()
+        known.ensure_attached()
         return bindings
+
+    @classmethod
+    def _unpickle(cls, token: str) -> SessionRuntimeBindings:
+        """This process's bindings of a token's epoch, attached already or on their first use."""
+        handle = EpochHandle.from_token(token)
+        with _attached_lock:
+            bindings = _known(handle)
+            if bindings is None:
+                bindings = cls._of_handle(handle)
+                _attached[handle.witness] = _reference(handle.witness, bindings)
+            return bindings
+
+    def _attach(self) -> Segment:
+        """Attach, if this came out of a pickle and was not used since."""
+        mine = vars(self)
+        with _attached_lock:
+            if "_segment" not in mine:
+                if self._closed:
+                    raise BindingsClosed(self.epoch_id)
+                segment = _join(mine["handle"])
+                if "_segment" in mine:  # a signal handler has attached meanwhile
+                    segment.close()
+                else:
+                    try:
+                        self._use(segment)
+                    except BaseException:
+                        segment.close()
+                        raise
+        attached: Segment = mine["_segment"]
+        return attached
 
     def to_token(self) -> str:
         """The bindings as text, for an environment variable or a command line.
 
-        Whoever has the text can attach: it is a capability. Raises `BindingsNotTransferable` for
-        standalone bindings and an observer's.
+        The text is a capability: whatever process has it can attach. Raises
+        `BindingsNotTransferable` for standalone bindings and an observer's.
         """
         if self.handle is None:
             raise BindingsNotTransferable(observer=self.read_only)
@@ -207,8 +272,22 @@ class SessionRuntimeBindings:
 
     @property
     def sealed(self) -> bool:
-        """Whether the epoch has ended."""
+        """Whether the epoch was ended by its runtime."""
         return self._segment.sealed
+
+    @property
+    def ended(self) -> bool:
+        """Whether the epoch takes no more changes: it is sealed, or found to be gone."""
+        return self._segment.ended
+
+    def require_open(self) -> None:
+        """Raise `EpochSealed` or `EpochGone` if the epoch has ended."""
+        segment = self._segment
+        if isinstance(segment, SharedSegment):
+            segment.ensure_attached()
+            segment.require_name()
+        if segment.ended:
+            raise segment.closed_error()
 
     @property
     def skipped(self) -> SkippedRange:
@@ -223,7 +302,6 @@ class SessionRuntimeBindings:
     def announce(self, role: Role) -> None:
         """Say what this process does in the epoch; of no effect on standalone bindings."""
         if isinstance(self._segment, SharedSegment):
-            self._segment.ensure_attached()
             self._segment.join(role)
 
     @property
@@ -232,11 +310,12 @@ class SessionRuntimeBindings:
         return self._segment.role if isinstance(self._segment, SharedSegment) else None
 
     def participants(self) -> list[Participant]:
-        """Who is attached, and who died attached and has not been cleared yet."""
-        if not isinstance(self._segment, SharedSegment):
+        """The processes that are attached, and those that died attached and are not cleared yet."""
+        segment = self._segment
+        if not isinstance(segment, SharedSegment):
             return []
-        self._segment.ensure_attached()
-        return self._segment.participants.list(me=self._segment.participant)
+        participants = segment.participants
+        return participants.list(me=segment.participant)
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
         """Claim a byte of the epoch, as `Segment.claim` does; for who drives the epoch.
@@ -261,12 +340,21 @@ class SessionRuntimeBindings:
         return self._segment
 
     def close(self) -> None:
-        """Leave the epoch: this process's running operations end as `Terminated` before long."""
-        if isinstance(self._segment, SharedSegment):
-            with _attached_lock:
-                if _known(self.epoch_id) is self:
-                    del _attached[self.epoch_id.bytes]
-            self._segment.close()
+        """Leave the epoch: this process's running operations end as `Terminated` before long.
+
+        Interrupted, it may be called again.
+        """
+        with _attached_lock:
+            segment = vars(self).get("_segment")
+            shared = segment if isinstance(segment, SharedSegment) else self.handle
+            if shared is None:
+                return  # standalone bindings hold nothing that others wait for
+            vars(self)["_closed"] = True
+            reference = _attached.get(shared.witness)
+            if reference is not None and reference() is self:
+                del _attached[shared.witness]
+        if isinstance(segment, SharedSegment):
+            segment.close()
 
     def __copy__(self) -> Self:
         return self
@@ -275,31 +363,57 @@ class SessionRuntimeBindings:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return SessionRuntimeBindings.from_token, (self.to_token(),)
+        return SessionRuntimeBindings._unpickle, (self.to_token(),)
 
     def __repr__(self) -> str:
+        attached = "_segment" in vars(self)
         return (
             f"SessionRuntimeBindings(session_id={self.session_id!r}, epoch_id={self.epoch_id!r}, "
-            f"cursor_state={self.cursor_state!r})"
+            f"ops_lifecycle=<{RuntimeOpsLifecycleRegistry.__name__}>, "
+            f"cursor_state={self.cursor_state if attached else '<not attached yet>'!s})"
         )
 
 
-#: By the bytes of the epoch's id. Not a WeakValueDictionary, which guards its iteration against
-#: changes: it takes four times as long, and is not iterated.
+#: By the witness key, which is the segment's own: an epoch that was recovered has its name in
+#: other memory. Not a WeakValueDictionary, which guards its iteration against changes: it takes
+#: four times as long, and is not iterated.
 _attached: Final[dict[bytes, weakref.ref[SessionRuntimeBindings]]] = {}
-#: Reentrant, since bindings may be let go of, and forgotten, at any moment.
+#: Reentrant: a signal handler may attach, and bindings may be dropped and forgotten, at any moment.
 _attached_lock = threading.RLock()
 
 
-def _known(epoch_id: RuntimeEpochId) -> SessionRuntimeBindings | None:
-    reference = _attached.get(epoch_id.bytes)
-    return None if reference is None else reference()
+def _known(handle: EpochHandle) -> SessionRuntimeBindings | None:
+    reference = _attached.get(handle.witness)
+    bindings = None if reference is None else reference()
+    return bindings if bindings is not None and bindings.handle == handle else None
 
 
-def _remember(bindings: SessionRuntimeBindings) -> SessionRuntimeBindings:
-    key = bindings.epoch_id.bytes
-    _attached[key] = weakref.ref(bindings, partial(_forget, key))
+def _join(handle: EpochHandle) -> SharedSegment:
+    """Attach to an epoch as a worker."""
+    segment = SharedSegment.attach_epoch(
+        handle.namespace, handle.session_id, handle.epoch_id, handle.witness
+    )
+    try:
+        segment.join(Role.WORKER)
+    except BaseException:
+        segment.close()
+        raise
+    return segment
+
+
+def _remember(kind: type[SessionRuntimeBindings], segment: SharedSegment) -> SessionRuntimeBindings:
+    """The bindings of a segment that this process has none of."""
+    try:
+        bindings = kind(segment)
+        _attached[segment.witness] = _reference(segment.witness, bindings)
+    except BaseException:
+        segment.close()
+        raise
     return bindings
+
+
+def _reference(key: bytes, bindings: SessionRuntimeBindings) -> weakref.ref[SessionRuntimeBindings]:
+    return weakref.ref(bindings, partial(_forget, key))
 
 
 def _forget(key: bytes, reference: weakref.ref[SessionRuntimeBindings]) -> None:

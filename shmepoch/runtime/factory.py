@@ -8,7 +8,7 @@ from shmepoch.epoch.bindings import (
     SessionOwned,
     SessionRuntimeBindings,
 )
-from shmepoch.errors import BindingsMismatch, EpochSealed
+from shmepoch.errors import BindingsMismatch
 from shmepoch.ids import SessionId
 from shmepoch.runtime.boundary import AgentBoundary
 
@@ -36,8 +36,9 @@ class AgentFactory:
         share one cursor, and each is told what none of them has applied. The boundary is the agent
         until it is closed or collected; that of an agent that died is free at once.
 
-        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` for an ended epoch,
-        `BindingsClosed` for bindings that this process gave up, and `AgentAlreadyActive`.
+        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` or
+        `EpochGone` for an epoch that has ended, `BindingsClosed` for bindings that this process
+        gave up, and `AgentAlreadyActive`.
         """
         if not isinstance(build_mode, SessionOwned):
             bindings = SessionRuntimeBindings.standalone(session_id)
@@ -47,6 +48,5 @@ class AgentFactory:
         bindings = build_mode.bindings
         if bindings.session_id != session_id:
             raise BindingsMismatch(session_id, bindings.session_id)
-        if bindings.sealed:
-            raise EpochSealed(bindings.epoch_id)
+        bindings.require_open()
         return AgentBoundary(bindings, self._history, sharing=sharing)

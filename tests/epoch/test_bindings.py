@@ -132,6 +132,44 @@ def test_no_text_shows_the_key(bindings: SessionRuntimeBindings, handle: EpochHa
     assert repr(owned) == f"SessionOwned({bindings.session_id}, {bindings.epoch_id})"
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_they_show_all_that_they_are(bindings: SessionRuntimeBindings, shared: bool) -> None:
+    shown = bindings if shared else SessionRuntimeBindings.standalone(bindings.session_id)
+    shown.cursor_state.runtime_observed_seq.advance(3)
+    assert repr(shown) == (
+        f"SessionRuntimeBindings(session_id={shown.session_id!r}, epoch_id={shown.epoch_id!r}, "
+        f"ops_lifecycle=<RuntimeOpsLifecycleRegistry>, cursor_state={shown.cursor_state!r})"
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "name", ["session_id", "epoch_id", "ops_lifecycle", "cursor_state", "handle", "other"]
+)
+def test_they_cannot_be_made_another_epochs(
+    bindings: SessionRuntimeBindings, name: str, shared: bool
+) -> None:
+    other = SessionRuntimeBindings.standalone(SessionId.new())
+    changed = bindings if shared else SessionRuntimeBindings.standalone(bindings.session_id)
+    before = [getattr(changed, each, None) for each in (name, "history")]
+    for _ in range(2):  # before and after what is made on first use was made
+        with pytest.raises(AttributeError, match=f"{name} of bindings cannot be assigned to"):
+            setattr(changed, name, getattr(other, name, None))
+        assert [getattr(changed, each, None) for each in (name, "history")] == before
+
+
+def test_what_is_no_token_or_handle(bindings: SessionRuntimeBindings) -> None:
+    wrong: Any
+    for wrong in (None, 5, b"shmepoch1.", bindings, SessionRuntimeBindings, [bindings.to_token()]):
+        with pytest.raises(TypeError, match="to_token"):
+            SessionRuntimeBindings.from_token(wrong)
+        with pytest.raises(TypeError, match="EpochHandle"):
+            SessionRuntimeBindings.attach(wrong)
+    wrong = bindings.to_token()
+    with pytest.raises(TypeError, match="EpochHandle"):
+        SessionRuntimeBindings.attach(wrong)
+
+
 def test_each_epoch_has_a_key_of_its_own(adapter: RuntimeSessionAdapter) -> None:
     keys = set()
     for _ in range(5):

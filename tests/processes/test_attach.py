@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from shmepoch import (
+    AgentFactory,
+    BindingsClosed,
     EpochCursorSnapshot,
     EpochGone,
     EpochSealed,
@@ -21,6 +25,7 @@ from shmepoch import (
     RuntimeEpochId,
     RuntimeSessionAdapter,
     SessionId,
+    SessionOwned,
     SessionRuntimeBindings,
 )
 from tests.processes.children import METHODS, Channel, start
@@ -135,3 +140,153 @@ def test_the_errors_of_an_attach_arrive_whole(adapter: RuntimeSessionAdapter, me
     assert (gone.value.session_id, gone.value.epoch_id) == (session_id, epoch_id)
     assert gone.value.name == name
     assert "RemoveIPC" in str(gone.value)
+
+
+# --- out of a pickle ------------------------------------------------------------------------------
+
+
+def look_before_use(bindings: SessionRuntimeBindings, test: Channel) -> None:
+    """What can be asked without attaching; then the first use, of many threads at once."""
+    again = pickle.loads(pickle.dumps(bindings))
+    test.say(
+        (
+            bindings.session_id,
+            bindings.epoch_id,
+            bindings.handle,
+            bindings.to_token(),
+            repr(bindings),
+            again is bindings and again == bindings and hash(again) == hash(bindings),
+        )
+    )
+    test.hear()
+    barrier, registries = threading.Barrier(8), []
+
+    def use() -> None:
+        barrier.wait()
+        registries.append(bindings.ops_lifecycle)
+        bindings.ops_lifecycle.register_operation(spec())
+
+    threads = [threading.Thread(target=use) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    test.say((len({id(one) for one in registries}), bindings.role))
+    test.hear()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_bindings_out_of_a_pickle_attach_on_their_first_use(
+    bindings: SessionRuntimeBindings, method: str
+) -> None:
+    with start(look_before_use, bindings, method=method) as child:
+        session_id, epoch_id, handle, token, text, same = child.hear()
+        assert (session_id, epoch_id) == (bindings.session_id, bindings.epoch_id)
+        assert (handle, token) == (bindings.handle, bindings.to_token())
+        assert str(epoch_id) in text
+        assert "not attached" in text
+        assert same
+        assert [one.pid for one in bindings.participants()] == [os.getpid()]
+        child.say("use")
+        assert child.hear() == (1, Role.WORKER)
+        assert sorted(one.pid for one in bindings.participants()) == sorted(
+            [os.getpid(), child.pid]
+        )
+        child.say("end")
+        child.result()
+    assert len(bindings.ops_lifecycle.list_operations()) == 8
+
+
+class Reset(NamedTuple):
+    """A session's bindings before it was reset, and after."""
+
+    old: SessionRuntimeBindings
+    fresh: SessionRuntimeBindings
+
+
+@pytest.fixture
+def reset(adapter: RuntimeSessionAdapter) -> Iterator[Reset]:
+    old = adapter.prepare_bindings(SessionId.new())
+    yield Reset(old, adapter.reset_session(old.session_id))
+    adapter.unregister_session(old.session_id)
+
+
+def use_twice(bindings: SessionRuntimeBindings, test: Channel) -> str:
+    """Use what cannot be attached to, and then what was closed before its first use."""
+    for _ in range(2):
+        for use in (
+            lambda: bindings.ops_lifecycle,
+            lambda: bindings.cursor_state,
+            lambda: bindings.sealed,
+            bindings.participants,
+            bindings.shared_segment,
+            lambda: bindings.announce(Role.AGENT),
+            lambda: AgentFactory().build(bindings.session_id, SessionOwned(bindings)),
+        ):
+            with pytest.raises(EpochSealed):
+                use()
+    token = bindings.to_token()
+    bindings.close()
+    bindings.close()
+    with pytest.raises(BindingsClosed):
+        bindings.ops_lifecycle.active_count()
+    return token
+
+
+def test_the_first_use_raises_what_an_attach_does(reset: Reset) -> None:
+    with start(use_twice, reset.old, method="spawn") as child:
+        assert child.result() == reset.old.to_token()
+    here = pickle.loads(pickle.dumps(reset.old))  # which was closed with its epoch
+    with pytest.raises(EpochSealed):
+        here.ops_lifecycle.active_count()
+
+
+def count_active(bindings: SessionRuntimeBindings) -> int:
+    return bindings.ops_lifecycle.active_count()
+
+
+POOLS = ("fork", "spawn", "forkserver")
+
+
+@pytest.mark.parametrize("method", POOLS)
+def test_stale_bindings_fail_their_task_and_not_the_pool(reset: Reset, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        tasks = [executor.submit(count_active, each) for each in reset]
+        with pytest.raises(EpochSealed) as sealed:
+            tasks[0].result(60)
+        assert sealed.value.epoch_id == reset.old.epoch_id
+        assert tasks[1].result(60) == 0
+    with context.Pool(1) as pool:
+        results = [pool.apply_async(count_active, (each,)) for each in reset]
+        with pytest.raises(EpochSealed):
+            results[0].get(20)
+        assert results[1].get(20) == 0
+
+
+def take_from(queue: multiprocessing.Queue[object], answers: multiprocessing.Queue[object]) -> None:
+    """Use each of the bindings that come; what comes behind stale ones comes, too."""
+    while isinstance(bindings := queue.get(), SessionRuntimeBindings):
+        try:
+            answers.put(bindings.ops_lifecycle.active_count())
+        except (EpochSealed, EpochGone) as error:
+            answers.put(type(error))
+
+
+@pytest.mark.parametrize("method", POOLS)
+def test_stale_bindings_in_a_queue(
+    adapter: RuntimeSessionAdapter, reset: Reset, method: str
+) -> None:
+    gone = adapter.prepare_bindings(SessionId.new())
+    adapter.unregister_session(gone.session_id)
+    context: Any = multiprocessing.get_context(method)
+    queue, answers = context.Queue(), context.Queue()
+    taker = context.Process(target=take_from, args=(queue, answers))
+    taker.start()
+    for one in (reset.old, gone, reset.fresh, None):
+        queue.put(one)
+    assert [answers.get(timeout=60) for _ in range(3)] == [EpochSealed, EpochGone, 0]
+    taker.join()
+    for each in (queue, answers):
+        each.close()
+        each.join_thread()
