@@ -324,14 +324,24 @@ class SessionRuntimeBindings:
         """
         return self._segment.claim(byte, shared=shared)
 
-    def claimed_by(self, byte: int, *roles: Role) -> int:
-        """The pid of the process that has claimed `byte`: this one, or else the first live
-        participant in one of `roles`, tried in their order; 0 if it cannot be told."""
-        if any(claim.byte == byte and claim.held for claim in self._segment.claims):
+    def has_claimed(self, byte: int) -> bool:
+        """Whether this process has claimed `byte`."""
+        return any(claim.byte == byte and claim.held for claim in self._segment.claims)
+
+    def claimed_by(self, byte: int, role: Role) -> int:
+        """The pid of the process that has claimed `byte` and has `role` for that: this one, or a
+        live participant.
+
+        0 if it cannot be told: the process may not have announced the role yet, or have another
+        one besides, and then it is named only if there is no second one that it could be.
+        """
+        if self.has_claimed(byte):
             return os.getpid()
         others = [one for one in self.participants() if one.alive and not one.is_self]
-        pids = [one.pid for role in roles for one in others if one.role is role]
-        return pids[0] if pids else 0
+        named = [one.pid for one in others if one.role is role]
+        if named or len(others) != 1:
+            return named[0] if named else 0
+        return others[0].pid
 
     def shared_segment(self) -> SharedSegment:
         """The segment, for who drives the epoch; `BindingsNotTransferable` for private memory."""

@@ -94,12 +94,11 @@ class AgentBoundary:
         self._ahead = CursorsAhead(bindings)
         self._claim = bindings.claim(AGENT_BYTE, shared=sharing)
         if self._claim is None:
-            pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT, Role.RUNTIME)
+            pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT)
             raise AgentAlreadyActive(bindings.session_id, pid)
         try:
-            if (
-                bindings.role is not Role.RUNTIME
-            ):  # a runtime that hosts its agent stays the runtime
+            # A runtime that hosts its agent stays the runtime.
+            if bindings.role is not Role.RUNTIME:
                 bindings.announce(Role.AGENT)
         except BaseException:
             self._claim.release()
@@ -109,7 +108,7 @@ class AgentBoundary:
         """Stop being the agent, so that another can be built. The bindings stay open."""
         if self._claim is not None and self._claim.held:
             self._claim.release()
-            if self.bindings.role is Role.AGENT and not self.bindings.claimed_by(AGENT_BYTE):
+            if self.bindings.role is Role.AGENT and not self.bindings.has_claimed(AGENT_BYTE):
                 self.bindings.announce(Role.WORKER)
 
     def __enter__(self) -> Self:
