@@ -266,10 +266,10 @@ class EpochGone(ShmepochError):
 
     def __init__(self, session_id: SessionId, epoch_id: RuntimeEpochId, name: str) -> None:
         super().__init__(
-            f"epoch {epoch_id} of session {session_id} is gone: there is no {name!r}. "
-            "The session was unregistered, the machine restarted, or systemd removed it when the "
-            "user's last login ended (RemoveIPC=yes in logind.conf); "
-            "ask the runtime for new bindings",
+            f"epoch {epoch_id} of session {session_id} is gone: shared memory has its {name!r} no "
+            "more. The session was unregistered, the machine restarted, something else removed "
+            "files from /dev/shm, or systemd did when the user's last login ended (RemoveIPC=yes "
+            "in logind.conf); ask the runtime for new bindings",
             session_id=session_id,
             epoch_id=epoch_id,
             name=name,

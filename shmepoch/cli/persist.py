@@ -84,7 +84,7 @@ class _Epochs:
 
     def look(self) -> None:
         """Follow those that are new, and let go of those that have ended."""
-        ended = [bindings for bindings in self._followed.values() if bindings.sealed]
+        ended = [bindings for bindings in self._followed.values() if bindings.ended]
         if ended and self._all_stored():
             for bindings in ended:
                 self._channel.unfollow(bindings)

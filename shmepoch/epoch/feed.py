@@ -11,7 +11,7 @@ import msgspec
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.operations import OperationSpec
-from shmepoch.errors import EpochSealed, SegmentCorrupted
+from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory.segment import Segment
 from shmepoch.memory.waiting import require_position
@@ -125,7 +125,7 @@ class SegmentFeed:
 
     def mark_durable(self, seq: CompletionSeq) -> None:
         """A store has taken everything up to `seq`; writers that wait for it go on."""
-        with contextlib.suppress(EpochSealed):  # nobody waits for it any more
+        with contextlib.suppress(EpochSealed, EpochGone):  # nobody waits for it any more
             self._segment.cell(at.DURABLE_AT).advance(seq)
             self._segment.waiters.wake_writers()
 

@@ -221,8 +221,14 @@ class Segment:
         return claim(self, byte, shared=shared)
 
     def seal_held(self) -> None:
-        """End the epoch under the writer lock; for who notifies the waiters afterwards."""
+        """End the epoch under the writer lock; the caller notifies the waiters after that.
+        Raises `EpochGone`."""
+        self._require_not_gone()
         self.memory.store(at.STATE_AT, at.SEALED)
+
+    def _require_not_gone(self) -> None:
+        if self.memory.load(at.STATE_AT) == at.GONE:
+            raise self.closed_error()
 
     @contextlib.contextmanager
     def writer_if_free(self) -> Iterator[None]:
@@ -455,8 +461,7 @@ class SharedSegment(Segment):
         if nameless and not self.ended:
             self.memory.store(at.STATE_AT, at.GONE)
             self.waiters.notify()
-        if self.memory.load(at.STATE_AT) == at.GONE:
-            raise self.closed_error()
+        self._require_not_gone()
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, Self, TypeVar
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
@@ -16,6 +16,7 @@ from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     AdapterClosed,
     ChannelClosed,
+    EpochGone,
     RuntimeAlreadyActive,
     SegmentCorrupted,
     SegmentExists,
@@ -151,7 +152,7 @@ class RuntimeSessionAdapter:
         """
         self._check_open()
         owned = self._owned(session_id)
-        if owned is not None and not owned.bindings.sealed:
+        if owned is not None and not owned.bindings.ended:
             return owned.bindings
         return self._alone(session_id, self._prepare)
 
@@ -282,7 +283,7 @@ class RuntimeSessionAdapter:
         self._supervise()  # before anything is owned: there may be no thread to be had
         if session.owned is not None:
             old = session.owned.bindings
-            if not (old.sealed or session.owned.lost):
+            if not (old.ended or session.owned.lost):
                 return old
             if old.shared_segment().named:
                 return self._renew(session, old)
@@ -298,17 +299,22 @@ class RuntimeSessionAdapter:
     def _unregister(self, session: _Session) -> None:
         bindings = self._require(session)
         segment = bindings.shared_segment()
-        if not segment.sealed:
-            try:
-                bindings.ops_lifecycle.terminate_and_seal("the session was unregistered")
-            except SegmentCorrupted:
-                _log.exception("session %s: removed with what runs in it", session.id)
-                segment.seal()
+        with suppress(EpochGone):  # there is nothing to end any more
+            if not segment.ended:
+                self._end(bindings)
         if self._durability is not None:
             self._durability.end(bindings)
         segment.unlink()
         bindings.close()
         session.owned = None
+
+    @staticmethod
+    def _end(bindings: SessionRuntimeBindings) -> None:
+        try:
+            bindings.ops_lifecycle.terminate_and_seal("the session was unregistered")
+        except SegmentCorrupted:
+            _log.exception("session %s: removed with what runs in it", bindings.session_id)
+            bindings.shared_segment().seal()
 
     def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:
         """Own an epoch no longer whose segment has lost its name."""

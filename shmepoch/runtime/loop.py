@@ -16,7 +16,7 @@ from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationKind
-from shmepoch.errors import EpochSealed, LoopAlreadyActive, LoopAnswerInvalid
+from shmepoch.errors import EpochGone, EpochSealed, LoopAlreadyActive, LoopAnswerInvalid
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.claims import Claim
 from shmepoch.memory.layout import LOOP_BYTE
@@ -272,6 +272,8 @@ class RuntimeLoop:
             _log.debug("the loop of session %s ends", self._bindings.session_id)
         except EpochSealed:
             _log.info("epoch %s was sealed; its loop ends", self._bindings.epoch_id)
+        except EpochGone as error:
+            _log.error("the loop of session %s ends: %s", self._bindings.session_id, error)
         finally:
             run.claim.release()
 

@@ -17,6 +17,7 @@ from shmepoch.epoch.codec import Record
 from shmepoch.errors import (
     ChannelClosed,
     ConfigInvalid,
+    EpochGone,
     EpochSealed,
     ObserverReadOnly,
     ShmepochError,
@@ -312,7 +313,7 @@ class PersistenceChannel:
         )
 
     async def _watch(self, followed: Followed) -> None:
-        with contextlib.suppress(EpochSealed):
+        with contextlib.suppress(EpochSealed, EpochGone):
             await followed.feed.advanced(followed.durable)
         self._advanced.add(followed)
         self._wake.set()

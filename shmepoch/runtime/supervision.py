@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.errors import BindingsClosed, EpochSealed, StoreBehind, WriterBusy
+from shmepoch.errors import BindingsClosed, EpochGone, EpochSealed, StoreBehind, WriterBusy
 from shmepoch.memory import layout as at
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.participants import Participant
@@ -81,6 +82,8 @@ class EpochSupervisor:
             segment.epoch_id,
             SHM_DIR,
         )
+        with contextlib.suppress(EpochGone):
+            segment.require_name()  # tells the others, if the file is gone and not only its place
 
     def _look(self) -> int:
         # Alone, this process has nobody's operations to end, until somebody joins.
@@ -161,7 +164,11 @@ class Supervisor:
                     epoch.look()
                     if changed:
                         epoch.look_for_name()
-                except (EpochSealed, BindingsClosed) as error:  # by another thread, just now
+                except (
+                    EpochSealed,
+                    EpochGone,
+                    BindingsClosed,
+                ) as error:  # by another thread, just now
                     _log.debug("not supervised: %s", error)
                 except Exception as error:  # one epoch's, and no concern of the others
                     failing[epoch] = repr(error)

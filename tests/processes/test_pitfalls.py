@@ -183,7 +183,9 @@ def test_an_attach_that_is_refused_leaves_no_trace(namespace: str, why: str) -> 
         adapter.unregister_session(bindings.session_id)
 
 
-def test_a_segment_that_systemd_removed_is_named(bindings: SessionRuntimeBindings) -> None:
+def test_a_segment_that_systemd_removed_is_named(
+    adapter: RuntimeSessionAdapter, bindings: SessionRuntimeBindings
+) -> None:
     """Segments disappeared when the user's last login ended (RemoveIPC=yes)."""
     token, path = bindings.to_token(), bindings.shared_segment().path
     kept = path.with_name(f"{path.name}.kept")
@@ -194,6 +196,8 @@ def test_a_segment_that_systemd_removed_is_named(bindings: SessionRuntimeBinding
     assert "RemoveIPC" in str(gone.value)
     end(bindings.ops_lifecycle)  # who is attached goes on
     kept.rename(path)
+    # Its runtime may have noticed, and owns the session again once it is asked for.
+    assert adapter.prepare_bindings(bindings.session_id) is bindings
 
 
 def attach_by(bindings: None, test: Channel, token: str) -> None:
