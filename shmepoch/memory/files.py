@@ -78,7 +78,7 @@ def unlink(fd: Descriptor, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_same(fd: Descriptor, path: Path) -> bool:
+def is_same(fd: Descriptor, path: str | Path) -> bool:
     """Whether `path` names this file."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(fd.fileno()))

@@ -422,7 +422,7 @@ class SharedSegment(Segment):
     def named(self) -> bool:
         """Whether the session's name names this segment. The one who may change that is its owner:
         who has become that has to look once more."""
-        return is_same(self._descriptor, self.path)
+        return is_same(self._descriptor, f"{_SHM_DIR}/{self.name}")
 
     @property
     def owned(self) -> bool:

@@ -283,10 +283,9 @@ class RuntimeSessionAdapter:
         self._supervise()  # before anything is owned: there may be no thread to be had
         if session.owned is not None:
             old = session.owned.bindings
-            if not (old.ended or session.owned.lost):
-                return old
             if old.shared_segment().named:
-                return self._renew(session, old)
+                session.owned.lost = False  # or it was, for a while
+                return self._renew(session, old) if old.ended else old
             self._forget(session, old)
         return self._open(session)
 

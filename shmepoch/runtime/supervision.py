@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Final
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
@@ -20,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 #: How often the participants' locks are looked at; a death is noticed within a second.
 _INTERVAL_S: Final = 0.25
+#: At every how many of these looks the names of the segments are looked at.
+_NAMES_EVERY: Final = 2
 #: How many of those that ended together are named in a reason, which each operation carries.
 _NAMED: Final = 3
 #: How long `settle` tries again while a transition is in progress, and how often.
@@ -46,6 +49,9 @@ class EpochSupervisor:
         SUPERVISE-1: it waits for nothing, neither for a transition nor for a store. What it cannot
         do now the next look does, and other epochs do not wait for it.
         """
+        # Alone, this process has nobody's operations to end, until somebody joins.
+        if self._memory.load(at.JOINED_AT) == self._alone_since:
+            return 0
         try:
             return self._look()
         except (StoreBehind, WriterBusy) as error:
@@ -86,24 +92,23 @@ class EpochSupervisor:
             segment.require_name()  # tells the others, if the file is gone and not only its place
 
     def _look(self) -> int:
-        # Alone, this process has nobody's operations to end, until somebody joins.
-        if self._memory.load(at.JOINED_AT) == self._alone_since:
-            return 0
         segment = self.bindings.shared_segment()
         if not segment.attached:
             return 0
         participants = segment.participants
         joined = participants.joined()
-        # In this order: who has joined by now holds a slot's lock, or is gone before the rest of
-        # this look, which finds what it left.
-        alone = not participants.others_hold_slots()
         present = participants.list(me=segment.participant)
+        alone = len(present) <= 1 and not participants.others_hold_slots()
+        if alone:
+            # Once more, after the locks: who has joined by now and holds none is gone, and the rest
+            # of this look finds what it left.
+            present = participants.list(me=segment.participant)
         dead = [participant for participant in present if not participant.alive]
         # Besides those found dead, somebody may have left in good order with operations running,
         # or have joined and gone since the last look, or have taken a dead one's slot.
         known = joined, tuple(participant.key for participant in present if participant.alive)
         ended = 0
-        if dead or known != self._known:
+        if dead or alone or known != self._known:
             ended = self.bindings.ops_lifecycle.terminate_where(
                 lambda key: key != segment.participant and not participants.is_alive(key),
                 f"the process that ran it ended without finishing it ({_names(dead) or 'it left'})",
@@ -157,8 +162,11 @@ class Supervisor:
 
     def _run(self) -> None:
         names = _Names()
-        while not self._stop.wait(_INTERVAL_S):
-            changed, failing = names.may_have_changed(), {}
+        for turn in count():
+            if self._stop.wait(_INTERVAL_S):
+                break
+            changed = turn % _NAMES_EVERY == 0 and names.may_have_changed()
+            failing: dict[EpochSupervisor, str] = {}
             for epoch in self._epochs():
                 try:
                     epoch.look()

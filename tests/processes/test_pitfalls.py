@@ -195,8 +195,8 @@ def test_a_segment_that_systemd_removed_is_named(
     assert (gone.value.session_id, gone.value.name) == (bindings.session_id, path.name)
     assert "RemoveIPC" in str(gone.value)
     end(bindings.ops_lifecycle)  # who is attached goes on
+    eventually(lambda: not adapter.contains_session(bindings.session_id))
     kept.rename(path)
-    # Its runtime may have noticed, and owns the session again once it is asked for.
     assert adapter.prepare_bindings(bindings.session_id) is bindings
 
 
