@@ -436,7 +436,8 @@ class RuntimeSessionAdapter:
         replacing: SharedSegment | None = None,
         stored: PersistedOpsSnapshot | None = None,
     ) -> SessionRuntimeBindings:
-        """Raises `SegmentExists` if the session has a segment besides the one to be replaced."""
+        """Raises `SegmentExists` if the session has a segment besides the one to be replaced, or
+        had one since `stored` was loaded."""
         config = self._config
         if stored is not None and self._durability is not None:
             config = self._durability.room_for(stored, config)
@@ -450,11 +451,17 @@ class RuntimeSessionAdapter:
             if stored is not None and self._durability is not None:
                 self._durability.restore(segment, stored)
             segment.publish(replace=replacing is not None and replacing.named)
+            undo.callback(segment.unlink)
+            # From here on the name keeps others away; what they did before has to show.
+            if stored is not None and not self._is_current(session, stored):
+                raise SegmentExists(segment.name)
             bindings = SessionRuntimeBindings.of_segment(segment)
-            undo.callback(bindings.close)
             self._adopt(session, bindings)
             undo.pop_all()
         return bindings
+
+    def _is_current(self, session: _Session, stored: PersistedOpsSnapshot) -> bool:
+        return self._durability is None or self._durability.is_current(session.id, stored)
 
     def _adopt(self, session: _Session, bindings: SessionRuntimeBindings) -> None:
         owned = EpochSupervisor(bindings)

@@ -60,6 +60,16 @@ class Durability:
             _log.info("epoch %s: recovered into more room, %s", stored.epoch_id, needed)
         return needed
 
+    def is_current(self, session_id: SessionId, stored: PersistedOpsSnapshot) -> bool:
+        """Whether the store's epoch is as it was loaded: another runtime may have gone on with it
+        since, and ended it."""
+        now = self.store.load(session_id, max_entries=1)
+        return (
+            now is not None
+            and now.epoch_id == stored.epoch_id
+            and now.entries[-1:] == stored.entries[-1:]
+        )
+
     def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
         """Continue a stored epoch in a segment that nobody has found yet.
 

@@ -183,6 +183,40 @@ def test_a_sealed_segment_is_replaced_by_one_only(
         second.unregister_session(session_id)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_epoch_that_another_runtime_has_gone_on_with_is_not_recovered(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """It was loaded; until its segment has the name, another runtime recovered it, and ended it or
+    was gone with the machine's memory."""
+    session_id, store = SessionId.new(), InMemoryRuntimeStore()
+    stored(session_id, namespace, store)
+    restore = Durability.restore
+
+    def restore_late(*args: Any) -> None:
+        monkeypatch.undo()
+        with RuntimeSessionAdapter.persistent(store, namespace=namespace) as first:
+            bindings = works(first, session_id)
+            if ends:
+                first.unregister_session(session_id)
+        before.append(bindings)
+        if not ends:
+            bindings.shared_segment().path.unlink()
+        restore(*args)
+
+    before: list[SessionRuntimeBindings] = []
+    with RuntimeSessionAdapter.persistent(store, namespace=namespace) as second:
+        monkeypatch.setattr(Durability, "restore", restore_late)
+        bindings = works(second, session_id)
+        assert (bindings.epoch_id != before[0].epoch_id) is ends
+        last = before[0].ops_lifecycle.completion_feed().watermark()
+        feed = bindings.ops_lifecycle.completion_feed()
+        assert ends or feed.watermark() > last
+        eventually(lambda: store.last_seq(bindings.epoch_id) == feed.watermark())
+        second.unregister_session(session_id)
+    assert files(namespace) == []
+
+
 def test_the_replacement_of_another_runtime_is_left_alone(
     adapter: RuntimeSessionAdapter, namespace: str
 ) -> None:
