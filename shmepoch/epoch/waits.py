@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
@@ -103,13 +103,29 @@ class OperationCompletionWatch:
         self.close()
 
 
+class _Turn:
+    """One wait at a barrier. A forked child does not have its parent's.
+
+    It is ended by the first instruction of a `finally`, a plain store: the exception of a signal
+    handler comes with the calls before it, and does not keep it from being executed.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._pid = os.getpid()
+
+    @property
+    def over(self) -> bool:
+        return self.ended or self._pid != os.getpid()
+
+
 class WaitAll:
     """The one barrier of a registry handle, which it does not hold: a handle that is let go of
     goes at once, with the mapping that it keeps."""
 
     def __init__(self) -> None:
-        #: By process: in a forked child, the parent's barrier is of a thread that does not exist.
-        self._active: dict[int, object] = {}
+        # In the order of their arrival: the first one waits, and others are refused and leave.
+        self._turns: list[_Turn] = []
 
     def wait(
         self,
@@ -118,28 +134,35 @@ class WaitAll:
         ids: Sequence[OperationId],
         timeout: float | None,
     ) -> WaitAllResult:
-        deadline = deadline_after(timeout)
-        with self._one_at_a_time():
+        deadline, turn = deadline_after(timeout), _Turn()
+        try:
+            self._begin(turn)
             outcomes = [pending.wait(deadline) for pending in _locate(registry, ids)]
+        finally:
+            turn.ended = True
         return _satisfied(run_id, ids, outcomes)
 
     async def wait_async(
         self, registry: RuntimeOpsLifecycleRegistry, run_id: RunId, ids: Sequence[OperationId]
     ) -> WaitAllResult:
-        with self._one_at_a_time():
+        turn = _Turn()
+        try:
+            self._begin(turn)
             outcomes = [await pending.wait_async() for pending in _locate(registry, ids)]
+        finally:
+            turn.ended = True
         return _satisfied(run_id, ids, outcomes)
 
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        pid, mine = os.getpid(), object()
-        try:
-            if self._active.setdefault(pid, mine) is not mine:
+    def _begin(self, turn: _Turn) -> None:
+        self._turns.append(turn)
+        for other in list(self._turns):
+            if other is turn:
+                return
+            if not other.over:
+                self._turns.remove(turn)
                 raise WaitAlreadyActive
-            yield
-        finally:
-            if self._active.get(pid) is mine:
-                del self._active[pid]
+            with contextlib.suppress(ValueError):  # another wait was faster
+                self._turns.remove(other)
 
 
 def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[_Pending]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import linecache
+import math
+import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import pytest
 
+from shmepoch.epoch import waits as waits_module
 from shmepoch.epoch.operations import (
     Cancelled,
     Completed,
@@ -24,6 +34,7 @@ from shmepoch.errors import (
     WaitAlreadyActive,
 )
 from shmepoch.ids import OperationId, RunId
+from shmepoch.memory import waiting as waiting_module
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S, run
 from tests.epoch.implementations import Epoch
@@ -362,6 +373,149 @@ def test_a_barrier_is_met_though_the_table_turned_over(
 def busy(registry: Registry) -> bool:
     try:
         registry.wait_all(RunId.new(), [], 0)
+    except WaitAlreadyActive:
+        return True
+    return False
+
+
+# --- timeouts -------------------------------------------------------------------------------------
+
+WAITS: dict[str, Callable[[Registry, OperationId, Any], object]] = {
+    "watch": lambda registry, id, timeout: registry.register_watcher(id).wait(timeout),
+    "wait_all": lambda registry, id, timeout: registry.wait_all(RunId.new(), [id], timeout),
+    "feed": lambda registry, _, timeout: registry.completion_feed().wait_for_advance(
+        registry.completion_feed().watermark(), timeout
+    ),
+}
+every_wait = pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+
+
+@every_wait
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_timeout_that_is_no_time_is_refused(
+    registry: Registry, wait: Callable[[Registry, OperationId, Any], object], ended: bool
+) -> None:
+    id = running(registry)
+    if ended:
+        registry.complete_operation(id, result(id))
+    for nan in (math.nan, np.float64("nan"), Decimal("nan")):
+        with pytest.raises(ValueError, match="nan"):
+            wait(registry, id, nan)
+    for no_number in ("5", b"5", 1j, [], object()):
+        with pytest.raises(TypeError, match="number of seconds"):
+            wait(registry, id, no_number)
+
+
+@every_wait
+def test_numbers_of_every_kind_are_timeouts(
+    registry: Registry, wait: Callable[[Registry, OperationId, Any], object]
+) -> None:
+    id = running(registry)
+    for timeout in (
+        *(0, -1, -math.inf, -(10**400), True, 0.001),
+        *(np.int64(0), np.uint8(0), np.float64(0.001), np.float32(0.001), np.float64(-np.inf)),
+        *(Decimal("0.001"), Fraction(1, 1000)),
+    ):
+        with pytest.raises(TimeoutError):
+            wait(registry, id, timeout)
+
+
+@every_wait
+@pytest.mark.parametrize(
+    "timeout", [math.inf, np.inf, 1e9, 1e18, 1e300, 10**30, 10**400, np.float64(1e300), None]
+)
+def test_a_very_long_timeout_is_no_limit(
+    registry: Registry,
+    pool: ThreadPoolExecutor,
+    wait: Callable[[Registry, OperationId, Any], object],
+    timeout: Any,
+) -> None:
+    id = running(registry)
+    waiting = pool.submit(wait, registry, id, timeout)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.01)
+    registry.complete_operation(id, result(id))
+    waiting.result(DEADLINE_S)
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(line: int) -> Callable[..., Any]:
+    """A trace function that raises at the n-th line of the modules that wait, as a signal handler
+    may. Not at the store that ends a turn, before which no handler runs."""
+    files = {waits_module.__file__, waiting_module.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        ends = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and ends != "turn.ended = True":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("call", ["wait_all", "all_ended"])
+def test_a_barrier_that_is_interrupted_at_any_line_is_free_again(
+    registry: Registry, call: str
+) -> None:
+    id = running(registry)
+
+    def wait() -> object:
+        if call == "all_ended":
+            return run(registry.all_ended(RunId.new(), [id]))
+        return registry.wait_all(RunId.new(), [id], DEADLINE_S)
+
+    def interrupted(line: int) -> bool:
+        sys.settrace(interrupt_at(line))
+        try:
+            wait()
+        except Interrupted:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    registry.complete_operation(id, result(id))
+    line = 1
+    while interrupted(line):
+        wait()
+        line += 1
+    assert line > 10
+
+
+def test_a_child_that_is_forked_beside_a_barrier_has_one_of_its_own(
+    registry: Registry, pool: ThreadPoolExecutor
+) -> None:
+    id = running(registry)
+    waiting = pool.submit(registry.wait_all, RunId.new(), [id], DEADLINE_S)
+    eventually(lambda: barrier_is_taken(registry))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            registry.wait_all(RunId.new(), [], 1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert barrier_is_taken(registry)
+    registry.complete_operation(id, result(id))
+    waiting.result(DEADLINE_S)
+
+
+def barrier_is_taken(registry: Registry) -> bool:
+    try:
+        registry.wait_all(RunId.new(), [])
     except WaitAlreadyActive:
         return True
     return False

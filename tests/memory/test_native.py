@@ -1352,6 +1352,42 @@ def test_ctrl_c_while_waiting_for_the_lock(fds: tuple[int, int]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("what", ["word", "thread", "process"])
+def test_a_signal_that_comes_just_before_a_wait_sleeps_is_handled(
+    fds: tuple[int, int], what: str
+) -> None:
+    """Before the sleep there is no system call that it could interrupt."""
+    mine, theirs = WriterLock(fds[0], 0), WriterLock(fds[1], 0)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with {"word": WriterLock(-1, 0), "thread": mine, "process": theirs}[what]:
+            held.set()
+            release.wait(60)  # then who waits for the lock is let in, and was told of no signal
+
+    def wait(delay_us: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, delay_us / 1e6)
+        if what == "word":
+            Memory.private(64).wait_above(0, 0, 8, 16, 20_000_000_000)
+        else:
+            mine.__enter__()
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(hold)
+            held.wait(60)
+            for delay_us in range(1, 200, 2):
+                with pytest.raises(KeyboardInterrupt):
+                    wait(delay_us)
+            release.set()
+            holding.result(60)
+    finally:
+        release.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # --- lifetimes ------------------------------------------------------------------------------------
 
 
