@@ -432,19 +432,23 @@ memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 }
 
 #define SNAPSHOT_MAX 8
+/* Far more than writers that take turns ever spoil: memory that never stands still ends here. */
+#define SNAPSHOT_PASSES 1000
 
 /* Words that only grow, as they stood at one instant: two equal passes mean that none moved between
- * its two reads, so all stood together at the end of the first. Acquire keeps the passes apart. */
+ * its two reads, so all stood together at the end of the first. Acquire keeps the passes apart. After
+ * SNAPSHOT_PASSES each word is what it was at some instant of the call, which is no older. */
 static void
 load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
              uint64_t *words)
 {
-    for (bool again = true, primed = false; again; primed = true) {
-        again = !primed;
+    bool moved = true; /* the first pass has none before it to be equal to */
+    for (int pass = 0; moved && pass < SNAPSHOT_PASSES; pass++) {
+        moved = pass == 0;
         for (Py_ssize_t i = 0; i < count; i++) {
             uint64_t value =
                 atomic_load_explicit(word_at(self, offset + i * stride), memory_order_acquire);
-            again = again || value != words[i];
+            moved = moved || value != words[i];
             words[i] = value;
         }
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 _TRACEME: Final = 0
@@ -40,21 +40,28 @@ class Stepped:
         return stepped
 
 
-def images(pid: int, fd: int, size: int) -> list[bytes]:
-    """Every content that the file of `fd` has, one after the other, while a child of this thread's
-    runs the methods of something `Stepped`; it exits with 0 in the end."""
-    seen: list[bytes] = []
+def steps(pid: int) -> Iterator[None]:
+    """Between any two instructions of what a child of this thread's does with something `Stepped`;
+    it exits with 0 in the end."""
     stepping = False
     _, status = os.waitpid(pid, 0)
     while os.WIFSTOPPED(status):
         if os.WSTOPSIG(status) == signal.SIGSTOP:  # and not SIGTRAP: it begins, or has ended
             stepping = not stepping
-        image = os.pread(fd, size, 0)
-        if not seen or image != seen[-1]:
-            seen.append(image)
+        yield
         _ptrace(_SINGLESTEP if stepping else _CONT, pid)
         _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def images(pid: int, fd: int, size: int) -> list[bytes]:
+    """Every content that the file of `fd` has, one after the other, while a child of this thread's
+    runs the methods of something `Stepped`; it exits with 0 in the end."""
+    seen: list[bytes] = []
+    for _ in steps(pid):
+        image = os.pread(fd, size, 0)
+        if not seen or image != seen[-1]:
+            seen.append(image)
     return seen
 
 

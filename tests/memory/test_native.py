@@ -38,6 +38,7 @@ from shmepoch.memory._native import (
 )
 from shmepoch.memory.layout import Ring
 from tests.epoch.deadline import UNHURRIED
+from tests.epoch.stepping import Stepped, steps
 from tests.support import eventually
 
 SIZE: Final = 4096
@@ -1386,6 +1387,22 @@ def test_a_signal_that_comes_just_before_a_wait_sleeps_is_handled(
         release.set()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_snapshot_of_words_that_never_stand_still_ends(fds: tuple[int, int]) -> None:
+    """Another process moves a word after each instruction of it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            memory: Any = Stepped(Memory(fds[0], SIZE))
+            os._exit(0 if memory.snapshot(0, 3, 16)[1:] == (7, 9) else 1)
+        finally:
+            os._exit(2)
+    os.pwrite(fds[0], (7).to_bytes(8, "little"), 16)
+    os.pwrite(fds[0], (9).to_bytes(8, "little"), 32)
+    for moves, _ in enumerate(steps(pid), 1):
+        os.pwrite(fds[0], moves.to_bytes(8, "little"), 0)
+        assert moves < 300_000
 
 
 # --- lifetimes ------------------------------------------------------------------------------------
