@@ -106,14 +106,23 @@ class SegmentFeed:
 
     def entry(self, seq: CompletionSeq) -> CompletionEntry | None:
         """The entry of one committed sequence, or None if it was dropped."""
+        data = self.encoded(seq)
+        return self.decode(data, seq) if data else None
+
+    def encoded(self, seq: CompletionSeq) -> bytes:
+        """What `decode` reads the entry of a committed sequence from; nothing if it was dropped."""
         memory = self._memory
         if seq <= memory.load(at.DROPPED_AT):
-            return None
+            return b""
         first_whole, data = memory.ring_gather(self._ring, seq, seq)
         if seq <= memory.load(at.DROPPED_AT):
-            return None
+            return b""
         if first_whole > seq:
             raise self._corrupted(seq, "a whole entry", "a torn one")
+        return data
+
+    def decode(self, data: bytes, seq: CompletionSeq) -> CompletionEntry | None:
+        """The entry that was `encoded`; None for a sequence that recovery skipped."""
         entries = self._decode(data, seq)
         return entries[0] if entries else None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Self, TypeAlias
 
@@ -51,7 +53,7 @@ from shmepoch.epoch.table import (
     encode_spec,
 )
 from shmepoch.epoch.transitions import CommonTransitions
-from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll
+from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll, Watching
 from shmepoch.epoch.words import Words
 from shmepoch.errors import (
     AlreadyPeerReady,
@@ -64,6 +66,7 @@ from shmepoch.errors import (
     PayloadTooLarge,
     PeerNotExpected,
     RecordInvalid,
+    ShmepochError,
     StoreBehind,
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
@@ -113,6 +116,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._table = OperationTable(segment, self._feed)
         self._wait_all = WaitAll()
         self._told_of_cursors = False
+        #: Watches that are over and still counted.
+        self._unwatched: deque[Watching] = deque()
 
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
@@ -291,8 +296,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
 
         def forget_watchers() -> None:
+            words = self._table.words()
+            self._memory.store(at.INTENT_AT, 1)
             for participant in dead:
-                self._table.forget_watchers(participant)
+                self._table.forget_watchers(participant, words)
+            self._memory.store(at.INTENT_AT, 0)
 
         return self._terminate(ended, reason, then=forget_watchers, waits=False)
 
@@ -417,6 +425,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             awaited = self._awaited(dropped, last, words)
             if awaited > self._feed.durable_through():
                 return awaited
+        if self._table.is_any_watched(words.dropped, dropped):
+            memory.store(at.INTENT_AT, 1)
+            self._table.keep(words.dropped, dropped)
         self._feed.drop_through(dropped)
         memory.store(at.INTENT_AT, 1)
         for seq, ((view, _), data) in enumerate(zip(endings, encoded, strict=True), first):
@@ -460,6 +471,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         if words.intent:
             self._table.repair(words)
             self._memory.store(at.INTENT_AT, 0)
+            words = self._table.words()
         return words
 
     def _require(self, id: OperationId, words: Words) -> OperationView:
@@ -557,6 +569,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     # --- waiting ------------------------------------------------------------------------------
 
+    @property
+    def participant(self) -> int:
+        """Who this process is in the epoch, or 0."""
+        return self._segment.participant
+
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
         if self._segment.read_only:  # an observer watches without being counted
             since = self._feed.watermark()
@@ -571,13 +588,42 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 self._table.count_watcher(view.slot, self._segment.participant, 1)
         return OperationCompletionWatch(self, id, view.slot, since, outcome)
 
-    def unregister_watcher(self, slot: Slot) -> None:
-        """One watcher less, if the operation is still there; for `OperationCompletionWatch`."""
+    def try_watch(self, slots: Iterable[Slot]) -> list[Watching] | None:
+        """Watch those operations in `slots` that have not ended; None if that has to wait for a
+        transition, which an event loop must not. An observer watches without being counted."""
+        if self._segment.read_only:
+            return []
+        if not self._segment.writer.try_enter():
+            return None
+        try:
+            words, watched = self._begin(), []
+            for slot in slots:
+                now = self._table.slot(slot.number, words)
+                if now.birth == slot.birth and not now.terminal_seq:
+                    self._table.count_watcher(now, self._segment.participant, 1)
+                    watched.append((now, self._segment.participant))
+            return watched
+        finally:
+            self._segment.writer.__exit__(None, None, None)
+
+    def unwatch(self, watched: Iterable[Watching]) -> None:
+        """Watch these no longer. Never waits, and never fails: what cannot be done at once is done
+        with the next ones, and what the epoch's end prevents is not needed."""
         if self._segment.read_only:
             return
-        with self._segment.writer:
-            if self._table.slot(slot.number).birth == slot.birth:
-                self._table.count_watcher(slot, self._segment.participant, -1)
+        self._unwatched.extend(watched)
+        with contextlib.suppress(ShmepochError, OSError):
+            if self._unwatched and self._segment.writer.try_enter():
+                try:
+                    words = self._repair()
+                    self._memory.store(at.INTENT_AT, 1)
+                    while self._unwatched:
+                        slot, participant = self._unwatched.popleft()
+                        if participant == self._segment.participant:  # it may be a forked child's
+                            self._table.unwatch(slot, participant, words)
+                    self._memory.store(at.INTENT_AT, 0)
+                finally:
+                    self._segment.writer.__exit__(None, None, None)
 
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
@@ -601,13 +647,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         operation, its entry is looked for in the feed from there. Raises `NotFound` if retention
         has dropped that, too.
         """
-        now = self._table.slot(slot.number)
-        if now.birth == slot.birth:
+        while True:
+            now = self._table.whole(slot.number)
+            if now.birth != slot.birth or now.is_passing:
+                break
             if not now.terminal_seq:
                 return None
-            entry = self._feed.entry(now.terminal_seq)
+            entry = self._feed.entry(now.terminal_seq) or self._table.kept(now)
             if entry is not None:
                 return entry.terminal_outcome
+            if self._table.whole(slot.number).word == now.word:
+                break
         for entry in self._feed.list_since(since).entries:
             if entry.operation_id.bytes == slot.id:
                 return entry.terminal_outcome

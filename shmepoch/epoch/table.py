@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Final, Self, TypeVar
 
@@ -10,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shmepoch.epoch.codec import to_wire, wire_decoder
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
 from shmepoch.epoch.operations import (
     LAST_COUNT,
@@ -93,6 +95,21 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
         return self
 
     @property
+    def is_emptied(self) -> bool:
+        """Whether the spec and the detail are there no more."""
+        return not self.word & 3
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the slot holds the outcome of an operation that the feed has dropped."""
+        return self.is_emptied and self.buffer == 1
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the slot passes to something else; it is then of no moment."""
+        return self.is_emptied and self.buffer == 0
+
+    @property
     def status(self) -> OperationStatus:
         """The status while the operation has not ended."""
         return STATUSES[self.word & 3]
@@ -155,6 +172,10 @@ class OperationTable:
     terminal if `0 < terminal_seq <= watermark`, and nothing else says so.
     OPS-3: a terminal operation is retained while it is among the newest `max_completed`, was not
     collected, and its entry is in the feed, which is where its outcome is kept.
+    OPS-6: the slot of an operation that has ended is not given to another while it is watched.
+    Before its entry is dropped from the feed, the entry is moved into the slot, and what does not
+    fit there into slots that are free. Registrations come first: they take the oldest of those
+    slots if there is no other.
     """
 
     def __init__(self, segment: Segment, feed: SegmentFeed) -> None:
@@ -203,10 +224,11 @@ class OperationTable:
         if (
             slot.word & _SPARE_BITS
             or slot.terminal_seq > LAST_WATERMARK
-            or max(slot.birth, slot.created_at_ms, slot.created_mono_ns, slot.elapsed_ms)
-            > LAST_COUNT
+            # All of its bits are set, so none is above it if their union is not.
+            or slot.birth | slot.created_at_ms | slot.created_mono_ns | slot.elapsed_ms > LAST_COUNT
             or slot.spec_length > at.SPEC_LIMIT
-            or max(slot.detail_length_0, slot.detail_length_1) > at.DETAIL_LIMIT
+            or slot.detail_length_0 > at.DETAIL_LIMIT
+            or slot.detail_length_1 > at.DETAIL_LIMIT
             or slot_of(slot.participant) >= self._layout.max_participants
         ):
             raise self._out_of_bounds(slot)
@@ -231,6 +253,43 @@ class OperationTable:
             if bound[2] > bound[1]
         )
         return self._corrupted(f"slot[{slot.number}].{field}", f"at most {most}", actual)
+
+    def whole(self, index: int) -> Slot:
+        """The fixed part of a slot, of one moment unless it `is_passing`."""
+        offset = self._layout.slot(index)
+        while True:
+            slot = self.slot(index)
+            if self._memory.load(offset) == slot.word:
+                return slot
+
+    def kept(self, slot: Slot) -> CompletionEntry | None:
+        """The entry that is kept in a slot for its watchers, or None if it is there no more."""
+        if not slot.is_kept:
+            return None
+        memory, offset = self._memory, self._layout.slot(slot.number)
+        first = memory.read(offset + at.SLOT_KEPT, at.KEPT_LIMIT)
+        length = int.from_bytes(first[: at.WORD], sys.byteorder)
+        pieces = {0: first[at.WORD :]}
+        for piece in self._pieces(slot):
+            kept_at = self._layout.slot(piece.number) + at.SLOT_KEPT
+            pieces[piece.elapsed_ms] = memory.read(kept_at, at.KEPT_LIMIT)
+        if memory.load(offset) != slot.word:
+            return None
+        data = b"".join(pieces[number] for number in sorted(pieces))[:length]
+        return self._feed.decode(data, slot.terminal_seq)
+
+    def _pieces(self, slot: Slot) -> Iterator[Slot]:
+        """The other slots that hold a part of what is kept in `slot`: they have its fingerprint and
+        its sequence, and no birth, so they hold no operation."""
+        memory, layout, index = self._memory, self._layout, -1
+        fingerprint = OperationId.from_bytes(slot.id).fingerprint
+        while True:
+            index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
+            if index < 0:
+                return
+            piece = self._raw(index)
+            if piece.birth == 0 and piece.terminal_seq == slot.terminal_seq:
+                yield piece
 
     def view(self, slot: Slot) -> OperationView | None:
         """The whole of the operation in `slot`, or None if the slot has passed to another.
@@ -321,15 +380,52 @@ class OperationTable:
     def free_slots(self, count: int) -> list[int]:
         """The indices of so many slots that hold nothing.
 
-        There always are: whatever was admitted, and whatever is retained besides, has its slot.
+        There always are: whatever was admitted, and whatever is retained besides, has its slot, and
+        what is kept for watchers besides those gives way (OPS-6).
         """
+        free = self._free(count)
+        if len(free) < count:
+            self._give_way(count)
+            free = self._free(count)
+        if len(free) < count:
+            raise self._corrupted("free slots", f"at least {count}", len(free))
+        return free
+
+    def _free(self, most: int) -> list[int]:
         layout, found, index = self._layout, list[int](), -1
-        while len(found) < count:
+        while len(found) < most:
             index = self._memory.find(layout.fingerprints, layout.slots, 0, index + 1)
             if index < 0:
-                raise self._corrupted("free slots", f"at least {count}", len(found))
+                break
             found.append(index)
         return found
+
+    def _give_way(self, count: int) -> None:
+        reclaimed = self._memory.load(at.RECLAIMED_AT)
+        kept = [slot for slot in self._used() if slot.birth and 0 < slot.terminal_seq <= reclaimed]
+        self._memory.store(at.INTENT_AT, 1)
+        for slot in sorted(kept, key=lambda slot: slot.terminal_seq):
+            if len(self._free(count)) == count:
+                break
+            self._give_back(slot)
+        self._memory.store(at.INTENT_AT, 0)
+
+    def _used(self) -> Iterator[Slot]:
+        layout = self._layout
+        column = self._memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+        for index, fingerprint in enumerate(column):
+            if fingerprint:
+                yield self._raw(index)
+
+    def _give_back(self, slot: Slot) -> None:
+        """Free the slot of an operation that has ended, and those with what is kept of it."""
+        memory, layout = self._memory, self._layout
+        if slot.is_kept:
+            passing = self._next_word(slot.word, OperationStatus.ABSENT, 0)
+            memory.store(layout.slot(slot.number), passing)
+        for piece in self._pieces(slot):
+            memory.store(layout.fingerprint(piece.number), 0)
+        memory.store(layout.fingerprint(slot.number), 0)
 
     def fill(
         self, index: int, birth: int, spec: EncodedSpec, created_at_ms: int, created_mono_ns: int
@@ -391,23 +487,84 @@ class OperationTable:
         count = min(max((word >> shift & 0xFFFF) + by, 0), 0xFFFF)
         self._memory.store(word_at, word & ~(0xFFFF << shift) | count << shift)
 
-    def forget_watchers(self, participant: int) -> None:
-        """Drop the watchers that a dead participant had."""
-        for slot in self.held():
-            self.count_watcher(slot, participant, -0xFFFF)
+    def unwatch(self, slot: Slot, participant: int, words: Words, by: int = 1) -> None:
+        """Take watchers of a participant from an operation, if its slot has not passed on; the last
+        one that watched what is not retained gives the slot back. With an intent."""
+        now = self._raw(slot.number)
+        if now.birth != slot.birth:
+            return
+        self.count_watcher(now, participant, -by)
+        if self._is_left_over(now, words):
+            self._give_back(now)
+
+    def _is_left_over(self, slot: Slot, words: Words) -> bool:
+        ended = slot.birth > 0 and 0 < slot.terminal_seq <= self.floor(words)
+        return ended and not self.watchers(slot)
+
+    def forget_watchers(self, participant: int, words: Words) -> None:
+        """Drop the watchers that a dead participant had. With an intent."""
+        for slot in self._used():
+            if slot.birth:
+                self.unwatch(slot, participant, words, 0xFFFF)
+
+    def keep(self, after: CompletionSeq, through: CompletionSeq) -> None:
+        """Keep what is still watched of entries that the feed is about to drop. With an intent."""
+        for seq in range(after + 1, through + 1):
+            slot = self._watched(seq)
+            if slot is not None and not slot.is_kept:
+                self._keep(slot, self._feed.encoded(seq))
+
+    def is_any_watched(self, after: CompletionSeq, through: CompletionSeq) -> bool:
+        """Whether an operation is still watched that one of these entries ended."""
+        return any(self._watched(seq) is not None for seq in range(after + 1, through + 1))
+
+    def _watched(self, seq: CompletionSeq) -> Slot | None:
+        slot = self._ended_by(seq)
+        return slot if slot is not None and self.watchers(slot) else None
+
+    def _ended_by(self, seq: CompletionSeq) -> Slot | None:
+        """The slot of the operation that an entry ended, unless it has passed on."""
+        index = self._feed.slot_of(seq)
+        if index == NO_SLOT:
+            return None
+        if index >= self._layout.slots:
+            raise self._corrupted(f"feed[{seq}].slot", f"below {self._layout.slots}", index)
+        slot = self._raw(index)
+        return slot if slot.terminal_seq == seq else None
+
+    def _keep(self, slot: Slot, data: bytes) -> None:
+        memory, layout = self._memory, self._layout
+        data = len(data).to_bytes(at.WORD, sys.byteorder) + data
+        first, *others = (
+            data[begin : begin + at.KEPT_LIMIT] for begin in range(0, len(data), at.KEPT_LIMIT)
+        )
+        free = self._free(len(others))
+        if len(free) < len(others):
+            return  # the table is full: whoever watches this finds it gone
+        fingerprint = memory.load(layout.fingerprint(slot.number))
+        for number, (index, piece) in enumerate(zip(free, others, strict=True), 1):
+            offset = layout.slot(index)
+            word = self._next_word(memory.load(offset), OperationStatus.ABSENT, 1)
+            memory.store(offset, word)
+            memory.store(offset + at.SLOT_BIRTH, 0)
+            memory.store(offset + at.SLOT_TERMINAL_SEQ, slot.terminal_seq)
+            memory.store(offset + at.SLOT_ELAPSED_MS, number)
+            memory.write(offset + at.SLOT_KEPT, piece)
+            memory.store(layout.fingerprint(index), fingerprint)
+        offset = layout.slot(slot.number)
+        passing = self._next_word(slot.word, OperationStatus.ABSENT, 0)
+        memory.store(offset, passing)  # readers of the spec and the detail see that they are going
+        memory.write(offset + at.SLOT_KEPT, first)
+        memory.store(offset, self._next_word(passing, OperationStatus.ABSENT, 1))
 
     def reclaim(self, words: Words) -> None:
         """Give back the slots of operations that are not retained any more."""
         memory = self._memory
         done, floor = words.reclaimed, self.floor(words)
         for seq in range(done + 1, floor + 1):
-            index = self._feed.slot_of(seq)
-            if index == NO_SLOT:
-                continue
-            if index >= self._layout.slots:
-                raise self._corrupted(f"feed[{seq}].slot", f"below {self._layout.slots}", index)
-            if memory.load(self._layout.slot(index) + at.SLOT_TERMINAL_SEQ) == seq:
-                memory.store(self._layout.fingerprint(index), 0)
+            slot = self._ended_by(seq)
+            if slot is not None and not self.watchers(slot):
+                memory.store(self._layout.fingerprint(slot.number), 0)
         if floor > done:
             memory.store(at.RECLAIMED_AT, floor)
 
@@ -421,6 +578,13 @@ class OperationTable:
                 memory.store(layout.slot(index) + at.SLOT_BIRTH, 0)
             elif slot.terminal_seq > words.watermark:
                 memory.store(layout.slot(index) + at.SLOT_TERMINAL_SEQ, 0)
+        for slot in list(self._used()):
+            if slot.birth and slot.is_emptied and slot.terminal_seq > words.dropped:
+                # Its spec is gone, so it can only be kept, and its entry dropped.
+                self.keep(words.dropped, slot.terminal_seq)
+                self._feed.drop_through(slot.terminal_seq)
+            if self._is_left_over(slot, words):
+                self._give_back(slot)
 
     def _corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
         return SegmentCorrupted(self._segment.name, field, expected, actual)

@@ -175,6 +175,7 @@ def facts(layout: Layout) -> Any:
         "spec_length": at.SLOT_SPEC_LENGTH,
         "detail_length": at.SLOT_DETAIL_LENGTH,
         "watchers": at.SLOT_WATCHERS,
+        "lanes": -(-2 * layout.max_participants // at.WORD) * at.WORD,
         "spec": at.SLOT_SPEC,
         "detail": at.SLOT_DETAIL,
         "detail_limit": at.DETAIL_LIMIT,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
 from shmepoch.errors import DuplicateWaitOperation, WaitAlreadyActive
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
     from shmepoch.epoch.table import Slot
 
+#: An operation that is watched, and the participant that does.
+Watching: TypeAlias = "tuple[Slot, int]"
+
+#: How long a barrier pauses before it looks again whether a transition is over.
+_PAUSE_S: Final = 0.001
+
 
 class _Pending:
     """An operation that had not ended when the feed stood at `since`."""
@@ -24,13 +31,19 @@ class _Pending:
     def __init__(self, registry: RuntimeOpsLifecycleRegistry, slot: Slot, since: int) -> None:
         self._registry = registry
         self._feed = registry.completion_feed()
-        self._slot = slot
+        self.slot = slot
         self._since = since
+        self.outcome: OperationTerminalOutcome | None = None
+
+    def look(self) -> OperationTerminalOutcome | None:
+        if self.outcome is None:
+            self.outcome = self._registry.outcome_at(self.slot, self._since)
+        return self.outcome
 
     def wait(self, deadline: float | None) -> OperationTerminalOutcome:
         while True:
             watermark = self._feed.watermark()  # before the look: an end after it raises this
-            outcome = self._registry.outcome_at(self._slot, self._since)
+            outcome = self.look()
             if outcome is not None:
                 return outcome
             self._feed.wait_for_advance(watermark, _remaining(deadline))
@@ -38,14 +51,15 @@ class _Pending:
     async def wait_async(self) -> OperationTerminalOutcome:
         while True:
             watermark = self._feed.watermark()
-            outcome = self._registry.outcome_at(self._slot, self._since)
+            outcome = self.look()
             if outcome is not None:
                 return outcome
             await self._feed.advanced(watermark)
 
 
 class OperationCompletionWatch:
-    """One watcher of an operation; every watcher of it gets the same outcome.
+    """One watcher of an operation; every watcher of it gets the same outcome, whatever retention
+    does meanwhile.
 
     It counts as a watcher until it is resolved or closed, or its process ends.
     """
@@ -60,7 +74,7 @@ class OperationCompletionWatch:
     ) -> None:
         self.id = id
         self._registry = registry
-        self._slot = slot
+        self._watching: Watching = slot, registry.participant
         self._pending = _Pending(registry, slot, since)
         self._outcome = outcome
         self._counted = outcome is None
@@ -68,8 +82,9 @@ class OperationCompletionWatch:
     def wait(self, timeout: float | None = None) -> OperationTerminalOutcome:
         """Block until the operation has ended; its outcome.
 
-        Raises `TimeoutError` after `timeout` seconds, `EpochSealed` when the epoch ends, and
-        `NotFound` if the outcome was dropped from the feed before this looked.
+        Raises `TimeoutError` after `timeout` seconds and `EpochSealed` when the epoch ends. Raises
+        `NotFound` if so many operations ran that the table had no room for the outcome of this one,
+        or if it was closed before and retention has dropped the outcome.
         """
         deadline = deadline_after(timeout)
         if self._outcome is None:
@@ -88,13 +103,13 @@ class OperationCompletionWatch:
 
     def _resolve(self, outcome: OperationTerminalOutcome) -> None:
         self._outcome = outcome
-        self._counted = False  # nobody counts the watchers of an operation that has ended
+        self.close()
 
     def close(self) -> None:
         """Stop watching."""
         if self._counted:
             self._counted = False
-            self._registry.unregister_watcher(self._slot)
+            self._registry.unwatch([self._watching])
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +152,14 @@ class WaitAll:
         deadline, turn = deadline_after(timeout), _Turn()
         try:
             self._begin(turn)
-            outcomes = [pending.wait(deadline) for pending in _locate(registry, ids)]
+            with _Watched(registry, ids) as watched:
+                while not watched.watch():
+                    if _remaining(deadline) == 0:
+                        raise TimeoutError(
+                            f"a transition of the epoch took longer than {timeout} s"
+                        )
+                    time.sleep(_PAUSE_S)
+                outcomes = [pending.wait(deadline) for pending in watched.pending]
         finally:
             turn.ended = True
         return _satisfied(run_id, ids, outcomes)
@@ -148,7 +170,10 @@ class WaitAll:
         turn = _Turn()
         try:
             self._begin(turn)
-            outcomes = [await pending.wait_async() for pending in _locate(registry, ids)]
+            with _Watched(registry, ids) as watched:
+                while not watched.watch():
+                    await asyncio.sleep(_PAUSE_S)
+                outcomes = [await pending.wait_async() for pending in watched.pending]
         finally:
             turn.ended = True
         return _satisfied(run_id, ids, outcomes)
@@ -163,6 +188,31 @@ class WaitAll:
                 raise WaitAlreadyActive
             with contextlib.suppress(ValueError):  # another wait was faster
                 self._turns.remove(other)
+
+
+class _Watched:
+    """The operations of one barrier, which watches those that have not ended while it lasts."""
+
+    def __init__(self, registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> None:
+        self._registry = registry
+        self.pending = _locate(registry, ids)
+        self._watching: Sequence[Watching] = ()
+
+    def watch(self) -> bool:
+        """Watch them; False if that has to wait for a transition."""
+        live = [pending.slot for pending in self.pending if pending.look() is None]
+        watching = self._registry.try_watch(live) if live else ()
+        if watching is None:
+            return False
+        self._watching = watching
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._watching:
+            self._registry.unwatch(self._watching)
 
 
 def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[_Pending]:

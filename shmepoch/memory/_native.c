@@ -1366,7 +1366,7 @@ typedef struct {
     Py_ssize_t fingerprints, slots, slots_at, slot_size;
     /* what lies where in a slot */
     Py_ssize_t birth, terminal_seq, id, participant, created_ms, created_mono, elapsed_ms,
-        spec_length, detail_length, watchers, spec, detail, detail_limit;
+        spec_length, detail_length, watchers, lanes, spec, detail, detail_limit;
     Py_ssize_t max_operations, max_completed;
     /* Where operations were last found, by their fingerprints: looked at first, believed never. */
     uint32_t hints[HINTS];
@@ -1387,8 +1387,8 @@ memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs)
         "dropped",      "intent",       "registrations",  "collected",   "reclaimed",
         "fingerprints", "slots",        "slots_at",       "slot_size",   "birth",
         "terminal_seq", "id",           "participant",    "created_ms",  "created_mono",
-        "elapsed_ms",   "spec_length",  "detail_length",  "watchers",    "spec",
-        "detail",       "detail_limit", "max_operations", "max_completed", NULL};
+        "elapsed_ms",   "spec_length",  "detail_length",  "watchers",    "lanes",
+        "spec",         "detail",       "detail_limit",   "max_operations", "max_completed", NULL};
     ModuleState *state = PyType_GetModuleState(Py_TYPE(object));
     if (state == NULL) {
         return NULL;
@@ -1401,13 +1401,13 @@ memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs)
     }
     self->memory = (Memory *)Py_NewRef(object);
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "$O" "nnnnnnnnn" "nnnn" "nnnnnnnnnnnnn" "nn" ":transitions", keywords, &ring,
+            args, kwargs, "$O" "nnnnnnnnn" "nnnn" "nnnnnnnnnnnnnn" "nn" ":transitions", keywords, &ring,
             &self->state, &self->origin, &self->skipped, &self->watermark, &self->dropped,
             &self->intent, &self->registrations, &self->collected, &self->reclaimed,
             &self->fingerprints, &self->slots, &self->slots_at, &self->slot_size, &self->birth,
             &self->terminal_seq, &self->id, &self->participant, &self->created_ms,
             &self->created_mono, &self->elapsed_ms, &self->spec_length, &self->detail_length,
-            &self->watchers, &self->spec, &self->detail, &self->detail_limit,
+            &self->watchers, &self->lanes, &self->spec, &self->detail, &self->detail_limit,
             &self->max_operations, &self->max_completed)
         || !parse_ring(self->memory, ring, &self->ring)) {
         Py_DECREF(self);
@@ -1438,6 +1438,7 @@ memory_transitions(PyObject *object, PyObject *args, PyObject *kwargs)
         inside = check_word(&slot, fields[i]);
     }
     inside = inside && check_spans(&slot, self->watchers, 1, 0, self->spec - self->watchers)
+             && check_spans(&slot, self->watchers, 1, self->lanes, self->lanes)
              && check_spans(&slot, self->spec, 1, 0, self->detail - self->spec)
              && check_spans(&slot, self->detail, 2, self->detail_limit, self->detail_limit);
     if (!inside) {
@@ -1590,7 +1591,19 @@ is_sound(const Transitions *self, Py_ssize_t at)
            && word_of(self, at + self->detail_length + WORD) <= limit;
 }
 
-/* Gives back the slots of operations that are not retained any more. */
+/* Whether somebody waits for the outcome of the operation in a slot. */
+static bool
+is_watched(const Transitions *self, Py_ssize_t at)
+{
+    for (Py_ssize_t lane = 0; lane < self->lanes; lane += WORD) {
+        if (word_of(self, at + self->watchers + lane) != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Gives back the slots of operations that are not retained any more, nor watched (OPS-6). */
 static bool
 reclaim(const Transitions *self, const Words *words)
 {
@@ -1604,7 +1617,8 @@ reclaim(const Transitions *self, const Words *words)
         if (index >= (uint64_t)self->slots) {
             return false;
         }
-        if (word_of(self, slot_at(self, (Py_ssize_t)index) + self->terminal_seq) == seq) {
+        const Py_ssize_t at = slot_at(self, (Py_ssize_t)index);
+        if (word_of(self, at + self->terminal_seq) == seq && !is_watched(self, at)) {
             publish(self, self->fingerprints + (Py_ssize_t)index * WORD, FREE);
         }
     }
@@ -1910,8 +1924,28 @@ parse_ending(const Transitions *self, PyObject *slot, PyObject *elapsed_ms, PyOb
     return true;
 }
 
+/* Whether somebody still waits for an outcome that only an entry above the first sequence and through
+ * the second has. */
+static bool
+is_any_watched(const Transitions *self, uint64_t after, uint64_t through)
+{
+    for (uint64_t seq = after + 1; seq <= through; seq++) {
+        const uint64_t index =
+            atomic_load_explicit(&ring_index(self->memory, &self->ring, seq)[2],
+                                 memory_order_relaxed) >> LENGTH_BITS;
+        if (index < (uint64_t)self->slots) {
+            const Py_ssize_t at = slot_at(self, (Py_ssize_t)index);
+            if (word_of(self, at + self->terminal_seq) == seq && is_watched(self, at)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 /* Where the entries of all of them begin, after the watermark, and through which sequence older ones
- * have to be dropped for them; false if the ring cannot hold them together. */
+ * have to be dropped for them; false if the ring cannot hold them together, or if somebody waits for
+ * what would be dropped. */
 static bool
 find_room(const Transitions *self, const Words *words, const Ending *endings, Py_ssize_t count,
           uint64_t *position, uint64_t *dropped)
@@ -1939,6 +1973,9 @@ find_room(const Transitions *self, const Words *words, const Ending *endings, Py
     if (through - *dropped > (uint64_t)ring->capacity) {
         *dropped = through - (uint64_t)ring->capacity;
     }
+    if (is_any_watched(self, words->dropped, *dropped)) {
+        return false;
+    }
     for (; *dropped < watermark; ++*dropped) {
         const uint64_t oldest = atomic_load_explicit(
             &ring_index(self->memory, ring, *dropped + 1)[0], memory_order_relaxed);
@@ -1947,6 +1984,9 @@ find_room(const Transitions *self, const Words *words, const Ending *endings, Py
         }
         if (oldest + (uint64_t)ring->budget >= end) {
             break;
+        }
+        if (is_any_watched(self, *dropped, *dropped + 1)) {
+            return false;
         }
     }
     return true;

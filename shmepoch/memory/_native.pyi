@@ -73,6 +73,7 @@ class Memory:
         spec_length: int,
         detail_length: int,
         watchers: int,
+        lanes: int,
         spec: int,
         detail: int,
         detail_limit: int,

@@ -76,6 +76,11 @@ A slot, every 2048 bytes; it holds an operation if 0 < birth <= registrations:
        512  spec (512)            writer                      fixed once registered
       1024  details (2 x 512)     writer                      the word says which one is current
 
+With buffer 1 and status 0 a slot holds, in place of the spec and the details, an outcome that is
+kept for its watchers: its length in 8 bytes, and 1528 bytes of the entry. The rest of it lies in
+other slots, 1536 bytes each, that have its fingerprint, its terminal_seq, no birth, and in place of
+elapsed_ms the number of the piece.
+
 An index entry, every 24 bytes: position in the byte ring (grows for ever), checksum,
 slot << 32 | length. A length of 0 is a sequence that recovery skipped.
 
@@ -173,6 +178,9 @@ SLOT_SPEC: Final = 512
 SPEC_LIMIT: Final = 512
 SLOT_DETAIL: Final = 1024
 DETAIL_LIMIT: Final = 512
+
+SLOT_KEPT: Final = SLOT_SPEC
+KEPT_LIMIT: Final = SLOT_SIZE - SLOT_KEPT
 
 MAX_PARTICIPANTS: Final = (SLOT_SPEC - SLOT_WATCHERS) // 2
 

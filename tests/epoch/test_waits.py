@@ -12,20 +12,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
+from itertools import count
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
 
 from shmepoch.epoch import waits as waits_module
 from shmepoch.epoch.operations import (
+    TRANSITIONS,
+    Action,
     Cancelled,
     Completed,
     OperationStatus,
     Terminated,
     WaitAllResult,
 )
+from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     DuplicateWaitOperation,
     EpochSealed,
@@ -34,12 +38,35 @@ from shmepoch.errors import (
     WaitAlreadyActive,
 )
 from shmepoch.ids import OperationId, RunId
+from shmepoch.memory import layout as at
 from shmepoch.memory import waiting as waiting_module
+from shmepoch.memory._native import Memory
+from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.memory.segment import Segment
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S, run
 from tests.epoch.implementations import Epoch
-from tests.epoch.operations import PATHS, Registry, end, reach, result, spec, state, taken
+from tests.epoch.operations import (
+    PATHS,
+    VERBS,
+    Registry,
+    end,
+    reach,
+    result,
+    spec,
+    state,
+    taken,
+)
 from tests.support import eventually
+
+#: From which status each action ends an operation.
+ENDINGS: Final = {
+    action: OperationStatus.PROVISIONING
+    if OperationStatus.RUNNING not in allowed
+    else OperationStatus.RUNNING
+    for action, (allowed, target) in TRANSITIONS.items()
+    if target is not None and target.is_terminal
+}
 
 
 @pytest.fixture
@@ -149,16 +176,250 @@ def test_an_outcome_is_found_after_its_slot_has_passed_on(make_epoch: MakeEpoch)
     assert watch.wait(0) == Completed(result(id, "mine"))
 
 
-def test_an_outcome_that_retention_dropped_is_not_found(make_epoch: MakeEpoch) -> None:
-    registry = make_epoch(max_completed=1, max_operations=1, feed_bytes=5120).registry
+def turn_over(registry: Registry) -> None:
+    """Operations until nothing that ended before is in the feed or in the table."""
+    feed = registry.completion_feed()
+    watermark = feed.watermark()
+    while feed.list_since(0).dropped_through < watermark:
+        end(registry, "r" * 1500)
+
+
+SMALL: Final = {"max_completed": 1, "max_operations": 9, "feed_bytes": 9 * 1024 + at.PAGE}
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 1_500, 1_520, 3_100, 9_000])
+def test_a_watcher_gets_an_outcome_that_retention_has_dropped(
+    make_epoch: MakeEpoch, size: int
+) -> None:
+    """All of it, however long it is, and every watcher the same."""
+    registry = make_epoch(**SMALL).registry
+    id = running(registry)
+    watches = [registry.register_watcher(id) for _ in range(3)]
+    registry.complete_operation(id, result(id, "r" * size))
+    for watch in watches:
+        for _ in range(2):
+            turn_over(registry)
+        assert registry.snapshot(id) is None
+        with pytest.raises(NotFound):
+            registry.cancel_operation(id)
+        assert watch.wait(0) == Completed(result(id, "r" * size))
+    registry.check()
+    fill_the_table(registry)
+
+
+@pytest.mark.parametrize("action", [a for a in ENDINGS if a is not Action.TERMINATE_OWNER])
+def test_whatever_the_outcome_is(make_epoch: MakeEpoch, action: Action) -> None:
+    registry = make_epoch(**SMALL).registry
+    id = reach(registry, ENDINGS[action])
+    watch = registry.register_watcher(id)
+    VERBS[action](registry, id)
+    outcome = taken(registry, id).terminal_outcome
+    turn_over(registry)
+    assert run(_await(watch)) == outcome
+
+
+def test_a_barrier_gets_outcomes_that_retention_has_dropped(
+    make_epoch: MakeEpoch, pool: ThreadPoolExecutor
+) -> None:
+    registry = make_epoch(**SMALL).registry
+    ids = [running(registry) for _ in range(3)]
+    wait = pool.submit(registry.wait_all, RunId.new(), ids, DEADLINE_S)
+    eventually(lambda: [taken(registry, id).watcher_count for id in ids] == [1, 1, 1])
+    for id in reversed(ids):
+        registry.complete_operation(id, result(id, str(id) * 50))
+        turn_over(registry)
+    assert [outcome for _, outcome in wait.result(DEADLINE_S).outcomes] == [
+        Completed(result(id, str(id) * 50)) for id in ids
+    ]
+    fill_the_table(registry)
+
+
+def test_an_awaited_barrier_does(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(**SMALL).registry
+    ids = [running(registry) for _ in range(3)]
+
+    def end_all() -> None:
+        for id in reversed(ids):
+            registry.complete_operation(id, result(id, "r" * 2000))
+            turn_over(registry)
+
+    async def main() -> WaitAllResult:
+        wait = asyncio.ensure_future(registry.all_ended(RunId.new(), ids))
+        while taken(registry, ids[2]).watcher_count == 0:
+            await asyncio.sleep(0.001)
+        end_all()  # the loop stands still meanwhile
+        return await wait
+
+    assert [each for each, _ in run(main()).outcomes] == ids
+    fill_the_table(registry)
+
+
+def fill_the_table(registry: Registry) -> None:
+    """As many operations as there may be; no slot is lost to anything else."""
+    turn_over(registry)
+    table, layout = registry._table, registry._segment.layout
+    ids = []
+    for _ in range(9):
+        ids.append(running(registry))
+        column = registry._segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+        assert sum(map(bool, column)) == len(list(table.held()))
+    for id in ids:
+        registry.cancel_operation(id)
+    registry.check()
+
+
+def test_what_is_closed_is_not_kept(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch(**SMALL).registry
+    ids = [running(registry) for _ in range(4)]
+    watches = [registry.register_watcher(id) for id in ids]
+    watches[0].close()
+    registry.cancel_operation(ids[0])
+    registry.cancel_operation(ids[1])
+    watches[1].close()
+    registry.cancel_operation(ids[2], "r" * 1800)
+    turn_over(registry)
+    watches[2].close()
+    for watch in watches[:3]:
+        with pytest.raises(NotFound) as gone:
+            watch.wait(0)
+        assert gone.value.id == watch.id
+    registry.cancel_operation(ids[3])
+    assert watches[3].wait(0) == Cancelled()
+    fill_the_table(registry)
+
+
+def test_registrations_come_before_what_is_kept(make_epoch: MakeEpoch) -> None:
+    """A process that never looks holds nobody up; the oldest outcomes go first."""
+    registry = make_epoch(**SMALL).registry
+    ids, watches = [], []
+    for turn in range(30):
+        ids.append(running(registry))
+        watches.append(registry.register_watcher(ids[-1]))
+        registry.cancel_operation(ids[-1], f"{turn}")
+    turn_over(registry)
+    outcomes = []
+    for watch in watches:
+        try:
+            outcomes.append(watch.wait(0))
+        except NotFound:
+            assert not outcomes, "an older one was there"
+    assert outcomes == [Cancelled(f"{turn}") for turn in range(30 - len(outcomes), 30)]
+    assert len(outcomes) >= 8
+    fill_the_table(registry)
+
+
+def forget_watchers(registry: RuntimeOpsLifecycleRegistry, participant: int) -> None:
+    registry.terminate_where(lambda _: False, "it died", dead=[participant])
+
+
+def test_what_a_dead_participant_watched_is_given_back(make_epoch: MakeEpoch) -> None:
+    epoch = make_epoch(**SMALL)
+    registry, id = epoch.registry, running(epoch.registry)
+    registry.register_watcher(id)
+    registry.cancel_operation(id, "r" * 4000)
+    turn_over(registry)
+    for participant in {registry.participant for _ in range(2)}:  # of two attachments, if there are
+        forget_watchers(registry, participant)
+    fill_the_table(registry)
+
+
+class Reused:
+    """A memory in which a slot passes to another operation in the middle of a read of it."""
+
+    def __init__(self, memory: Memory, happen: Callable[[], object]) -> None:
+        self._memory = memory
+        self._happen: list[Callable[[], object]] = [happen]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def read(self, offset: int, length: int) -> bytes:
+        before = self._memory.read(offset, length)
+        if length != at.SLOT_WATCHERS or not self._happen:
+            return before
+        self._happen.pop()()
+        after = self._memory.read(offset, length)
+        torn = at.SLOT_TERMINAL_SEQ  # the birth is that of before, the end that of after
+        return before[:torn] + after[torn:]
+
+
+def test_a_look_that_was_torn_is_not_taken_for_an_answer() -> None:
+    """Else a waiter would sleep, and nothing would ever wake it."""
+    segment = Segment.private(OpsLifecycleConfig(max_completed=1, max_operations=1))
+    registry, writer = Registry(segment), Registry(segment)
     id = running(registry)
     watch = registry.register_watcher(id)
+    watch.close()  # so that its slot may pass on
     registry.complete_operation(id, result(id))
-    for _ in range(4):
-        end(registry, "r" * 2000)
-    with pytest.raises(NotFound) as lost:
-        watch.wait(0)
-    assert lost.value.id == id
+    end(registry)
+
+    memory: Any = Reused(segment.memory, lambda: running(writer))
+    registry._table._memory = memory
+    assert watch.wait(0) == Completed(result(id))
+
+
+class Deaf(RuntimeError):
+    """Stands for a process that is killed right there."""
+
+
+class Dying:
+    """A memory whose writer is killed before its n-th store."""
+
+    def __init__(self, memory: Memory, n: int) -> None:
+        self._memory = memory
+        self.left = n
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("store", "write"):
+            self.left -= 1
+            if self.left < 0:
+                raise Deaf
+        return getattr(self._memory, name)
+
+
+@pytest.mark.parametrize("retained", [1, 8])
+@pytest.mark.parametrize("act", ["keep", "give back", "give way"])
+def test_a_writer_is_killed_while_it_keeps_an_outcome_or_gives_it_back(
+    act: str, retained: int
+) -> None:
+    """Before any store of it: a watcher has the outcome, and no slot is lost."""
+    for n in count(0):
+        segment = Segment.private(OpsLifecycleConfig(**SMALL | {"max_completed": retained}))
+        registry, writer = Registry(segment), Registry(segment)
+        id = running(registry)
+        watches = [registry.register_watcher(id) for _ in range(2)]
+        registry.complete_operation(id, result(id, "r" * 4000))
+        if act != "keep":
+            turn_over(registry)
+        if act == "give way":
+            for _ in range(8):
+                running(registry)
+        dying: Any = Dying(segment.memory, n)
+        writer._memory = writer._table._memory = writer._feed._memory = dying
+        try:
+            if act == "keep":
+                turn_over(writer)
+            elif act == "give back":
+                forget_watchers(writer, 0)
+            else:
+                running(writer)
+        except Deaf:
+            survived = False
+        else:
+            survived = True
+        registry.check()
+        if act == "keep":
+            assert watches[0].wait(0) == Completed(result(id, "r" * 4000)), n
+            turn_over(registry)
+            assert watches[1].wait(0) == Completed(result(id, "r" * 4000)), n
+        else:
+            for watch in watches:
+                watch.close()
+        registry.terminate_owner("ended")
+        fill_the_table(registry)
+        if survived:
+            break
+    assert n > 5
 
 
 def test_an_id_that_was_used_again_is_another_operation(registry: Registry) -> None:

@@ -16,7 +16,15 @@ SEGMENT: Final = Segment.private(OpsLifecycleConfig(max_operations=4, max_comple
 SIZE: Final = SEGMENT.layout.size
 FACTS: Final[dict[str, Any]] = facts(SEGMENT.layout)
 #: Those that are lengths or limits rather than offsets of words.
-OTHERS: Final = {"ring", "slots", "slot_size", "detail_limit", "max_operations", "max_completed"}
+OTHERS: Final = {
+    "ring",
+    "slots",
+    "slot_size",
+    "lanes",
+    "detail_limit",
+    "max_operations",
+    "max_completed",
+}
 OFFSETS: Final = sorted(FACTS.keys() - OTHERS)
 ID: Final = bytes(range(16))
 TOP: Final = 2**64 - 1
@@ -36,7 +44,7 @@ def test_an_offset_outside_or_across_two_words(name: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 2**40, 2**62])
-@pytest.mark.parametrize("name", ["slots", "slot_size", "detail_limit"])
+@pytest.mark.parametrize("name", ["slots", "slot_size", "lanes", "detail_limit"])
 def test_a_length_that_does_not_fit(name: str, value: int) -> None:
     with pytest.raises(IndexError, match="word-aligned inside a memory"):
         Memory.private(SIZE).transitions(**FACTS | {name: value})
