@@ -232,7 +232,7 @@ class Segment:
 
     @contextlib.contextmanager
     def writer_if_free(self) -> Iterator[None]:
-        """The writer lock, for who would rather come back later; `WriterBusy` if it is held."""
+        """The writer lock, without waiting for it; `WriterBusy` if it is held."""
         if not self.writer.try_enter():
             raise WriterBusy(self.epoch_id)
         try:
@@ -420,8 +420,8 @@ class SharedSegment(Segment):
 
     @property
     def named(self) -> bool:
-        """Whether the session's name names this segment. The one who may change that is its owner:
-        who has become that has to look once more."""
+        """Whether the session's name names this segment. Only its owner changes that, so a process
+        that has become the owner looks once more."""
         return is_same(self._descriptor, f"{_SHM_DIR}/{self.name}")
 
     @property
@@ -671,7 +671,7 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
 
 def abandon(namespace: str, session_id: SessionId) -> bool:
     """Remove a session's segment whatever is in it, unless it has a live runtime; whether it was
-    removed. Who has it attached keeps the memory, and finds that the name is gone."""
+    removed. A process that has it attached keeps the memory, and finds that the name is gone."""
     path = segment_path(namespace, session_id)
     try:
         opened = open_owned(path)
@@ -684,8 +684,8 @@ def abandon(namespace: str, session_id: SessionId) -> bool:
 
 
 def _remove(fd: Descriptor, path: Path) -> bool:
-    """Remove a segment's name, if it is still this file's; for its owner, or who keeps owners out.
-    Whether it was."""
+    """Remove a segment's name, if it is still this file's; whether it was. The caller is its owner,
+    or holds a lock that keeps owners out."""
     if not is_same(fd, path):
         return False
     # Of a runtime that was killed while it replaced this one. It goes first, as long as the name

@@ -323,7 +323,7 @@ class RuntimeSessionAdapter:
             old.close()
         elif self._durability is not None:
             self._durability.forget(old)
-        # One that is open stays attached: whoever uses it is told that it is gone (`EpochGone`).
+        # One that is open stays attached: its users are told that it is gone (`EpochGone`).
         session.owned = None
 
     def _require(self, session: _Session) -> SessionRuntimeBindings:
@@ -337,7 +337,7 @@ class RuntimeSessionAdapter:
         return None if owned is None or owned.lost else owned
 
     def _check_open(self) -> None:
-        # Before any lock: in a forked child whoever held one does not exist.
+        # Before any lock: in a forked child, the thread that held one does not exist.
         if self._closed or self._pid != os.getpid():
             raise AdapterClosed
 
@@ -374,8 +374,8 @@ class RuntimeSessionAdapter:
         """Become the runtime of a live segment, whose runtime was killed or closed.
 
         OWN-1: only the owner of the segment that has the session's name gives that name to another
-        segment, or removes it. A segment may have lost the name before its owner left it, so who
-        takes one over looks at the name afterwards.
+        segment, or removes it. A segment may have lost the name before its owner left it, so the
+        name is looked at after the segment was taken over.
         """
         bindings = SessionRuntimeBindings.of_segment(found)
         segment = bindings.shared_segment()

@@ -49,7 +49,7 @@ class EpochSupervisor:
         SUPERVISE-1: it waits for nothing, neither for a transition nor for a store. What it cannot
         do now the next look does, and other epochs do not wait for it.
         """
-        # Alone, this process has nobody's operations to end, until somebody joins.
+        # Alone, this process has no operations of others to end, until another one joins.
         if self._memory.load(at.JOINED_AT) == self._alone_since:
             return 0
         try:
@@ -59,8 +59,8 @@ class EpochSupervisor:
             return 0
 
     def settle(self) -> None:
-        """Look, for who is about to hand the epoch out: a transition in progress is waited for, but
-        not for long, since its process may be stopped."""
+        """Look, before the epoch is handed out: a transition in progress is waited for, but not for
+        long, since its process may be stopped."""
         deadline = time.monotonic() + _SETTLE_S
         while True:
             try:
@@ -100,12 +100,12 @@ class EpochSupervisor:
         present = participants.list(me=segment.participant)
         alone = len(present) <= 1 and not participants.others_hold_slots()
         if alone:
-            # Once more, after the locks: who has joined by now and holds none is gone, and the rest
-            # of this look finds what it left.
+            # Once more, after the locks: a participant that has joined by now and holds none is
+            # gone, and the rest of this look finds what it left.
             present = participants.list(me=segment.participant)
         dead = [participant for participant in present if not participant.alive]
-        # Besides those found dead, somebody may have left in good order with operations running,
-        # or have joined and gone since the last look, or have taken a dead one's slot.
+        # Besides those found dead, a participant may have left in good order with operations
+        # running, or have joined and gone since the last look, or have taken a dead one's slot.
         known = joined, tuple(participant.key for participant in present if participant.alive)
         ended = 0
         if dead or alone or known != self._known:
@@ -134,7 +134,7 @@ class EpochSupervisor:
 
 
 def _names(participants: Sequence[Participant]) -> str:
-    """Who they are: the first few, and how many more."""
+    """The first few of them, and how many more."""
     names = ", ".join(f"{one.role} process {one.pid}" for one in participants[:_NAMED])
     more = len(participants) - _NAMED
     return f"{names} and {more} more" if more > 0 else names

@@ -236,7 +236,7 @@ class _Run:
                 raise ChildrenLeft(left)
             await asyncio.sleep(_LOOK_S)
         for bindings in opened:
-            EpochSupervisor(bindings).look()
+            EpochSupervisor(bindings).settle()
 
     async def _leave(self, adapter: RuntimeSessionAdapter) -> None:
         """End the sessions, or leave them to the run that carries on with them.
