@@ -169,14 +169,11 @@ class Supervisor:
             failing: dict[EpochSupervisor, str] = {}
             for epoch in self._epochs():
                 try:
-                    epoch.look()
                     if changed:
                         epoch.look_for_name()
-                except (
-                    EpochSealed,
-                    EpochGone,
-                    BindingsClosed,
-                ) as error:  # by another thread, just now
+                    epoch.look()
+                # Another thread or process ended it or left it just now.
+                except (EpochSealed, EpochGone, BindingsClosed) as error:
                     _log.debug("not supervised: %s", error)
                 except Exception as error:  # one epoch's, and no concern of the others
                     failing[epoch] = repr(error)

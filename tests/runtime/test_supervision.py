@@ -462,6 +462,9 @@ class Broken:
 
     looks = 0
 
+    def look_for_name(self) -> None:
+        pass
+
     def look(self) -> int:
         self.looks += 1
         raise OSError("not expected")
