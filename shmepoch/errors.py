@@ -518,6 +518,21 @@ class SegmentExists(ShmepochError):
         )
 
 
+class SegmentInRemoval(ShmepochError):
+    """A process that removes the segment stands still in the middle, so it cannot be attached."""
+
+    name: str
+    waited_s: float
+
+    def __init__(self, name: str, waited_s: float) -> None:
+        super().__init__(
+            f"segment {name!r} is being removed by a process that did not go on for {waited_s} s; "
+            "continue that process, or kill it, and the segment can be attached or made anew",
+            name=name,
+            waited_s=waited_s,
+        )
+
+
 class SegmentForeign(ShmepochError, PermissionError):
     """The segment belongs to another user or is open to others."""
 

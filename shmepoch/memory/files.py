@@ -14,13 +14,20 @@ import time
 from pathlib import Path
 from typing import Final
 
-from shmepoch.errors import SegmentForeign, SharedMemoryExhausted, SharedMemoryUnusable
+from shmepoch.errors import (
+    SegmentForeign,
+    SegmentInRemoval,
+    SharedMemoryExhausted,
+    SharedMemoryUnusable,
+)
 from shmepoch.memory._native import Descriptor, Memory, try_lock
 
 SHM_DIR: Final = Path("/dev/shm")
 
 _MODE: Final = 0o600
 _OWNED: Final = stat.S_IFREG | _MODE
+#: How long an attach waits for a process that removes the file, which takes two system calls.
+_REMOVAL_S: Final = 1.0
 #: How open(2) refuses what is no regular file.
 _OTHER_TYPES: Final = {
     errno.ELOOP: "symbolic link",
@@ -110,9 +117,11 @@ def open_held(
     The descriptor, the file's size, its first `length` bytes or what it has of them, and the whole
     file if it is to be `mapped`, or None if `map_shared` has to be asked.
 
-    The lock comes before the last look at the name, that is, at how many the file has: whoever
-    removes it holds the byte alone while it does.
+    The lock comes before the last look at the name, that is, at how many the file has: a process
+    that removes it holds the byte alone while it does. Raises `SegmentInRemoval` if that process
+    stands still: to finish the removal for it could take the name from a file that has it since.
     """
+    began = time.monotonic()
     while True:
         whole = Descriptor.open_held(path, byte, _OWNED, length, mapped)
         if whole is not None:
@@ -126,8 +135,10 @@ def open_held(
         except BaseException:
             opened.close()
             raise
-        # Not granted while somebody removes it, which takes two system calls: look again.
+        # Not granted while a process removes it: look again.
         opened.close()
+        if time.monotonic() > began + _REMOVAL_S:
+            raise SegmentInRemoval(os.path.basename(path), _REMOVAL_S)
         time.sleep(0.0001)
 
 
@@ -143,7 +154,8 @@ def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:
 def _refusal(path: str | Path, error: OSError) -> Exception:
     """What the error of open(2) says of the file, if it says that it is another's."""
     if isinstance(error, PermissionError):
-        return _foreign(path, "owner", os.geteuid(), os.lstat(path).st_uid)
+        found = os.lstat(path)
+        return _not_owned(path, found.st_mode, found.st_uid)
     if error.errno in _OTHER_TYPES:
         return _foreign(path, "type", "regular file", _OTHER_TYPES[error.errno])
     return error

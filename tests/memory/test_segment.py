@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,14 @@ from shmepoch.errors import (
     EpochSealed,
     NamespaceInvalid,
     SegmentExists,
+    SegmentInRemoval,
     WitnessMismatch,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
 from shmepoch.memory import layout as at
 from shmepoch.memory import segment as segment_module
-from shmepoch.memory._native import Descriptor
+from shmepoch.memory._native import Descriptor, try_lock
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
@@ -446,6 +448,24 @@ def test_what_anybody_has_attached_is_not_removed(
     assert remove_unused(namespace, segment.session_id)
     assert not remove_unused(namespace, segment.session_id)
     assert names_in(namespace) == []
+
+
+def test_attaching_what_a_stopped_process_removes_is_refused(
+    namespace: str, segment: SharedSegment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_REMOVAL_S", 0.05)
+    segment.close()
+    remover = files.open_owned(segment.path)
+    try:
+        assert try_lock(remover, at.PRESENCE_BYTE, False)
+        with pytest.raises(SegmentInRemoval, match=f"{segment.name}.*continue that process") as e:
+            SharedSegment.attach(namespace, segment.session_id)
+        assert (e.value.name, e.value.waited_s) == (segment.name, 0.05)
+        assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
+    finally:
+        remover.close()  # as by its death
+    SharedSegment.attach(namespace, segment.session_id).close()
+    assert remove_unused(namespace, segment.session_id)
 
 
 def test_removing_what_is_not_there_does_nothing(segment: SharedSegment) -> None:

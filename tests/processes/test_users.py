@@ -104,3 +104,20 @@ def test_a_segment_of_another_user_is_named_and_left_alone(
         assert segment_path(namespace, session).name in each
         assert f"owner is 0, not {FIRST}" in each
     end(bindings, TOOL)
+
+
+def meet_an_unreadable_segment(test: Channel, namespace: str, session: SessionId) -> str:
+    path = segment_path(namespace, session)
+    path.touch(0o000)
+    try:
+        with pytest.raises(SegmentForeign) as refused:
+            SharedSegment.attach(namespace, session)
+        return str(refused.value)
+    finally:
+        path.unlink()
+
+
+def test_a_segment_that_its_own_user_may_not_read_is_named(namespace: str) -> None:
+    args = FIRST, meet_an_unreadable_segment, namespace, SessionId.new()
+    with start(as_user, None, *args) as child:
+        assert "its mode is 0o0, not 0o600" in child.result()
