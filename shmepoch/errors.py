@@ -290,18 +290,28 @@ class WitnessMismatch(ShmepochError):
 
 
 class BindingsMismatch(ShmepochError):
-    """A factory was handed the bindings of another session."""
+    """A factory, or an operation of the session `expected`, was handed those of `actual`."""
 
     expected: SessionId
     actual: SessionId
+    registering: OperationId | None
 
-    def __init__(self, expected: SessionId, actual: SessionId) -> None:
-        super().__init__(
-            f"building session {expected}, but the bindings were prepared for session {actual}; "
-            "pass the bindings that prepare_bindings returned for the session being built",
-            expected=expected,
-            actual=actual,
-        )
+    def __init__(
+        self, expected: SessionId, actual: SessionId, *, registering: OperationId | None = None
+    ) -> None:
+        if registering is None:
+            message = (
+                f"building session {expected}, but the bindings were prepared for session "
+                f"{actual}; pass the bindings that prepare_bindings returned for the session being "
+                "built"
+            )
+        else:
+            message = (
+                f"operation {registering} is owned by session {expected}, but is registered with "
+                f"the bindings of session {actual}; register it with those of its owner, or leave "
+                "owner_session_id out"
+            )
+        super().__init__(message, expected=expected, actual=actual, registering=registering)
 
 
 class BindingsNotTransferable(ShmepochError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shmepoch.epoch.operations import OperationKind, OperationResult, OperationSpec
-from shmepoch.ids import OperationId, SessionId
+from shmepoch.ids import OperationId
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.segment import SharedSegment
 
@@ -51,11 +51,10 @@ def spec(
     kind: OperationKind = OperationKind.BACKGROUND_TOOL_OP,
     id: OperationId | None = None,
 ) -> OperationSpec:
-    """The spec of a fresh operation."""
+    """The spec of a fresh operation, owned by the session that it is registered with."""
     return OperationSpec(
         id=id or OperationId.new(),
         kind=kind,
-        owner_session_id=SessionId.new(),
         display_name=name,
         source_label="test",
     )

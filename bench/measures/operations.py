@@ -90,7 +90,7 @@ def _make_records(bindings: SessionRuntimeBindings, content: str) -> None:
     """What an operation's three records take before shared memory is touched: made, held against
     what will be read of them, and encoded."""
     id = OperationId.new()
-    spec = encode_spec(specified(id, bindings)).spec
+    spec = encode_spec(specified(id, bindings), bindings.session_id).spec
     completed = Completed(OperationResult(id=id, content=content))
     outcome, _ = encode_checked(completed, _outcome_decoder)
     encode_entry(1, spec, Raw(outcome), 1)

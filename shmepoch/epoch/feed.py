@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import operator
 from collections.abc import Sequence
 
 import msgspec
@@ -13,6 +13,7 @@ from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, Complet
 from shmepoch.epoch.operations import OperationSpec
 from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
+from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.segment import Segment
 from shmepoch.memory.waiting import require_position
 
@@ -36,7 +37,7 @@ def encode_entry(
             kind=spec.kind,
             display_name=spec.display_name,
             terminal_outcome=outcome,  # type: ignore[arg-type] # once for all, before the lock
-            completed_at_ms=max(time.time_ns() // 1_000_000, started_ms),
+            completed_at_ms=max(wall_ms(), started_ms),
         )
     )
 
@@ -64,6 +65,7 @@ class SegmentFeed:
         Raises `SegmentCorrupted` for an entry that is neither whole nor dropped.
         """
         require_position(after_seq)
+        after_seq = operator.index(after_seq)  # another type's might overflow below
         memory = self._memory
         while True:
             watermark = memory.load(at.WATERMARK_AT)

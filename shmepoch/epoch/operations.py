@@ -48,11 +48,16 @@ class OperationStatus(StrEnum):
 
 
 class OperationSpec(Record, kw_only=True, frozen=True):
-    """What is known of an operation when it is registered."""
+    """What is known of an operation when it is registered.
+
+    `owner_session_id` is the session of the registry that it is registered with, which fills it in
+    where it is None. Encoded, a spec has at most 512 bytes: `display_name` and `source_label` have
+    about 300 between them.
+    """
 
     id: OperationId
     kind: OperationKind
-    owner_session_id: SessionId
+    owner_session_id: SessionId | None = None
     display_name: str
     source_label: str
     child_session_id: SessionId | None = None
@@ -70,7 +75,11 @@ class OperationResult(Record, kw_only=True, frozen=True):
 
 
 class OperationProgressUpdate(Record, frozen=True):
-    """How far a running operation has come; `percent` is 0 to 100 where it is known."""
+    """How far a running operation has come; `percent` is 0 to 100 where it is known.
+
+    A message of more than about 450 bytes, or of more than 60 beside a long peer handle, is cut to
+    what fits, and ends with an ellipsis then.
+    """
 
     message: str
     percent: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
@@ -85,7 +94,7 @@ class TrustedPeerSpec(Record, frozen=True):
 
 
 class OperationPeerHandle(Record, frozen=True):
-    """The channel that a child agent hands over once it is ready."""
+    """The channel that a child agent hands over once it is ready; 400 bytes at most, encoded."""
 
     peer_name: str
     trusted_peer: TrustedPeerSpec

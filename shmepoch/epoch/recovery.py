@@ -15,7 +15,7 @@ from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec,
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.table import Detail, OperationTable, encode_spec
 from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
-from shmepoch.ids import OperationId
+from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
@@ -155,7 +155,8 @@ def restore_completions(
             if seq > floor and operation is not None:
                 spec = specs.get(entry.operation_id) or _spec_of(operation, segment)
                 retained.append(seq)
-                slot = _restore_operation(table, operation, spec, len(retained), seq)
+                birth, session_id = len(retained), segment.session_id
+                slot = _restore_operation(table, operation, spec, birth, seq, session_id)
                 memory.store(at.REGISTRATIONS_AT, len(retained))
         else:
             data = b""
@@ -175,9 +176,11 @@ def _restore_operation(
     spec: OperationSpec,
     birth: int,
     seq: int,
+    session_id: SessionId,
 ) -> int:
     [index] = table.free_slots(1)
-    table.fill(index, birth, encode_spec(spec), operation.created_at_ms, 0)
+    encoded = encode_spec(spec, session_id)
+    table.fill(index, birth, encoded, operation.created_at_ms, 0)
     slot = table.slot(index)
     table.change(slot, OperationStatus.RUNNING, Detail.of(operation))
     table.end(slot, seq, operation.elapsed_ms or 0)

@@ -50,6 +50,7 @@ from shmepoch.epoch.table import (
     OperationView,
     Slot,
     encode_checked,
+    encode_peer_handle,
     encode_spec,
 )
 from shmepoch.epoch.transitions import CommonTransitions
@@ -58,6 +59,7 @@ from shmepoch.epoch.words import Words
 from shmepoch.errors import (
     AlreadyPeerReady,
     AlreadyRegistered,
+    BindingsMismatch,
     CursorAhead,
     CursorsOnly,
     InvalidTransition,
@@ -73,6 +75,7 @@ from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
+from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 
@@ -88,7 +91,6 @@ _CUT: Final = "..."
 #: What an entry takes at most besides what its operation's spec takes, and its reason.
 _ENTRY_ROOM: Final = 64
 _progress_decoder: Final = wire_decoder(OperationProgressUpdate)
-_peer_decoder: Final = wire_decoder(OperationPeerHandle)
 
 
 def _nothing_more() -> None:
@@ -106,6 +108,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def __init__(self, segment: Segment | None = None) -> None:
         """A registry that stands alone, in private memory of its own, unless `segment` is given."""
+        #: Whether it is of no session in particular.
+        self._is_alone = segment is None
         segment = segment or Segment.private(OpsLifecycleConfig())
         if segment.layout.config is None:
             raise CursorsOnly
@@ -122,7 +126,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
         """A registry that stands alone, of the given size."""
-        return cls(Segment.private(config))
+        self = cls(Segment.private(config))
+        self._is_alone = True
+        return self
 
     @classmethod
     def from_recovered(
@@ -136,24 +142,33 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
         config = room_for(snapshot, config or OpsLifecycleConfig(), unfinished=False)
         self = cls(Segment.private(config, epoch_id=snapshot.epoch_id))
+        self._is_alone = True
         self.restore(snapshot)
         return self
 
     # --- registration -------------------------------------------------------------------------
 
     def register_operation(self, spec: OperationSpec) -> None:
-        encoded = encode_spec(spec)
+        encoded = self._encode(spec)
         with self._segment.writer:
             if self._is_native and self._common.register(encoded):
                 return
             self._register([encoded])
 
     def register_operations(self, specs: Iterable[OperationSpec]) -> None:
-        encoded = [encode_spec(spec) for spec in specs]
+        encoded = [self._encode(spec) for spec in specs]
         with self._segment.writer:
             if self._is_native and self._common.register_all(encoded):
                 return
             self._register(encoded)
+
+    def _encode(self, spec: OperationSpec) -> EncodedSpec:
+        session_id = self._segment.session_id
+        encoded = encode_spec(spec, session_id)
+        owner = encoded.spec.owner_session_id
+        if owner != session_id and owner is not None and not self._is_alone:
+            raise BindingsMismatch(owner, session_id, registering=spec.id)
+        return encoded
 
     def _register(self, encoded: Sequence[EncodedSpec]) -> None:
         words = self._begin()
@@ -164,7 +179,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 raise AlreadyRegistered(id)
             seen.add(id)
         self._admit(words.active, len(encoded))
-        self._enter(encoded, words, _now_ms())
+        self._enter(encoded, words, wall_ms())
 
     def _admit(self, active: int, entering: int) -> None:
         config = self._config
@@ -204,7 +219,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                 self._table.change(view.slot, OperationStatus.RUNNING, _started(view))
 
     def peer_ready(self, id: OperationId, handle: OperationPeerHandle) -> None:
-        encode_checked(handle, _peer_decoder)
+        encode_peer_handle(handle)
 
         def ready(view: OperationView) -> Detail:
             if view.detail.peer_handle is not None:
@@ -718,7 +733,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         if not unfinished:
             return
         for operation, spec in unfinished_operations(snapshot):
-            self._enter([encode_spec(spec)], self._table.words(), operation.created_at_ms)
+            encoded = encode_spec(spec, self._segment.session_id)
+            self._enter([encoded], self._table.words(), operation.created_at_ms)
             self._table.change(self.locate(spec.id), OperationStatus.RUNNING, Detail.of(operation))
 
     # --- audit --------------------------------------------------------------------------------
@@ -743,7 +759,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
 
 def _started(view: OperationView) -> Detail:
-    started_at_ms = max(_now_ms(), view.slot.created_at_ms)
+    started_at_ms = max(wall_ms(), view.slot.created_at_ms)
     return msgspec.structs.replace(view.detail, started_at_ms=started_at_ms)
 
 
@@ -764,7 +780,3 @@ def _shortened(text: str, size: int) -> str:
     if len(data) <= size:
         return text
     return data[: size - len(_CUT)].decode(errors="ignore") + _CUT
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -24,7 +24,7 @@ from shmepoch.epoch.operations import (
 )
 from shmepoch.epoch.words import LAST_WATERMARK, Words
 from shmepoch.errors import PayloadTooLarge, RecordInvalid, SegmentCorrupted
-from shmepoch.ids import OperationId
+from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.participants import slot_of
 from shmepoch.memory.segment import Segment
@@ -68,6 +68,9 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
 _FRESH: Final = Detail()
 _spec_decoder = wire_decoder(OperationSpec)
 _detail_decoder = wire_decoder(Detail)
+_peer_decoder = wire_decoder(OperationPeerHandle)
+#: What a progress message ends with that did not fit.
+_CUT: Final = "\N{HORIZONTAL ELLIPSIS}"
 
 
 class Slot(msgspec.Struct, frozen=True, gc=False):
@@ -140,8 +143,15 @@ class EncodedSpec(msgspec.Struct, frozen=True, gc=False):
     spec: OperationSpec
 
 
-def encode_spec(spec: OperationSpec) -> EncodedSpec:
-    """A spec for its slot; `RecordInvalid` or `PayloadTooLarge` if it cannot be held."""
+def encode_spec(spec: OperationSpec, session_id: SessionId) -> EncodedSpec:
+    """A spec for its slot, of an operation that is this session's unless it says otherwise.
+
+    Raises `RecordInvalid` or `PayloadTooLarge` if it cannot be held.
+    """
+    if not isinstance(spec, OperationSpec):
+        raise RecordInvalid("OperationSpec", f"it is {spec!r}")
+    if spec.owner_session_id is None:
+        spec = replace(spec, owner_session_id=session_id)
     data, found = encode_checked(spec, _spec_decoder)
     if len(data) > at.SPEC_LIMIT:
         raise PayloadTooLarge(
@@ -150,6 +160,28 @@ def encode_spec(spec: OperationSpec) -> EncodedSpec:
             what=f"the spec of operation {spec.id} (display_name and source_label above all)",
         )
     return EncodedSpec(data, found)
+
+
+def encode_peer_handle(handle: OperationPeerHandle) -> None:
+    """Refuse a handle that cannot be held: `RecordInvalid`, `PayloadTooLarge`."""
+    data, _ = encode_checked(handle, _peer_decoder)
+    if len(data) > at.PEER_HANDLE_LIMIT:
+        raise PayloadTooLarge(len(data), at.PEER_HANDLE_LIMIT, what="the peer handle")
+
+
+def encode_detail(detail: Detail) -> bytes:
+    """A detail for its slot. What a peer handle leaves is the last progress message's, which is cut
+    to that."""
+    data = to_wire(detail)
+    excess, progress = len(data) - at.DETAIL_LIMIT, detail.last_progress
+    if excess > 0 and progress is not None:
+        message = progress.message.encode()
+        whole = max(0, len(message) - excess - len(_CUT.encode()))
+        cut = message[:whole].decode(errors="ignore") + _CUT
+        data = to_wire(replace(detail, last_progress=replace(progress, message=cut)))
+    if len(data) > at.DETAIL_LIMIT:
+        raise PayloadTooLarge(len(data), at.DETAIL_LIMIT, what="the peer handle")
+    return data
 
 
 def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) -> tuple[bytes, T]:
@@ -459,13 +491,7 @@ class OperationTable:
         memory, offset = self._memory, self._layout.slot(slot.number)
         buffer = slot.buffer
         if detail is not None:
-            data = to_wire(detail)
-            if len(data) > at.DETAIL_LIMIT:
-                raise PayloadTooLarge(
-                    len(data),
-                    at.DETAIL_LIMIT,
-                    what="the operation's last progress and peer handle together",
-                )
+            data = encode_detail(detail)
             buffer ^= 1
             memory.write(offset + at.SLOT_DETAIL + buffer * at.DETAIL_LIMIT, data)
             memory.store(offset + at.SLOT_DETAIL_LENGTH + buffer * at.WORD, len(data))

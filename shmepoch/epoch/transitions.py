@@ -20,6 +20,7 @@ from shmepoch.epoch.table import (
 )
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
+from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
 
@@ -55,7 +56,7 @@ class CommonTransitions:
             id.fingerprint,
             id.bytes,
             self._segment.participant,
-            time.time_ns() // 1_000_000,
+            wall_ms(),
             time.monotonic_ns(),
             encoded.data,
             _PROVISIONING,
@@ -74,7 +75,7 @@ class CommonTransitions:
         first = self._native.register_all(
             tuple([(each.spec.id.fingerprint, each.spec.id.bytes, each.data) for each in encoded]),
             self._segment.participant,
-            time.time_ns() // 1_000_000,
+            wall_ms(),
             time.monotonic_ns(),
             _PROVISIONING,
             self._limit,
@@ -87,12 +88,12 @@ class CommonTransitions:
 
     def start(self, id: OperationId) -> bool:
         """The operation runs from now on; whether it was done."""
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         return self._start(id, now_ms, to_wire(Detail(started_at_ms=now_ms)))
 
     def start_all(self, ids: Sequence[OperationId]) -> bool:
         """The operations run from now on; whether it was done."""
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         for id in ids:
             found = self._native.look(
                 id.fingerprint, id.bytes, _ALLOWED[Action.PROVISIONING_SUCCEEDED]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import struct
-import time
 import zlib
 from functools import lru_cache
 from typing import Final
@@ -15,6 +14,7 @@ from shmepoch.errors import ConfigInvalid, LayoutUnsupported, SegmentCorrupted
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
+from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import Layout
 
 _CAPACITIES: Final = struct.Struct(f"={at.CAPACITIES}Q")
@@ -92,5 +92,5 @@ def write_header(
         zlib.crc32(capacities),
     )
     memory.write(0, data)
-    memory.store(at.CREATED_AT, time.time_ns() // 1_000_000)
+    memory.store(at.CREATED_AT, wall_ms())
     return Header(session_id, epoch_id, witness, False, layout)

@@ -178,6 +178,8 @@ SLOT_SPEC: Final = 512
 SPEC_LIMIT: Final = 512
 SLOT_DETAIL: Final = 1024
 DETAIL_LIMIT: Final = 512
+#: What a detail has besides the peer handle takes 50 bytes, and some of a message shall always fit.
+PEER_HANDLE_LIMIT: Final = 400
 
 SLOT_KEPT: Final = SLOT_SPEC
 KEPT_LIMIT: Final = SLOT_SIZE - SLOT_KEPT
@@ -204,6 +206,9 @@ PARTICIPANT_BYTE: Final = 5
 
 class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How large an epoch is; every size in its memory follows from these.
+
+    Fixed are, encoded: 512 bytes for an operation's spec, 400 for its peer handle, and 512 for that
+    together with its last progress, whose message is cut to what fits.
 
     Raises `ConfigInvalid` for a value outside its range.
     """

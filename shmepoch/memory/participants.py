@@ -8,7 +8,6 @@ clock. A number that is never used twice tells a slot's present holder from thos
 from __future__ import annotations
 
 import os
-import time
 from enum import StrEnum
 from typing import Final
 
@@ -17,6 +16,7 @@ import msgspec
 from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Descriptor, Memory, is_locked, try_lock, unlock
+from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import Layout
 
 _SLOT_BITS: Final = 8
@@ -82,7 +82,7 @@ class Participants:
         offset = Layout.participant(slot)
         number = self._memory.fetch_add(at.JOINED_AT, 1) + 1
         self._memory.store(offset + at.PARTICIPANT_PID, os.getpid())
-        self._memory.store(offset + at.PARTICIPANT_JOINED, time.time_ns() // 1_000_000)
+        self._memory.store(offset + at.PARTICIPANT_JOINED, wall_ms())
         self._memory.store(offset, number << _SLOT_BITS | role.number)
         return number << _SLOT_BITS | slot
 

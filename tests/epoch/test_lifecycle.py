@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from typing import Final
 
 import pytest
@@ -35,14 +36,17 @@ from shmepoch.errors import (
     WriterBusy,
 )
 from shmepoch.ids import OperationId, SessionId
+from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S
 from tests.epoch.implementations import Epoch
 from tests.epoch.operations import (
     CHILD,
     PATHS,
     PEER,
+    UPDATE,
     VERBS,
     Registry,
+    end,
     reach,
     result,
     spec,
@@ -156,7 +160,6 @@ def test_a_new_operation(registry: Registry) -> None:
     asked = OperationSpec(
         id=OperationId.new(),
         kind=CHILD,
-        owner_session_id=SessionId.new(),
         display_name="search",
         source_label="test",
         child_session_id=SessionId.new(),
@@ -318,6 +321,10 @@ def test_an_operation_nobody_registered_has_no_snapshot(registry: Registry) -> N
     assert registry.snapshot(OperationId.new()) is None
 
 
+HOUR: Final = 3_600_000
+CENTURY: Final = 100 * 365 * 24 * HOUR
+
+
 class Clock:
     """A wall clock that a test sets, in milliseconds."""
 
@@ -328,7 +335,11 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("created", "started", "completed"),
-    [(9, 5, 1), (5, 1, 9), (1, 9, 5), (5, 9, 1), (1, 5, 9), (9, 1, 5)],
+    [
+        *permutations((1, 5, 9)),
+        *permutations((0, HOUR, CENTURY)),
+        *permutations((HOUR, CENTURY, 2**63 - 1)),
+    ],
 )
 def test_times_never_go_back_with_the_wall_clock(
     registry: Registry,
@@ -350,6 +361,31 @@ def test_times_never_go_back_with_the_wall_clock(
     assert after.completed_at_ms == max(created, started, completed)
     assert after.elapsed_ms is not None
     assert after.elapsed_ms >= 0  # monotonic: the wall clock has no part in it
+
+
+@pytest.mark.parametrize("now_ms", [-1, -CENTURY, -(2**63), 2**63, 2**70])
+def test_a_clock_that_shows_no_time_of_ours(
+    make_epoch: MakeEpoch, monkeypatch: pytest.MonkeyPatch, now_ms: int
+) -> None:
+    """Before 1970, or beyond what a store can hold: the nearest time that is one of ours."""
+    clock, id = Clock(monkeypatch), OperationId.new()
+    clock.now_ms = now_ms
+    registry = make_epoch().registry
+    registry.register_operation(spec(id=id))
+    registry.provisioning_succeeded(id)
+    registry.report_progress(id, UPDATE)
+    registry.complete_operation(id, result(id))
+    live = [OperationId.new(), OperationId.new()]
+    registry.register_operations([spec(id=id) for id in live])
+    registry.provisionings_succeeded(live)
+    registry.complete_operations([result(id) for id in live])
+    nearest = min(max(now_ms, 0), 2**63 - 1)
+    for each in registry.list_operations():
+        assert (each.created_at_ms, each.started_at_ms) == (nearest, nearest)
+        assert each.completed_at_ms == nearest
+    clock.now_ms = HOUR
+    end(registry)
+    registry.check()
 
 
 def test_the_end_of_what_never_started_is_not_before_its_creation(

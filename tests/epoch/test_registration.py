@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from shmepoch.epoch.codec import to_wire
+from shmepoch.epoch.cursors import EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.operations import (
+    Completed,
     OperationKind,
     OperationPeerHandle,
     OperationProgressUpdate,
@@ -19,20 +23,23 @@ from shmepoch.epoch.operations import (
     Terminated,
     TrustedPeerSpec,
 )
+from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     AlreadyRegistered,
+    BindingsMismatch,
     ConfigInvalid,
     CursorsOnly,
     MaxConcurrentExceeded,
     PayloadTooLarge,
     RecordInvalid,
 )
-from shmepoch.ids import OperationId, SessionId
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 from tests.epoch.conftest import MakeEpoch
+from tests.epoch.implementations import Epoch
 from tests.epoch.operations import CHILD, PEER, Registry, reach, result, spec, state, taken
 
 #: The smallest feed that an epoch with two live operations may have.
@@ -112,7 +119,8 @@ def named(length: int) -> OperationSpec:
 
 
 def test_a_spec_may_fill_its_room_exactly(registry: Registry) -> None:
-    fits = at.SPEC_LIMIT - (len(to_wire(named(300))) - 300)
+    stored = msgspec.structs.replace(named(300), owner_session_id=SessionId.new())
+    fits = at.SPEC_LIMIT - (len(to_wire(stored)) - 300)
     registry.register_operation(named(fits))
     assert [found.display_name for found in registry.list_operations()] == ["n" * fits]
     before = state(registry)
@@ -128,19 +136,169 @@ def test_the_limit_is_of_bytes_not_characters(registry: Registry) -> None:
         registry.register_operation(spec("€" * 200))
 
 
-def test_progress_and_peer_share_their_room(registry: Registry) -> None:
+def longest_peer() -> OperationPeerHandle:
+    rest = len(to_wire(OperationPeerHandle("p" * 300, PEER.trusted_peer))) - 300
+    return OperationPeerHandle("p" * (at.PEER_HANDLE_LIMIT - rest), PEER.trusted_peer)
+
+
+def test_a_peer_handle_has_a_limit_of_its_own(registry: Registry) -> None:
     id = reach(registry, OperationStatus.RUNNING)
-    registry.report_progress(id, OperationProgressUpdate("m" * 300))
     before = state(registry)
-    peer = OperationPeerHandle("p" * 300, PEER.trusted_peer)
+    longest = longest_peer()
     with pytest.raises(PayloadTooLarge) as refused:
-        registry.peer_ready(id, peer)
-    assert refused.value.limit == at.DETAIL_LIMIT
-    assert "progress and peer" in str(refused.value)
+        registry.peer_ready(id, OperationPeerHandle(longest.peer_name + "p", PEER.trusted_peer))
+    assert (refused.value.size, refused.value.limit) == (401, 400)
+    assert "peer handle" in str(refused.value)
     assert state(registry) == before
+    registry.peer_ready(id, longest)
+    assert taken(registry, id).peer_handle == longest
+
+
+@pytest.mark.parametrize("letter", ["m", "é", "€", "😀"])
+@pytest.mark.parametrize("length", [1, 40, 300, 460, 470, 5_000, 300_000])
+@pytest.mark.parametrize("first", ["progress", "peer"])
+def test_a_progress_message_is_cut_to_what_the_peer_handle_leaves(
+    make_epoch: MakeEpoch, first: str, length: int, letter: str
+) -> None:
+    """Whichever is reported first, and however often."""
+    registry = make_epoch().registry
+    id, peer = reach(registry, OperationStatus.RUNNING), longest_peer()
+    update = OperationProgressUpdate(letter * length, 12.5)
+    if first == "peer":
+        registry.peer_ready(id, peer)
+    for turn in range(1, 4):
+        registry.report_progress(id, update)
+        found = taken(registry, id)
+        assert found.progress_count == turn
+        least = 60 if first == "peer" else 440
+        require_cut(found.last_progress, update, least)
+    if first == "progress":
+        registry.peer_ready(id, peer)
+    found = taken(registry, id)
+    assert found.peer_handle == peer
+    require_cut(found.last_progress, update, 60)
     registry.report_progress(id, OperationProgressUpdate("short"))
-    registry.peer_ready(id, peer)
-    assert taken(registry, id).peer_handle == peer
+    assert taken(registry, id).last_progress == OperationProgressUpdate("short")
+
+
+def require_cut(
+    found: OperationProgressUpdate | None, asked: OperationProgressUpdate, least: int
+) -> None:
+    """All of the message, or at least so many bytes of it and a mark."""
+    assert found is not None
+    assert found.percent == asked.percent
+    if found.message != asked.message:
+        assert found.message.endswith("…")
+        assert asked.message.startswith(found.message[:-1].rstrip("…"))
+        assert len(found.message.encode()) >= least
+    else:
+        assert len(asked.message.encode()) <= at.DETAIL_LIMIT
+
+
+def test_a_detail_that_a_store_kept_is_cut_as_well(registry: Registry) -> None:
+    id = reach(registry, OperationStatus.RUNNING)
+    registry.peer_ready(id, longest_peer())
+    captured = registry.capture_persistence_snapshot(RuntimeEpochId.new(), EpochCursorState())
+    operations = [
+        msgspec.structs.replace(found, last_progress=OperationProgressUpdate("m" * 450))
+        for found in captured.operations
+    ]
+    recovered = RuntimeOpsLifecycleRegistry()
+    recovered.restore(
+        msgspec.structs.replace(captured, operations=tuple(operations)), unfinished=True
+    )
+    progress = taken(recovered, id).last_progress
+    assert progress is not None
+    assert progress.message.endswith("…")
+
+
+# --- whose operation it is ------------------------------------------------------------------------
+
+
+def test_an_operation_is_owned_by_the_session_that_it_is_registered_with(epoch: Epoch) -> None:
+    session_id = epoch.segment.session_id
+    epoch.registry.register_operation(spec())
+    epoch.registry.register_operations([spec(), spec()])
+    epoch.registry.register_operation(msgspec.structs.replace(spec(), owner_session_id=session_id))
+    captured = epoch.registry.capture_persistence_snapshot(epoch.segment.epoch_id, epoch.cursors)
+    assert [made.owner_session_id for made in captured.specs] == [session_id] * 4
+    assert PersistedOpsSnapshot.from_json(captured.to_json()) == captured
+
+
+def test_an_operation_of_another_session_is_refused(epoch: Epoch) -> None:
+    registry, other = epoch.registry, SessionId.new()
+    foreign = msgspec.structs.replace(spec(), owner_session_id=other)
+    before = state(registry)
+    ways: list[Callable[[], None]] = [
+        lambda: registry.register_operation(foreign),
+        lambda: registry.register_operations([spec(), foreign]),
+    ]
+    for register in ways:
+        with pytest.raises(BindingsMismatch) as refused:
+            register()
+        error = refused.value
+        assert (error.expected, error.actual) == (other, epoch.segment.session_id)
+        assert error.registering == foreign.id
+        assert str(other) in str(error)
+        assert str(epoch.segment.session_id) in str(error)
+        assert pickle.loads(pickle.dumps(error)).registering == foreign.id
+    assert state(registry) == before
+
+
+def test_a_registry_of_no_session_takes_those_of_any() -> None:
+    for registry in (
+        RuntimeOpsLifecycleRegistry(),
+        RuntimeOpsLifecycleRegistry.with_config(OpsLifecycleConfig()),
+        RuntimeOpsLifecycleRegistry.from_recovered(
+            PersistedOpsSnapshot(epoch_id=RuntimeEpochId.new())
+        ),
+    ):
+        owners = [SessionId.new(), SessionId.new()]
+        for owner in owners:
+            registry.register_operation(msgspec.structs.replace(spec(), owner_session_id=owner))
+        captured = registry.capture_persistence_snapshot(RuntimeEpochId.new(), EpochCursorState())
+        assert [made.owner_session_id for made in captured.specs] == owners
+
+
+# --- numbers of other types -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int32, np.uint8, np.int16])
+def test_numpy_s_integers_are_numbers(make_epoch: MakeEpoch, kind: Callable[[int], Any]) -> None:
+    registry = make_epoch(max_completed=kind(7), max_participants=kind(5)).registry
+    config = registry._config
+    assert [type(config.max_completed), type(config.max_participants)] == [int, int]
+    id = reach(registry, OperationStatus.RUNNING)
+    registry.report_progress(id, OperationProgressUpdate("half", kind(50)))
+    registry.complete_operation(
+        id, OperationResult(id=id, content="", duration_ms=kind(3), tokens_used=kind(4))
+    )
+    [entry] = registry.completion_feed().list_since(kind(0)).entries
+    assert isinstance(entry.terminal_outcome, Completed)
+    assert entry.terminal_outcome.result.duration_ms == 3
+    assert type(entry.terminal_outcome.result.tokens_used) is int
+    assert registry.completion_feed().wait_for_advance(kind(0), 0) == 1
+    cursors = EpochCursorState.from_recovered(kind(1), kind(1), kind(0))
+    captured = registry.capture_persistence_snapshot(
+        RuntimeEpochId.new(), cursors, after_seq=kind(0)
+    )
+    given = EpochCursorSnapshot(kind(1), kind(1), kind(0))
+    assert given == captured.cursors
+    assert EpochCursorSnapshot.from_json(given.to_json()) == given
+
+
+def test_the_last_position_of_numpy_is_one() -> None:
+    feed = RuntimeOpsLifecycleRegistry().completion_feed()
+    last: Any = np.uint64(2**64 - 1)
+    assert feed.list_since(last).entries == ()
+    assert feed.list_since(last).gap_after(last) is None
+
+
+@pytest.mark.parametrize("value", [True, 1.0, np.float64(2), "3", None, np.bool_(True)])
+def test_a_setting_that_is_no_integer(value: Any) -> None:
+    for setting in ("max_completed", "max_operations", "max_participants", "feed_bytes"):
+        with pytest.raises(ConfigInvalid, match=setting):
+            OpsLifecycleConfig(**{setting: value})
 
 
 def test_a_feed_can_be_filled_by_one_entry_exactly(make_epoch: MakeEpoch) -> None:
@@ -246,7 +404,6 @@ def broken_spec(**fields: Any) -> OperationSpec:
         {"display_name": b"bytes"},
         {"kind": "no_such_kind"},
         {"kind": None},
-        {"owner_session_id": None},
         {"owner_session_id": 7},
         {"owner_session_id": "no-uuid"},
         {"owner_session_id": "0190b6c8-4f1e-7cc2-9d3a-1f2e3d4c5b6a"},
@@ -398,7 +555,6 @@ def test_a_kind_may_be_given_by_its_name(registry: Registry) -> None:
     given = OperationSpec(
         id=OperationId.new(),
         kind=plain,
-        owner_session_id=SessionId.new(),
         display_name="named",
         source_label="test",
     )
