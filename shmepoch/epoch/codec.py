@@ -6,7 +6,7 @@ MessagePack.
 
 from __future__ import annotations
 
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
 
 import msgspec
 
@@ -15,6 +15,8 @@ from shmepoch.errors import RecordInvalid
 from shmepoch.ids import dec_hook, enc_hook
 
 T = TypeVar("T")
+
+_CUT: Final = "\N{HORIZONTAL ELLIPSIS}"
 
 _json_encoder = msgspec.json.Encoder(enc_hook=enc_hook)
 _wire_encoder = msgspec.msgpack.Encoder(enc_hook=encode)
@@ -49,3 +51,11 @@ def decode_json(kind: type[T], data: bytes | str, named: type | None = None) -> 
     except (msgspec.DecodeError, ValueError) as error:
         name = getattr(named or kind, "__name__", str(kind))
         raise RecordInvalid(name, str(error)) from error
+
+
+def cut(text: str, size: int) -> str:
+    """`text` if its UTF-8 takes at most `size` bytes, else its beginning and an ellipsis."""
+    data = text.encode()
+    if len(data) <= size:
+        return text
+    return data[: max(0, size - len(_CUT.encode()))].decode(errors="ignore") + _CUT

@@ -11,7 +11,7 @@ from typing import Final, Self, TypeAlias
 
 import msgspec
 
-from shmepoch.epoch.codec import wire_decoder
+from shmepoch.epoch.codec import cut, wire_decoder
 from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.feed import SegmentFeed, encode_entry
@@ -86,8 +86,6 @@ _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wir
 )
 #: An operation that is to end, and the outcome that it is to have.
 _Ending: TypeAlias = tuple[OperationView, msgspec.Raw]
-#: The end of a text that was cut.
-_CUT: Final = "..."
 #: What an entry takes at most besides what its operation's spec takes, and its reason.
 _ENTRY_ROOM: Final = 64
 _progress_decoder: Final = wire_decoder(OperationProgressUpdate)
@@ -333,7 +331,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             live = self._live(words, whose)
             if not live:
                 return []
-            outcome = _encode_outcome(Terminated(_shortened(reason, self._reason_room(len(live)))))
+            outcome = _encode_outcome(Terminated(cut(reason, self._reason_room(len(live)))))
             return [(view, outcome) for view in live]
 
         return self._end_all(find, then=then, waits=waits)
@@ -772,11 +770,3 @@ def _completed(result: OperationResult) -> Completed:
 def _encode_outcome(outcome: OperationTerminalOutcome) -> msgspec.Raw:
     data, _ = encode_checked(outcome, _outcome_decoder)
     return msgspec.Raw(data)
-
-
-def _shortened(text: str, size: int) -> str:
-    """`text` if it takes at most `size` bytes, else its beginning and a mark."""
-    data = text.encode()
-    if len(data) <= size:
-        return text
-    return data[: size - len(_CUT)].decode(errors="ignore") + _CUT

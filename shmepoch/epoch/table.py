@@ -10,7 +10,7 @@ from typing import Final, Self, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from shmepoch.epoch.codec import to_wire, wire_decoder
+from shmepoch.epoch.codec import cut, to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
 from shmepoch.epoch.operations import (
@@ -69,8 +69,6 @@ _FRESH: Final = Detail()
 _spec_decoder = wire_decoder(OperationSpec)
 _detail_decoder = wire_decoder(Detail)
 _peer_decoder = wire_decoder(OperationPeerHandle)
-#: What a progress message ends with that did not fit.
-_CUT: Final = "\N{HORIZONTAL ELLIPSIS}"
 
 
 class Slot(msgspec.Struct, frozen=True, gc=False):
@@ -175,10 +173,8 @@ def encode_detail(detail: Detail) -> bytes:
     data = to_wire(detail)
     excess, progress = len(data) - at.DETAIL_LIMIT, detail.last_progress
     if excess > 0 and progress is not None:
-        message = progress.message.encode()
-        whole = max(0, len(message) - excess - len(_CUT.encode()))
-        cut = message[:whole].decode(errors="ignore") + _CUT
-        data = to_wire(replace(detail, last_progress=replace(progress, message=cut)))
+        message = cut(progress.message, len(progress.message.encode()) - excess)
+        data = to_wire(replace(detail, last_progress=replace(progress, message=message)))
     if len(data) > at.DETAIL_LIMIT:
         raise PayloadTooLarge(len(data), at.DETAIL_LIMIT, what="the peer handle")
     return data

@@ -373,9 +373,9 @@ def test_a_full_table_of_the_longest_names_can_end_in_one_commit(
     assert len(entries) == 50
     for entry in entries:
         assert isinstance(entry.terminal_outcome, Terminated)
-        kept, cut = entry.terminal_outcome.reason.removesuffix("..."), len(reason) > 50
+        kept, cut = entry.terminal_outcome.reason.removesuffix("…"), len(reason) > 50
         assert reason.startswith(kept)
-        assert entry.terminal_outcome.reason.endswith("...") is cut
+        assert entry.terminal_outcome.reason.endswith("…") is cut
         assert len(kept) >= 11 if not cut else len(kept.encode()) > 400
 
 
