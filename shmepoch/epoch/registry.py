@@ -624,7 +624,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         with the next ones, and what the epoch's end prevents is not needed."""
         if self._segment.read_only:
             return
-        self._unwatched.extend(watched)
+        mine = self._segment.participant  # a forked child inherits those of its parent
+        self._unwatched.extend(watching for watching in watched if watching[1] == mine)
         with contextlib.suppress(ShmepochError, OSError):
             if self._unwatched and self._segment.writer.try_enter():
                 try:
@@ -632,7 +633,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
                     self._memory.store(at.INTENT_AT, 1)
                     while self._unwatched:
                         slot, participant = self._unwatched.popleft()
-                        if participant == self._segment.participant:  # it may be a forked child's
+                        if participant == self._segment.participant:
                             self._table.unwatch(slot, participant, words)
                     self._memory.store(at.INTENT_AT, 0)
                 finally:

@@ -651,5 +651,8 @@ class OperationTable:
                     slot.number,
                     self._feed.slot_of(slot.terminal_seq),
                 )
+        for slot in self._used():
+            if slot.birth and slot.is_kept and self.kept(slot) is None:
+                raise self._corrupted(f"slot[{slot.number}].kept", "an entry", None)
         if live != words.active:
             raise self._corrupted("registrations", f"{live} operations live", words.active)

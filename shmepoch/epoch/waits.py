@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 #: An operation that is watched, and the participant that does.
 Watching: TypeAlias = "tuple[Slot, int]"
 
-#: How long a barrier pauses before it looks again whether a transition is over.
-_PAUSE_S: Final = 0.001
+#: How long a barrier pauses, at first and at most, before it looks again whether a transition is
+#: over: that takes microseconds, unless its process was stopped.
+_PAUSES_S: Final = 0.001, 0.05
 
 
 class _Pending:
@@ -74,10 +75,10 @@ class OperationCompletionWatch:
     ) -> None:
         self.id = id
         self._registry = registry
-        self._watching: Watching = slot, registry.participant
+        watching: Watching = slot, registry.participant
+        self._watching = [watching] if outcome is None else []
         self._pending = _Pending(registry, slot, since)
         self._outcome = outcome
-        self._counted = outcome is None
 
     def wait(self, timeout: float | None = None) -> OperationTerminalOutcome:
         """Block until the operation has ended; its outcome.
@@ -107,9 +108,11 @@ class OperationCompletionWatch:
 
     def close(self) -> None:
         """Stop watching."""
-        if self._counted:
-            self._counted = False
-            self._registry.unwatch([self._watching])
+        try:
+            watching = self._watching.pop()  # whole, since two threads may wait on one watch
+        except IndexError:
+            return
+        self._registry.unwatch([watching])
 
     def __enter__(self) -> Self:
         return self
@@ -153,12 +156,14 @@ class WaitAll:
         try:
             self._begin(turn)
             with _Watched(registry, ids) as watched:
-                while not watched.watch():
+                for pause in _pauses():
+                    if watched.watch():
+                        break
                     if _remaining(deadline) == 0:
                         raise TimeoutError(
                             f"a transition of the epoch took longer than {timeout} s"
                         )
-                    time.sleep(_PAUSE_S)
+                    time.sleep(pause)
                 outcomes = [pending.wait(deadline) for pending in watched.pending]
         finally:
             turn.ended = True
@@ -171,8 +176,10 @@ class WaitAll:
         try:
             self._begin(turn)
             with _Watched(registry, ids) as watched:
-                while not watched.watch():
-                    await asyncio.sleep(_PAUSE_S)
+                for pause in _pauses():
+                    if watched.watch():
+                        break
+                    await asyncio.sleep(pause)
                 outcomes = [await pending.wait_async() for pending in watched.pending]
         finally:
             turn.ended = True
@@ -234,6 +241,13 @@ def _satisfied(
             wait_request_id=WaitRequestId.new(), run_id=run_id, operation_ids=tuple(ids)
         ),
     )
+
+
+def _pauses() -> Iterator[float]:
+    pause, longest = _PAUSES_S
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
 
 
 def _remaining(deadline: float | None) -> float | None:

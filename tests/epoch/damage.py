@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import mmap
 import os
 import random
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from shmepoch.epoch.cursors import EpochCursorState
@@ -41,6 +43,19 @@ def fill(registry: Registry) -> list[OperationId]:
     for status in (OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.RETIRING):
         reach(registry, status)
     return [operation.id for operation in registry.list_operations()]
+
+
+def kept_outcome(registry: Registry) -> Callable[[], object]:
+    """A look at an outcome that the feed has dropped and a watcher waits for."""
+    id = OperationId.new()
+    registry.register_operation(spec(id=id))
+    registry.register_watcher(id)
+    slot = registry.locate(id)
+    registry.cancel_operation(id, "r" * 1800)
+    for _ in range(4):
+        end(registry, "r" * 2500)
+    assert registry.completion_feed().list_since(0).gap_after(5)
+    return partial(registry.outcome_at, slot, 0)
 
 
 def calls(segment: Segment, known: list[OperationId]) -> Iterator[Callable[[], object]]:
@@ -165,6 +180,7 @@ def mutate(seed: int, rounds: int) -> int:
         rng, corrupted = random.Random(seed), 0
         segment = Segment.private(CONFIG)
         memory, known = segment.memory, fill(Registry(segment))
+        look = kept_outcome(Registry(segment))
         image, parts = bytes(memoryview(memory)), every_word(segment.layout)
         for _ in range(rounds):
             memory.write(0, image)
@@ -174,7 +190,7 @@ def mutate(seed: int, rounds: int) -> int:
                 memory.store(offset, value)
                 note.write(f"seed {seed}: {value:#x} at {offset}\n".encode())
             signal.setitimer(signal.ITIMER_PROF, PROCESSOR_LIMIT_S)
-            corrupted += make_calls(calls(segment, known))
+            corrupted += make_calls(chain([look], calls(segment, known), [look]))
             note[:] = bytes(len(note))
             note.seek(0)
         return corrupted
@@ -187,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first hundred epochs")
     options = parser.parse_args()
+    logging.disable()
     deadline, seed, corrupted = time.monotonic() + options.seconds, options.seed, 0
     while time.monotonic() < deadline:
         corrupted += mutate(seed, 100)

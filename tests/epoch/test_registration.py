@@ -154,8 +154,8 @@ def test_a_peer_handle_has_a_limit_of_its_own(registry: Registry) -> None:
     assert taken(registry, id).peer_handle == longest
 
 
-@pytest.mark.parametrize("letter", ["m", "é", "€", "😀"])
-@pytest.mark.parametrize("length", [1, 40, 300, 460, 470, 5_000, 300_000])
+@pytest.mark.parametrize("letter", ["m", "€", "😀"])
+@pytest.mark.parametrize("length", [1, 110, 300, 470, 300_000])
 @pytest.mark.parametrize("first", ["progress", "peer"])
 def test_a_progress_message_is_cut_to_what_the_peer_handle_leaves(
     make_epoch: MakeEpoch, first: str, length: int, letter: str
@@ -337,10 +337,14 @@ def _where(registry: RuntimeOpsLifecycleRegistry, reason: str) -> None:
     registry.terminate_where(lambda _: True, reason)
 
 
+def _size_as_registered(spec: OperationSpec) -> int:
+    return len(to_wire(msgspec.structs.replace(spec, owner_session_id=SessionId.new())))
+
+
 def _longest_spec() -> OperationSpec:
     short = spec("x" * 40)
-    longest = spec("x" * (40 + at.SPEC_LIMIT - len(to_wire(short)) - 1))
-    assert len(to_wire(longest)) == at.SPEC_LIMIT
+    longest = spec("x" * (40 + at.SPEC_LIMIT - _size_as_registered(short) - 1))
+    assert _size_as_registered(longest) == at.SPEC_LIMIT
     return longest
 
 
