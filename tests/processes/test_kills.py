@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -11,17 +12,19 @@ import pytest
 
 from shmepoch import (
     AgentFactory,
+    Completed,
     CompletionEntry,
     OperationId,
     OperationKind,
     OperationStatus,
     Role,
+    RunId,
     RuntimeSessionAdapter,
     SessionOwned,
     SessionRuntimeBindings,
     Terminated,
 )
-from tests.processes.children import Channel, Child, start
+from tests.processes.children import METHODS, Channel, Child, start
 from tests.processes.workloads import obeys_the_feed, one_entry_each, work_for_ever
 from tests.support import eventually, result, spec
 
@@ -151,6 +154,48 @@ def test_a_killed_watcher_does_not_count(bindings: SessionRuntimeBindings) -> No
         child.kill()
         eventually(lambda: watchers() == 1)
     assert watchers() == 0
+
+
+def watch_and_stop(
+    bindings: SessionRuntimeBindings, test: Channel, ids: list[OperationId], way: str
+) -> None:
+    """Watch operations, be stopped for as long as the test likes, and say how they ended."""
+    registry = bindings.ops_lifecycle
+    if way == "watch":
+        watches = [registry.register_watcher(id) for id in ids]
+        os.kill(os.getpid(), signal.SIGSTOP)
+        test.say([watch.wait(60) for watch in watches])
+    elif way == "barrier":
+        test.say([outcome for _, outcome in registry.wait_all(RunId.new(), ids, 60).outcomes])
+    else:
+        ended = asyncio.run(registry.all_ended(RunId.new(), ids))
+        test.say([outcome for _, outcome in ended.outcomes])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", ["watch", "barrier", "awaited barrier"])
+def test_a_stopped_watcher_gets_what_the_feed_has_dropped_since(
+    bindings: SessionRuntimeBindings, method: str, way: str
+) -> None:
+    registry = bindings.ops_lifecycle
+    ids = [OperationId.new() for _ in range(3)]
+    registry.register_operations([spec(id=id) for id in ids])
+    registry.provisionings_succeeded(ids)
+    with start(watch_and_stop, bindings, ids, way, method=method) as child:
+        eventually(lambda: all(one.watcher_count == 1 for one in registry.list_operations()))
+        if way != "watch":
+            child.signal(signal.SIGSTOP)
+        eventually(child.stopped)
+        registry.complete_operations([result(id, "r" * 3_000) for id in ids])
+        feed = registry.completion_feed()
+        while feed.list_since(0).dropped_through < len(ids):
+            others = [OperationId.new() for _ in range(100)]
+            registry.register_operations([spec(id=id) for id in others])
+            registry.provisionings_succeeded(others)
+            registry.complete_operations([result(id, "r" * 500) for id in others])
+        child.signal(signal.SIGCONT)
+        assert child.hear() == [Completed(result(id, "r" * 3_000)) for id in ids]
+    registry.check()
 
 
 # --- agents -----------------------------------------------------------------------------------
