@@ -733,6 +733,29 @@ class StoreConflict(StoreError):
         )
 
 
+class CaptureInvalid(StoreError, OverflowError):
+    """What was to be saved of an epoch holds a value that no store keeps.
+
+    It is that epoch's memory that is damaged: saving it again cannot succeed, and other epochs are
+    not held up by it.
+    """
+
+    epoch_id: RuntimeEpochId
+    field: str
+    value: int
+    allowed: str
+
+    def __init__(self, epoch_id: RuntimeEpochId, field: str, value: int, allowed: str) -> None:
+        super().__init__(
+            f"epoch {epoch_id} cannot be stored: {field} is {value}; it must be {allowed}. "
+            "What is stored of it is sound: remove its segment, and the session goes on from there",
+            epoch_id=epoch_id,
+            field=field,
+            value=value,
+            allowed=allowed,
+        )
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -32,6 +32,8 @@ class EpochPersistence(Record, kw_only=True, frozen=True):
     """The last of the gaps that `missed` counts."""
     error: str | None = None
     """Why this epoch cannot be stored any more, whatever is tried; None while it can."""
+    failure: str | None = None
+    """Why the store did not take what is new of it the last time; it is tried again."""
 
     @property
     def lag(self) -> int:
@@ -67,6 +69,11 @@ class Followed:
         self.durable: CompletionSeq = 0
         #: Why it cannot be stored any more; the channel's to say.
         self.error: Exception | None = None
+        #: Why it was not stored the last time, how often it failed alone, and whether it did so
+        #: while the store took others; the channel's to say.
+        self.failure: Exception | None = None
+        self.failures = 0
+        self.is_suspect = False
         #: The wait for its next completion; the channel's to keep.
         self.waiting: asyncio.Task[None] | None = None
         self._missed = 0
@@ -94,15 +101,22 @@ class Followed:
         now = self._standing()
         return now != self._stored or (thoroughly and now.active > 0)
 
-    def read(self, store: RuntimeStore) -> Reading:
-        """What the store does not have yet.
+    def locate(self, store: RuntimeStore) -> None:
+        """Find where the next reading begins, if that is not known."""
+        if self._position is None:
+            last = store.last_seq(self.id)
+            after, through = self.bindings.skipped
+            # No completion has a sequence that recovery skipped, so none of those is missing.
+            self._position = through if after <= last < through else last
+
+    def read(self) -> Reading:
+        """What the store does not have yet; it was located before.
 
         PERSIST-1: cursors before operations before entries. So no cursor is stored without the
         entries below it, and an operation that ended meanwhile has its entry with it.
         """
         bindings = self.bindings
-        if self._position is None:
-            self._position = self._find_position(store)
+        assert self._position is not None
         standing = self._standing()
         snapshot = bindings.ops_lifecycle.capture_persistence_snapshot(
             bindings.epoch_id, bindings.cursor_state, after_seq=self._position
@@ -135,6 +149,7 @@ class Followed:
         self._stored = reading.standing
         self._position = self.durable = reading.watermark
         self._live = reading.live
+        self.failures, self.is_suspect = 0, False
         if reading.gap is not None:
             self._missed += reading.gap.missing
             self._last_gap = reading.gap
@@ -163,6 +178,7 @@ class Followed:
             missed=self._missed,
             last_gap=self._last_gap,
             error=None if self.error is None else str(self.error),
+            failure=None if self.failure is None else str(self.failure),
         )
 
     def _standing(self) -> _Standing:
@@ -173,9 +189,3 @@ class Followed:
             bindings.cursor_state.snapshot(),
             bindings.sealed,
         )
-
-    def _find_position(self, store: RuntimeStore) -> CompletionSeq:
-        last = store.last_seq(self.id)
-        after, through = self.bindings.skipped
-        # No completion has a sequence that recovery skipped, so none of those is missing.
-        return through if after <= last < through else last

@@ -9,25 +9,26 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from numbers import Integral
 from types import TracebackType
 from typing import Final, Self
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
 from shmepoch.errors import (
+    CaptureInvalid,
     ChannelClosed,
     ConfigInvalid,
     EpochGone,
     EpochSealed,
     ObserverReadOnly,
-    ShmepochError,
     StoreConflict,
-    StoreError,
     StoreWriteFailed,
 )
 from shmepoch.ids import RuntimeEpochId
 from shmepoch.runtime.followed import EpochPersistence, Followed
 from shmepoch.stores.protocol import RuntimeStore
+from shmepoch.timeouts import limit_s
 
 __all__ = ["ChannelStatus", "EpochPersistence", "PersistenceChannel"]
 
@@ -46,6 +47,9 @@ _COUNT_S: Final = 0.05
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
 
+#: What can be wrong with one capture, and not with the store that is to take it.
+_OF_ONE_CAPTURE: Final = (StoreConflict, CaptureInvalid, ValueError, TypeError, ArithmeticError)
+
 
 class ChannelStatus(Record, kw_only=True, frozen=True):
     """What a persistence channel has done, and what keeps it from doing more."""
@@ -58,7 +62,7 @@ class ChannelStatus(Record, kw_only=True, frozen=True):
     failures: int
     """Times that the store failed."""
     failing: bool
-    """Whether it failed the last time; it is tried again."""
+    """Whether it did not take all that there was the last time; it is tried again."""
     last_error: str | None
     """Why it failed when it last did, however long ago."""
 
@@ -87,25 +91,32 @@ class PersistenceChannel:
     beside it if need be. While the store fails it tries again, with growing pauses, and the epochs
     go on; `status` tells.
 
+    PERSIST-3: what is wrong with one epoch holds up no other. When a store does not take several
+    together, they are saved one by one, and one that it does not take alone comes alone from then
+    on. One that it never can take is given up.
+
     Its methods may be called from any thread. After a fork it belongs to the parent.
     """
 
     def __init__(
         self, store: RuntimeStore, *, max_delay: float = 0.05, max_entries: int = 512
     ) -> None:
-        if not (isinstance(max_delay, int | float) and 0 <= max_delay <= MOST_DELAY_S):
+        delay = limit_s(max_delay, "max_delay")
+        if delay is None or not 0 <= max_delay <= MOST_DELAY_S:
             allowed = f"a number of seconds from 0 to {MOST_DELAY_S:.0f}"
             raise ConfigInvalid("max_delay", max_delay, allowed)
-        if type(max_entries) is not int or max_entries < 1:
+        entries: object = max_entries  # numpy's integers are such, too
+        if isinstance(entries, bool) or not isinstance(entries, Integral) or entries < 1:
             raise ConfigInvalid("max_entries", max_entries, "an integer, 1 or above")
         self._store: Final = store
-        self._max_delay: Final = max_delay
-        self._max_entries: Final = max_entries
+        self._max_delay: Final = delay
+        self._max_entries: Final = int(entries)
         self._pid: Final = os.getpid()
-        #: Held while the store is written to: whoever has it knows that nothing is being written.
-        self._saving: Final = threading.Lock()
-        self._state: Final = threading.Condition()
+        #: Signal handlers and finalizers may enter it again. It is never held while the store or
+        #: another thread is waited for.
+        self._state: Final = threading.Condition(threading.RLock())
         # Under `_state`:
+        self._saving: frozenset[Followed] = frozenset()
         self._epochs: dict[RuntimeEpochId, Followed] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,7 +132,7 @@ class PersistenceChannel:
         self._flushes = 0
         self._entries = 0
         self._failures = 0
-        self._failing = False
+        self._failure: Exception | None = None
         self._last_error: Exception | None = None
 
     # --- what is followed ---------------------------------------------------------------------
@@ -138,13 +149,12 @@ class PersistenceChannel:
             self._require_open()
             if bindings.epoch_id in self._epochs:
                 return
-            self._epochs[bindings.epoch_id] = followed = Followed(bindings)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._main, name="shmepoch-persistence", daemon=True
-                )
-                self._thread.start()
-            elif self._loop is not None:
+            followed = Followed(bindings)
+            is_first = self._thread is None
+            if is_first:
+                self._start()
+            self._epochs[bindings.epoch_id] = followed
+            if self._loop is not None and not is_first:
                 self._loop.call_soon_threadsafe(self._advanced.add, followed)
             self._signal()
 
@@ -155,10 +165,14 @@ class PersistenceChannel:
         is not followed.
         """
         self._require_mine()
-        with self._saving, self._state:
+        with self._state:
             followed = self._epochs.pop(bindings.epoch_id, None)
-            if followed is not None and followed.waiting is not None and self._loop is not None:
+            if followed is None:
+                return
+            if followed.waiting is not None and self._loop is not None:
                 self._loop.call_soon_threadsafe(followed.waiting.cancel)
+            if threading.current_thread() is not self._thread:
+                self._state.wait_for(lambda: followed not in self._saving)
 
     def flush(
         self, timeout: float | None = None, *, bindings: SessionRuntimeBindings | None = None
@@ -167,9 +181,13 @@ class PersistenceChannel:
 
         After `timeout` seconds it raises `StoreWriteFailed` if the store fails, `TimeoutError` if
         it is slow; the channel goes on trying. Raises the error of an epoch that cannot be stored
-        at all, with `bindings` only if it is theirs, and `ChannelClosed`.
+        at all, and `ChannelClosed`. With `bindings`, only what is committed to theirs is waited
+        for. Infinity is no limit; `ConfigInvalid` for what is no number of seconds.
         """
+        limit = limit_s(timeout)
         self._require_mine()
+        if threading.current_thread() is self._thread:
+            raise StoreWriteFailed("the store waits for its own channel, within a call of that")
         with self._state:
             self._require_open()
             if self._thread is None:
@@ -177,19 +195,28 @@ class PersistenceChannel:
             self._requested += 1
             mine = self._requested
             self._signal()
-            self._state.wait_for(lambda: self._served >= mine or self._ended, timeout)
-            if self._served < mine:
+            self._state.wait_for(lambda: self._is_stored(mine, bindings) or self._ended, limit)
+            asked_for = self._asked_for(bindings)
+            if not self._is_stored(mine, bindings):
                 if self._ended:
                     raise ChannelClosed
-                if self._failing:
-                    error = self._last_error
+                error = next((one.failure for one in asked_for if one.failure), None)
+                if error is not None:
                     why = error.reason if isinstance(error, StoreWriteFailed) else error
                     raise StoreWriteFailed(f"{why} (flush waited {timeout} s)") from error
                 raise TimeoutError(f"the store was not up to date within {timeout} s")
-            for followed in self._epochs.values():
-                asked_for = bindings is None or followed.id == bindings.epoch_id
-                if asked_for and followed.error is not None:
+            for followed in asked_for:
+                if followed.error is not None:
                     raise followed.error
+
+    def _is_stored(self, request: int, bindings: SessionRuntimeBindings | None) -> bool:
+        return self._served >= request and not any(f.failure for f in self._asked_for(bindings))
+
+    def _asked_for(self, bindings: SessionRuntimeBindings | None) -> list[Followed]:
+        if bindings is None:
+            return list(self._epochs.values())
+        followed = self._epochs.get(bindings.epoch_id)
+        return [] if followed is None else [followed]
 
     def status(self) -> ChannelStatus:
         """How far the store has come, what it took and what it did not."""
@@ -200,7 +227,7 @@ class PersistenceChannel:
                 flushes=self._flushes,
                 entries=self._entries,
                 failures=self._failures,
-                failing=self._failing,
+                failing=self._failure is not None,
                 last_error=None if self._last_error is None else str(self._last_error),
             )
 
@@ -210,9 +237,10 @@ class PersistenceChannel:
             return
         with self._state:
             self._closed = True
-            thread, self._thread = self._thread, None
+            thread = self._thread
             self._signal()
-        if thread is not None:
+        # One without an identity is about to be started, by the caller that a handler interrupted.
+        if thread is not None and thread.ident and thread is not threading.current_thread():
             thread.join()
 
     def __enter__(self) -> Self:
@@ -241,26 +269,41 @@ class PersistenceChannel:
 
     # --- the thread: when to look -------------------------------------------------------------
 
-    def _main(self) -> None:
+    def _start(self) -> None:
+        """Start the thread. What fails leaves nothing, so that the next call may try again."""
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._main, args=[loop], name="shmepoch-persistence", daemon=True
+        )
+        self._loop = loop
         try:
-            asyncio.run(self._run())
+            self._thread.start()
+        except BaseException:
+            self._thread = self._loop = None
+            loop.close()
+            raise
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._state:
+            if self._thread is not threading.current_thread():
+                return  # a handler raised while it was started
+        try:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(self._run())
         finally:
             with self._state:
                 self._ended = True
                 self._state.notify_all()
 
     async def _run(self) -> None:
-        with self._state:
-            self._loop = asyncio.get_running_loop()
         try:
             await self._keep_storing()
         finally:
             with self._state:
                 self._loop = None
         requested = self._requested
-        if self._store_news(self._followed(), thoroughly=True):
-            self._serve(requested)
-        else:
+        self._store_news(self._followed(), requested, thoroughly=True)
+        if self._failure is not None:
             _log.error(
                 "closed while the store fails; %d completions are in shared memory only",
                 self.status().lag,
@@ -268,11 +311,11 @@ class PersistenceChannel:
 
     async def _keep_storing(self) -> None:
         next_look = pause = 0.0
-        retry_at, retry_s, tried = 0.0, _FIRST_RETRY_S, 0
+        retry_at, retry_s, tried, works = 0.0, _FIRST_RETRY_S, 0, True
         while not self._closed:
             await self._woken(pause)
             # A flush that somebody waits for does not wait for the next try.
-            if self._failing and self._requested == tried and time.monotonic() < retry_at:
+            if not works and self._requested == tried and time.monotonic() < retry_at:
                 pause = retry_at - time.monotonic()
                 continue
             await self._coalesce()
@@ -283,9 +326,9 @@ class PersistenceChannel:
                 next_look = time.monotonic() + _LOOK_S
                 self._warm.clear()
             else:
-                candidates = self._advanced | self._warm
-            if self._store_news(candidates, thoroughly=asked):
-                self._serve(requested)
+                candidates = [f for f in self._advanced | self._warm if not f.is_suspect]
+            works = self._store_news(candidates, requested, thoroughly=asked)
+            if works:
                 retry_s = _FIRST_RETRY_S
                 pause = _WARM_LOOK_S if self._warm else next_look - time.monotonic()
             else:
@@ -313,8 +356,12 @@ class PersistenceChannel:
         )
 
     async def _watch(self, followed: Followed) -> None:
-        with contextlib.suppress(EpochSealed, EpochGone):
+        try:
             await followed.feed.advanced(followed.durable)
+        except (EpochSealed, EpochGone):
+            pass
+        except Exception as error:  # the next look finds what there is, or what is wrong
+            _log.debug("epoch %s is not waited for: %s", followed.id, error)
         self._advanced.add(followed)
         self._wake.set()
 
@@ -324,30 +371,27 @@ class PersistenceChannel:
         with self._state:
             return list(self._epochs.values())
 
-    def _serve(self, requested: int) -> None:
-        with self._state:
-            self._served = requested
-            self._state.notify_all()
-
-    def _store_news(self, candidates: Iterable[Followed], *, thoroughly: bool) -> bool:
-        """Store what is new of them; False if the store failed, and it is to be tried again."""
+    def _store_news(
+        self, candidates: Iterable[Followed], requested: int, *, thoroughly: bool
+    ) -> bool:
+        """Store what is new of them; False if the store does not seem to work, and all of it is to
+        be tried again."""
         began = time.monotonic()
         due = self._due(candidates, thoroughly=thoroughly)
-        while due:
-            try:
-                self._save(due)
-                break
-            except Exception as error:  # whatever it is, the epochs go on and keep what is new
-                conflicting = _conflicting(error, due)
-                if conflicting is None:
-                    self._failed(error)
-                    self._advanced.update(due)
-                    return False
-                _give_up(conflicting, error)
-                due.remove(conflicting)
+        left, taken, error = self._save_in_turn(due)
+        works = error is None or taken
+        if error is not None:
+            self._note(error, left[0], works=works)
+        with self._state:
+            for followed in due:
+                followed.failure = error if followed in left else None
+            self._served = requested
+            failures = (one.failure for one in self._epochs.values() if one.failure)
+            self._failure = error or next(failures, None)
+            self._state.notify_all()
+        self._advanced.update(one for one in left if not one.is_suspect)
         self._took_s = time.monotonic() - began
-        self._failing = False
-        return True
+        return works
 
     def _due(self, candidates: Iterable[Followed], *, thoroughly: bool) -> list[Followed]:
         due = []
@@ -355,23 +399,58 @@ class PersistenceChannel:
             try:
                 if followed.is_due(thoroughly=thoroughly):
                     due.append(followed)
-            except ShmepochError as error:
+            except Exception as error:
                 _give_up(followed, error)
         self._advanced.clear()
         return due
 
-    def _save(self, due: list[Followed]) -> None:
-        """Store what is new of them, in one transaction."""
-        with self._saving:
-            readings = []
-            for followed in due:
-                if self._epochs.get(followed.id) is not followed:
+    def _save_in_turn(
+        self, due: Iterable[Followed]
+    ) -> tuple[list[Followed], bool, Exception | None]:
+        """Save those that nothing speaks against together, the others one by one.
+
+        What the store did not take when it failed, the one that it failed at first; whether it has
+        taken anything or was asked for nothing but what it had refused before; and how it failed.
+        """
+        # Those that failed least come first. So none of them is in front of the others for ever.
+        ordered = sorted(due, key=lambda followed: followed.failures)
+        sound = [followed for followed in ordered if not followed.is_suspect]
+        alone = [[followed] for followed in ordered if followed.is_suspect]
+        waiting = [sound, *alone] if sound else alone
+        taken = not sound
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                taken |= self._save(group)
+            except Exception as error:  # whatever it is, the epochs go on and keep what is new
+                culprit = _culprit(error, group)
+                if culprit is not None:
+                    _give_up(culprit, error)
+                    group.remove(culprit)
+                    waiting[:0] = [group] if group else []
                     continue
+                for followed in self._followed():
+                    followed.ask_again()
+                if len(group) == 1:
+                    group[0].failures += 1
+                    return [one for group in (group, *waiting) for one in group], taken, error
+                waiting[:0] = [[followed] for followed in group]
+        return [], taken, None
+
+    def _save(self, group: Iterable[Followed]) -> bool:
+        """Store what is new of them, in one transaction; whether there was anything."""
+        with self._state:
+            still = [one for one in group if self._epochs.get(one.id) is one]
+            self._saving = frozenset(still)
+        try:
+            readings = []
+            for followed in still:
+                followed.locate(self._store)
                 try:
-                    readings.append((followed, followed.read(self._store)))
-                except StoreError:
+                    readings.append((followed, followed.read()))
+                except MemoryError:
                     raise
-                except ShmepochError as error:
+                except Exception as error:
                     _give_up(followed, error)
             if readings:
                 self._store.save([reading.capture for _, reading in readings])
@@ -381,28 +460,35 @@ class PersistenceChannel:
                 self._entries += len(reading.capture.snapshot.entries)
                 self._warm.add(followed)
                 self._listen(followed)
+            return bool(readings)
+        finally:
+            with self._state:
+                self._saving = frozenset()
+                self._state.notify_all()
 
     def _listen(self, followed: Followed) -> None:
         if followed.waiting is None or followed.waiting.done():
             followed.waiting = asyncio.create_task(self._watch(followed))
 
-    def _failed(self, error: Exception) -> None:
-        if not self._failing:
-            _log.error("nothing is stored until the store works again: %s", error)
-        self._failing = True
-        self._failures += 1
+    def _note(self, error: Exception, followed: Followed, *, works: bool) -> None:
+        """Say what the store did not take, unless that is known."""
+        if not works:
+            if self._failure is None:
+                _log.error("nothing is stored until the store works again: %s", error)
+        elif not followed.is_suspect:
+            followed.is_suspect = True
+            _log.error("epoch %s is not stored, as others are: %s", followed.id, error)
         self._last_error = error
-        for followed in self._followed():
-            followed.ask_again()
+        self._failures += 1
 
 
-def _conflicting(error: Exception, due: list[Followed]) -> Followed | None:
-    """The one whose stored history contradicts it, if that is what the store failed at."""
-    if not isinstance(error, StoreConflict):
-        return None
-    return next((followed for followed in due if followed.id == error.epoch_id), None)
+def _culprit(error: Exception, group: list[Followed]) -> Followed | None:
+    """The one that can never be stored, if that is what the store failed at."""
+    if isinstance(error, StoreConflict | CaptureInvalid):
+        return next((followed for followed in group if followed.id == error.epoch_id), None)
+    return group[0] if len(group) == 1 and isinstance(error, _OF_ONE_CAPTURE) else None
 
 
 def _give_up(followed: Followed, error: Exception) -> None:
     _log.error("epoch %s cannot be stored any more: %s", followed.id, error)
-    followed.error = error
+    followed.error, followed.failure = error, None

@@ -10,10 +10,13 @@ from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
+from shmepoch.errors import CaptureInvalid
 from shmepoch.ids import RuntimeEpochId, SessionId
 
 #: The highest position there is.
 LAST_SEQ: Final[CompletionSeq] = 2**64 - 1
+#: Milliseconds before and after 1970 that SQLite's integers hold.
+_TIME_END: Final = 2**63
 
 
 class EpochCapture(Record, kw_only=True, frozen=True):
@@ -22,7 +25,8 @@ class EpochCapture(Record, kw_only=True, frozen=True):
     `snapshot` holds new completions, the operations that changed, and the cursors as they stood
     before those were read. `sealed` says that the epoch has ended.
 
-    Raises `OverflowError` for a position outside 0..2**64-1, or 1..2**64-1 for a completion.
+    Raises `CaptureInvalid` for a position outside 0..2**64-1, or 1..2**64-1 for a completion, and
+    for a time of completion that has more than 64 bits with its sign.
     """
 
     session_id: SessionId
@@ -32,17 +36,19 @@ class EpochCapture(Record, kw_only=True, frozen=True):
     def __post_init__(self) -> None:
         cursors = self.snapshot.cursors
         for name in cursors.__struct_fields__:
-            _check_position(name, getattr(cursors, name), 0)
+            self._check(name, getattr(cursors, name), 0, LAST_SEQ)
         for position in itertools.chain.from_iterable(self.snapshot.skipped):
-            _check_position("skipped", position, 0)
+            self._check("skipped", position, 0, LAST_SEQ)
         for entry in self.snapshot.entries:
             if not 1 <= entry.seq <= LAST_SEQ:
-                _check_position("seq", entry.seq, 1)
+                self._check("seq", entry.seq, 1, LAST_SEQ)
+            if not -_TIME_END <= entry.completed_at_ms < _TIME_END:
+                field = f"completed_at_ms of completion {entry.seq}"
+                self._check(field, entry.completed_at_ms, -_TIME_END, _TIME_END - 1)
 
-
-def _check_position(name: str, value: int, lowest: int) -> None:
-    if not lowest <= value <= LAST_SEQ:
-        raise OverflowError(f"{name} is {value}; it must be {lowest} to 2**64-1")
+    def _check(self, field: str, value: int, least: int, most: int) -> None:
+        if not least <= value <= most:
+            raise CaptureInvalid(self.snapshot.epoch_id, field, value, f"{least} to {most}")
 
 
 class HistoryEntry(Record, frozen=True):
