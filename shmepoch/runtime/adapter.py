@@ -22,6 +22,7 @@ from shmepoch.errors import (
     SegmentExists,
     SessionBusy,
     SessionNotRegistered,
+    StoreLoadFailed,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.bells import remove_unused_bells
@@ -419,7 +420,12 @@ class RuntimeSessionAdapter:
             why = "no store" if self._durability is None else "the store has none"
             _log.info("session %s: new epoch %s, %s", session.id, bindings.epoch_id, why)
             return bindings
-        bindings = self._make(session, stored.epoch_id, stored=stored)
+        try:
+            bindings = self._make(session, stored.epoch_id, stored=stored)
+        except StoreLoadFailed as error:
+            if self._durability is None or not self._durability.rotates(error):
+                raise
+            return self._make(session, RuntimeEpochId.new())
         _log.info(
             "session %s: epoch %s from the store, through %d",
             session.id,

@@ -10,7 +10,13 @@ from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.recovery import require_consistent, room_for
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.errors import RecordInvalid, SegmentCorrupted, StoreLoadFailed
+from shmepoch.errors import (
+    CaptureInvalid,
+    PayloadTooLarge,
+    RecordInvalid,
+    SegmentCorrupted,
+    StoreLoadFailed,
+)
 from shmepoch.ids import SessionId
 from shmepoch.memory.layout import RECOVERY_SKIP, Layout, OpsLifecycleConfig
 from shmepoch.memory.segment import SharedSegment
@@ -45,11 +51,17 @@ class Durability:
             if stored is not None:
                 _require_consistent(session_id, stored)
             return stored
-        except StoreLoadFailed:
-            if not self._rotate_if_unloadable:
+        except StoreLoadFailed as error:
+            if not self.rotates(error):
                 raise
-            _log.exception("session %s: not loadable, so its epoch is rotated", session_id)
             return None
+
+    def rotates(self, error: StoreLoadFailed) -> bool:
+        """Whether a new epoch is to be started for a session that cannot be loaded."""
+        if self._rotate_if_unloadable:
+            reason = "session %s: not loadable, so its epoch is rotated"
+            _log.error(reason, error.session_id, exc_info=error)
+        return self._rotate_if_unloadable
 
     def room_for(
         self, stored: PersistedOpsSnapshot, config: OpsLifecycleConfig
@@ -73,8 +85,15 @@ class Durability:
     def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
         """Continue a stored epoch in a segment that nobody has found yet.
 
-        Raises `StoreWriteFailed` if the store cannot reserve the sequences that this skips.
+        Raises `StoreWriteFailed` if the store cannot reserve the sequences that this skips, and
+        `StoreLoadFailed` if what is stored cannot be continued.
         """
+        try:
+            self._continue(segment, stored)
+        except (RecordInvalid, PayloadTooLarge, CaptureInvalid) as error:
+            raise StoreLoadFailed(segment.session_id, str(error)) from error
+
+    def _continue(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
         # Before anybody can see a sequence above them: a machine that goes down again at once, with
         # nothing stored, must not hand out the same ones another time.
         reserved = PersistedOpsSnapshot(

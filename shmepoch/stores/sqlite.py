@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,13 +18,14 @@ from shmepoch.epoch.operations import OperationStatus, status_of
 from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
 from shmepoch.errors import (
     ConfigInvalid,
+    RecordInvalid,
     StoreConflict,
     StoreLoadFailed,
     StoreReadFailed,
     StoreUnusable,
     StoreWriteFailed,
 )
-from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores.database import Database
 from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
 from shmepoch.stores.protocol import (
@@ -37,8 +39,10 @@ from shmepoch.timeouts import limit_s
 Synchronous: TypeAlias = Literal["full", "normal"]
 """When a save has reached the disk; what each promises, `SqliteRuntimeStore` says."""
 
+_log = logging.getLogger(__name__)
+
 #: What decoding a damaged row raises.
-_DAMAGE: Final = (ValueError, TypeError)
+_DAMAGE: Final = (ValueError, TypeError, RecursionError)
 
 _PAGE: Final = 1000
 _CURSORS: Final = EpochCursorSnapshot.__struct_fields__
@@ -64,7 +68,8 @@ _ADD_ENTRY: Final = """
         (SELECT operation FROM operations WHERE epoch = ?1 AND operation_id = ?3)))
     ON CONFLICT (epoch, seq) DO NOTHING
 """
-_FIND_ENTRY: Final = "SELECT entry FROM entries WHERE epoch = ? AND seq = ?"
+# As bytes: what is no text is found where it is decoded, with the rest of what may be wrong.
+_FIND_ENTRY: Final = "SELECT CAST(entry AS BLOB) FROM entries WHERE epoch = ? AND seq = ?"
 _PUT_OPERATION: Final = """
     INSERT INTO operations (epoch, operation_id, operation) VALUES (?, ?, ?)
     ON CONFLICT (epoch, operation_id) DO UPDATE SET operation = excluded.operation
@@ -79,20 +84,25 @@ _DROP_ENDED: Final = """
         SELECT 1 FROM entries
         WHERE entries.epoch = operations.epoch AND entries.operation_id = operations.operation_id)
 """
-_NEWEST_ENTRIES: Final = (
-    "SELECT entry, operation FROM entries WHERE epoch = ? ORDER BY seq DESC LIMIT ?"
-)
-_LIVE_OPERATIONS: Final = "SELECT operation FROM operations WHERE epoch = ? ORDER BY number"
+_NEWEST_ENTRIES: Final = """
+    SELECT seq, CAST(entry AS BLOB), operation_id, CAST(operation AS BLOB) FROM entries
+    WHERE epoch = ? ORDER BY seq DESC LIMIT ?
+"""
+_LIVE_OPERATIONS: Final = """
+    SELECT operation_id, CAST(operation AS BLOB) FROM operations WHERE epoch = ? ORDER BY number
+"""
 _KEY_OF: Final = "(SELECT key FROM epochs WHERE epoch_id = ?)"
 _LAST_SEQ_OF: Final = f"SELECT max(seq) FROM entries WHERE epoch = {_KEY_OF}"
 _ENTRIES_BETWEEN: Final = (
-    f"SELECT entry FROM entries WHERE epoch = {_KEY_OF} AND seq > ? AND seq <= ? "
-    "ORDER BY seq LIMIT ?"
+    f"SELECT seq, CAST(entry AS BLOB) FROM entries WHERE epoch = {_KEY_OF} "
+    "AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
 )
 _SKIPPED: Final = "SELECT after_seq, through_seq FROM skipped WHERE epoch = ? ORDER BY after_seq"
 _SKIPPED_OF: Final = _SKIPPED.replace("?", _KEY_OF)
 _EPOCHS_OF: Final = "SELECT key, epoch_id FROM epochs WHERE session_id = ? ORDER BY key"
-_SESSIONS: Final = "SELECT DISTINCT session_id FROM epochs WHERE session_id > ? ORDER BY 1 LIMIT ?"
+_SESSIONS: Final = """
+    SELECT DISTINCT session_id FROM epochs WHERE session_id > CAST(? AS TEXT) ORDER BY 1 LIMIT ?
+"""
 _REMOVE: Final = "DELETE FROM epochs WHERE session_id = ?"
 
 
@@ -125,6 +135,9 @@ class SqliteRuntimeStore:
       the last saves, newest first, and the sequences of completions that are lost so may come again
       as others; an orderly restart takes none. Saves do not wait for the disk.
 
+    A row that is damaged never looks like another. `load` fails; `list_entries`, `history` and
+    `sessions` leave it out, count it in `damaged` and log which it is.
+
     Raises `StoreUnusable` where the path cannot be a store, and `ConfigInvalid`.
     """
 
@@ -142,6 +155,8 @@ class SqliteRuntimeStore:
         if synchronous not in get_args(Synchronous):
             raise ConfigInvalid("synchronous", synchronous, "'full' or 'normal'")
         self.path: Final = Path(os.path.abspath(path))
+        #: How many damaged rows were left out of what this object was asked for so far.
+        self.damaged = 0
         self._database = Database(
             self.path, busy_timeout=limit, synchronous=synchronous, read_only=read_only
         )
@@ -157,7 +172,11 @@ class SqliteRuntimeStore:
         prepared = [_rows(capture) for capture in captures]
         with self._writing() as connection:
             for rows in prepared:
-                _merge(connection, rows)
+                try:
+                    _merge(connection, rows)
+                except _DAMAGE as error:
+                    reason = f"what is stored of epoch {rows.capture.snapshot.epoch_id} is damaged"
+                    raise StoreWriteFailed(f"{self.path}: {reason}: {error}") from error
 
     def remove(self, session_id: SessionId) -> None:
         with self._writing() as connection:
@@ -196,8 +215,8 @@ class SqliteRuntimeStore:
     ) -> list[CompletionEntry]:
         bounds = to_sql(after_seq), to_sql(through_seq), _limit(limit)
         with self._reading() as connection:
-            rows = connection.execute(_ENTRIES_BETWEEN, (str(epoch_id), *bounds))
-            return list(_decode_entries(entry for (entry,) in rows))
+            rows = connection.execute(_ENTRIES_BETWEEN, (str(epoch_id), *bounds)).fetchall()
+        return self._sound(epoch_id, rows)
 
     def list_skipped(self, epoch_id: RuntimeEpochId) -> list[SkippedRange]:
         with self._reading() as connection:
@@ -213,31 +232,58 @@ class SqliteRuntimeStore:
     ) -> Iterator[HistoryEntry]:
         query, filters = _history_query(statuses, from_ms, until_ms)
         with self._reading() as connection:
-            rows = connection.execute(_EPOCHS_OF, (str(session_id),))
-            epochs = [(key, RuntimeEpochId.parse(text)) for key, text in rows]
-        for key, epoch_id in epochs:
+            epochs = connection.execute(_EPOCHS_OF, (str(session_id),)).fetchall()
+        for key, text in epochs:
+            try:
+                epoch_id = RuntimeEpochId.parse(text)
+            except _DAMAGE as error:
+                self._leave_out(f"an epoch of session {session_id}", error)
+                continue
             after = to_sql(0)
             while True:
                 # A page at a time: an open read would keep the log from being wound up.
                 with self._reading() as connection:
                     page = connection.execute(query, (key, after, *filters, _PAGE)).fetchall()
-                    entries = _decode_entries(entry for _, entry in page)
-                for entry in entries:
+                for entry in self._sound(epoch_id, page):
                     yield HistoryEntry(epoch_id, entry)
                 if len(page) < _PAGE:
                     break
                 after = page[-1][0]
 
     def sessions(self) -> Iterator[SessionId]:
-        after = ""
+        after = b""
         while True:
             with self._reading() as connection:
                 rows = connection.execute(_SESSIONS, (after, _PAGE))
-                page = [SessionId.parse(text) for (text,) in rows]
-            yield from page
-            if len(page) < _PAGE:
+                page = [text for (text,) in rows]
+            for text in page:
+                try:
+                    yield SessionId.parse(text)
+                except _DAMAGE as error:
+                    self._leave_out("the name of a session", error)
+            if len(page) < _PAGE or not isinstance(page[-1], str):
                 break
-            after = str(page[-1])
+            after = page[-1].encode(errors="surrogateescape")
+
+    def _sound(
+        self, epoch_id: RuntimeEpochId, rows: Sequence[tuple[int, bytes]]
+    ) -> list[CompletionEntry]:
+        """The completions of these rows, without those that are damaged."""
+        try:
+            return _decode_entries(rows)
+        except _DAMAGE:
+            sound = []
+            for row in rows:
+                try:
+                    sound += _decode_entries([row])
+                except _DAMAGE as error:
+                    seq = row[0] + LAST_SEQ // 2 + 1 if isinstance(row[0], int) else row[0]
+                    self._leave_out(f"completion {seq} of epoch {epoch_id}", error)
+            return sound
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        self.damaged += 1
+        _log.warning("%s: %s is damaged and left out: %s", self.path, what, error)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -268,6 +314,15 @@ class SqliteRuntimeStore:
 
 
 def _rows(capture: EpochCapture) -> _Rows:
+    """`RecordInvalid` for what cannot be written down."""
+    try:
+        return _encode(capture)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        reason = f"of epoch {capture.snapshot.epoch_id}: {error}"
+        raise RecordInvalid("EpochCapture", reason) from error
+
+
+def _encode(capture: EpochCapture) -> _Rows:
     snapshot = capture.snapshot
     operations = stored_operations(snapshot)
     encoded = {id: stored.to_json().decode() for id, stored in operations.items()}
@@ -342,16 +397,18 @@ def _load(
     key, epoch_id, *cursors = found
     rows = connection.execute(_NEWEST_ENTRIES, (key, limit)).fetchall()[::-1]
     live = connection.execute(_LIVE_OPERATIONS, (key,)).fetchall()
-    entries = _decode_entries(entry for entry, _ in rows)
-    operations = iter(_decode_operations(kept for _, kept in rows if kept))
+    entries = _decode_entries([(seq, entry) for seq, entry, _, _ in rows])
+    for entry, (_, _, id, _) in zip(entries, rows, strict=True):
+        _require_id(entry.operation_id, id)
+    ended = iter(_decode_operations([(id, kept) for _, _, id, kept in rows if kept is not None]))
     return assemble(
         RuntimeEpochId.parse(epoch_id),
         EpochCursorSnapshot(**dict(zip(_CURSORS, map(from_sql, cursors), strict=True))),
         (
-            (entry, next(operations) if kept else None)
-            for entry, (_, kept) in zip(entries, rows, strict=True)
+            (entry, None if kept is None else next(ended))
+            for entry, (_, _, _, kept) in zip(entries, rows, strict=True)
         ),
-        _decode_operations(kept for (kept,) in live),
+        _decode_operations(live),
         _decode_skipped(connection.execute(_SKIPPED, (key,))),
     )
 
@@ -368,16 +425,37 @@ def _history_query(
             conditions.append(condition)
             filters.append(bound)
     where = " AND ".join(conditions)
-    return f"SELECT seq, entry FROM entries WHERE {where} ORDER BY seq LIMIT ?", filters
+    return (
+        f"SELECT seq, CAST(entry AS BLOB) FROM entries WHERE {where} ORDER BY seq LIMIT ?",
+        filters,
+    )
 
 
 # One call for all costs a third of one for each.
-def _decode_entries(texts: Iterable[str]) -> tuple[CompletionEntry, ...]:
-    return decode_json(tuple[CompletionEntry, ...], f"[{','.join(texts)}]")
+def _decode_entries(rows: Sequence[tuple[int, bytes]]) -> list[CompletionEntry]:
+    """`ValueError` or `TypeError` if a row is damaged."""
+    entries = decode_json(list[CompletionEntry], b"[%b]" % b",".join(text for _, text in rows))
+    for entry, (seq, _) in zip(entries, rows, strict=True):
+        if entry.seq != from_sql(seq):
+            raise ValueError(f"the row of completion {from_sql(seq)} is about {entry.seq}")
+    return entries
 
 
-def _decode_operations(texts: Iterable[str]) -> tuple[StoredOperation, ...]:
-    return decode_json(tuple[StoredOperation, ...], f"[{','.join(texts)}]")
+def _decode_operations(rows: Sequence[tuple[bytes, bytes]]) -> list[StoredOperation]:
+    """`ValueError` or `TypeError` if a row is damaged."""
+    operations = decode_json(
+        list[StoredOperation], b"[%b]" % b",".join(operation for _, operation in rows)
+    )
+    for stored, (id, _) in zip(operations, rows, strict=True):
+        _require_id(stored.lifecycle.id, id)
+        if stored.spec is not None:
+            _require_id(stored.spec.id, id)
+    return operations
+
+
+def _require_id(found: OperationId, id: bytes) -> None:
+    if found.bytes != id:
+        raise ValueError(f"the row of operation {id!r} is about {found}")
 
 
 def _decode_skipped(rows: Iterable[tuple[int, int]]) -> list[SkippedRange]:
