@@ -762,9 +762,11 @@ def _short(value: object) -> str:
 
 
 class StoreBehind(StoreError, TimeoutError):
-    """The store is too far behind for a completion to be taken without dropping one that it lacks.
+    """The store has not come as far as a call waits for it to come.
 
-    The operation is as it was; the call may be made again.
+    `completed` says what became of the operation. False: it is as it was, since its completion
+    would have left the store too far behind, and the call may be made again. True: its completion
+    stands, as `awaited_seq`, and is not durable yet.
     """
 
     epoch_id: RuntimeEpochId
@@ -772,6 +774,7 @@ class StoreBehind(StoreError, TimeoutError):
     awaited_seq: int
     lag: int
     waited_ms: int
+    completed: bool
 
     def __init__(
         self,
@@ -781,13 +784,20 @@ class StoreBehind(StoreError, TimeoutError):
         awaited_seq: int,
         watermark: int,
         waited_ms: int,
+        completed: bool = False,
     ) -> None:
+        if completed:
+            what = f"this completion, {awaited_seq}, stands and is not durable yet"
+            setting, then = "timeout", f"then wait with the feed's wait_durable({awaited_seq})"
+        else:
+            what = f"before there is room for more it has to have those up to {awaited_seq}"
+            setting, then = "store_wait_ms", "then make the call again"
         super().__init__(
             f"epoch {epoch_id}: the store has the completions up to {durable_seq} of {watermark}, "
-            f"and before there is room for more it has to have those up to {awaited_seq}; "
-            f"{waited_ms} ms have passed (store_wait_ms). See that a persistence channel follows "
-            "the epoch and what its status says, then make the call again",
+            f"and {what}; {waited_ms} ms have passed ({setting}). See that a persistence channel "
+            f"follows the epoch and what its status says, {then}",
             epoch_id=epoch_id,
+            completed=completed,
             durable_seq=durable_seq,
             awaited_seq=awaited_seq,
             lag=watermark - durable_seq,

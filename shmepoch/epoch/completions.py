@@ -84,3 +84,19 @@ class CompletionFeed(Protocol):
     async def advanced(self, after_seq: CompletionSeq) -> CompletionSeq:
         """Like `wait_for_advance`, without blocking the event loop."""
         ...
+
+    def durable_through(self) -> CompletionSeq:
+        """Every completion up to this one is in a store, unless it was dropped before."""
+        ...
+
+    def wait_durable(self, seq: CompletionSeq, timeout: float | None = None) -> None:
+        """Block until a store has every completion up to `seq`.
+
+        Raises `TimeoutError` after `timeout` seconds, always if nothing persists the epoch, and
+        `EpochSealed` when the epoch ends before.
+        """
+        ...
+
+    async def durable(self, seq: CompletionSeq) -> None:
+        """Like `wait_durable`, without blocking the event loop."""
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import operator
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ NO_SLOT = 2**32 - 1
 
 #: Far above any feed, and far below where a position and what is added to it overflow.
 _LAST_POSITION = 2**63
+
+#: Between two looks at how far a store has come, for one that must not block.
+_FIRST_PAUSE_S = 0.001
+_LAST_PAUSE_S = 0.02
 
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
 
@@ -140,9 +145,30 @@ class SegmentFeed:
             self._segment.cell(at.DURABLE_AT).advance(seq)
             self._segment.waiters.wake_writers()
 
-    def wait_durable(self, seq: CompletionSeq, timeout: float) -> None:
-        """Block until `seq` is durable, or the epoch has ended; `TimeoutError` after `timeout`."""
-        self._segment.waiters.wait_durable(seq, timeout)
+    def wait_durable(self, seq: CompletionSeq, timeout: float | None = None) -> None:
+        """Block until a store has every completion up to `seq`.
+
+        Raises `TimeoutError` after `timeout` seconds, always if nothing persists the epoch, and
+        `EpochSealed` when the epoch ends before.
+        """
+        require_position(seq)
+        if self.durable_through() < seq:
+            self._segment.waiters.wait_durable(seq, timeout)
+            self._require_durable(seq)
+
+    async def durable(self, seq: CompletionSeq) -> None:
+        """Like `wait_durable`, without blocking the event loop."""
+        require_position(seq)
+        # A store comes further a few times a second; no bell is rung for that.
+        pause = _FIRST_PAUSE_S
+        while self.durable_through() < seq and not self._segment.sealed:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE_S)
+        self._require_durable(seq)
+
+    def _require_durable(self, seq: CompletionSeq) -> None:
+        if self.durable_through() < seq:
+            raise self._segment.closed_error()
 
     # --- the writer's side: all of it under the segment's writer lock -------------------------
 

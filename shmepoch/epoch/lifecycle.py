@@ -76,8 +76,20 @@ class OpsLifecycleRegistry(Protocol):
         """Count a progress report and keep it as the last one."""
         ...
 
-    def complete_operation(self, id: OperationId, result: OperationResult) -> None:
-        """The operation ends as `Completed`."""
+    def complete_operation(
+        self,
+        id: OperationId,
+        result: OperationResult,
+        *,
+        durable: bool = False,
+        timeout: float | None = 10.0,
+    ) -> None:
+        """The operation ends as `Completed`.
+
+        With `durable` it returns once a store has the completion. If none has it after `timeout`
+        seconds, or when the epoch ends, it raises `StoreBehind` with `completed` true: the
+        completion stands all the same. Without a store that is always so.
+        """
         ...
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:

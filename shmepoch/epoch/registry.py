@@ -62,6 +62,7 @@ from shmepoch.errors import (
     BindingsMismatch,
     CursorAhead,
     CursorsOnly,
+    EpochSealed,
     InvalidTransition,
     MaxConcurrentExceeded,
     NotFound,
@@ -78,6 +79,7 @@ from shmepoch.memory._native import Memory
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
+from shmepoch.timeouts import limit_s
 
 _log = logging.getLogger(__name__)
 
@@ -256,13 +258,41 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def abort_provisioning(self, id: OperationId, reason: str | None = None) -> None:
         self._end(id, Action.ABORT_PROVISIONING, Aborted(reason))
 
-    def complete_operation(self, id: OperationId, result: OperationResult) -> None:
+    def complete_operation(
+        self,
+        id: OperationId,
+        result: OperationResult,
+        *,
+        durable: bool = False,
+        timeout: float | None = 10.0,
+    ) -> None:
+        limit = limit_s(timeout) if durable else None
         outcome = _completed(result)
         if result.id != id:
             raise RecordInvalid(
                 "OperationResult", f"its id is {result.id} and the operation's is {id}"
             )
         self._end(id, Action.COMPLETE_OPERATION, outcome)
+        if durable:
+            self._await_durable(id, limit)
+
+    def _await_durable(self, id: OperationId, limit: float | None) -> None:
+        """Wait, with no lock, until a store has the completion that was just committed."""
+        began = time.monotonic()
+        slot = self._table.find(id)
+        # One that is not retained any more is below the watermark.
+        seq = (slot and slot.terminal_seq) or self._feed.watermark()
+        try:
+            self._feed.wait_durable(seq, limit)
+        except (TimeoutError, EpochSealed) as error:
+            raise StoreBehind(
+                self._segment.epoch_id,
+                durable_seq=self._feed.durable_through(),
+                awaited_seq=seq,
+                watermark=self._feed.watermark(),
+                waited_ms=round((time.monotonic() - began) * 1000),
+                completed=True,
+            ) from error
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:
         action = Action.COMPLETE_OPERATION

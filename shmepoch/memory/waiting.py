@@ -192,9 +192,9 @@ class Waiters:
             raise TimeoutError(f"the watermark was not above {after} within {timeout} s")
         return self._reached(after)
 
-    def wait_durable(self, seq: int, timeout: float) -> None:
+    def wait_durable(self, seq: int, timeout: float | None) -> None:
         """Block until a store has everything up to `seq`, or the epoch ends; `TimeoutError`."""
-        limit = _limit_ns(timeout)
+        limit = None if timeout is None else _limit_ns(timeout)
         if not self._memory.wait_above(at.DURABLE_AT, seq - 1, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the store did not have {seq} within {timeout} s")
 
