@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -74,17 +74,32 @@ class InMemoryRuntimeStore:
     """A `RuntimeStore` in this process's memory."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        #: A signal handler or a finalizer may save in the middle of its own thread's save.
+        self._lock = threading.RLock()
         self._epochs: dict[RuntimeEpochId, _Epoch] | None = {}
 
     def save(self, captures: Sequence[EpochCapture]) -> None:
-        with self._lock:
-            if self._epochs is None:
-                raise StoreWriteFailed(_CLOSED)
-            epochs = self._epochs.copy()
+        def merged(epochs: dict[RuntimeEpochId, _Epoch]) -> dict[RuntimeEpochId, _Epoch]:
+            epochs = epochs.copy()
             for capture in captures:
                 _merge(epochs, capture)
-            self._epochs = epochs
+            return epochs
+
+        self._change(merged)
+
+    def _change(
+        self, make: Callable[[dict[RuntimeEpochId, _Epoch]], dict[RuntimeEpochId, _Epoch]]
+    ) -> None:
+        with self._lock:
+            while True:
+                before = self._epochs
+                if before is None:
+                    raise StoreWriteFailed(_CLOSED)
+                after = make(before)
+                # Nothing is called between the two, so nothing else runs there.
+                if self._epochs is before:
+                    self._epochs = after
+                    return
 
     def load(
         self, session_id: SessionId, *, max_entries: int | None = None
@@ -145,12 +160,9 @@ class InMemoryRuntimeStore:
         return iter(sorted({epoch.session_id for epoch in self._readable().values()}))
 
     def remove(self, session_id: SessionId) -> None:
-        with self._lock:
-            if self._epochs is None:
-                raise StoreWriteFailed(_CLOSED)
-            self._epochs = {
-                id: epoch for id, epoch in self._epochs.items() if epoch.session_id != session_id
-            }
+        self._change(
+            lambda epochs: {id: e for id, e in epochs.items() if e.session_id != session_id}
+        )
 
     def close(self) -> None:
         self._epochs = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import pytest
 
@@ -526,3 +527,41 @@ def test_threads_save_and_read_side_by_side(store: RuntimeStore) -> None:
         thread.join()
     assert failures == []
     assert [store.last_seq(epoch.id) for epoch in epochs] == [40] * 4
+
+
+# --- entered again --------------------------------------------------------------------------------
+
+
+class Interrupted(tuple[EpochCapture, ...]):
+    """Captures whose reading something interrupts, as a signal handler or a finalizer may."""
+
+    __slots__ = ()
+    acts: ClassVar[list[Callable[[], object]]] = []
+
+    def __iter__(self) -> Iterator[EpochCapture]:
+        for capture in super().__iter__():
+            while self.acts:
+                self.acts.pop()()
+            yield capture
+
+
+@pytest.mark.parametrize("verb", ["save", "remove", "read", "close"])
+def test_it_may_be_used_in_the_middle_of_a_save(store: RuntimeStore, verb: str) -> None:
+    first, other, old = Epoch(), Epoch(), Epoch()
+    store.save([old.capture([completion(1)])])
+    act: dict[str, Callable[[], object]] = {
+        "save": lambda: store.save([other.capture([completion(1)])]),
+        "remove": lambda: store.remove(old.session_id),
+        "read": lambda: (store.load(old.session_id), list(store.history(old.session_id))),
+        "close": store.close,
+    }
+    Interrupted.acts.append(act[verb])
+    captures = Interrupted([first.capture([completion(1)]), first.capture([completion(2)])])
+    if verb == "close":
+        with pytest.raises(StoreWriteFailed):
+            store.save(captures)
+        return
+    store.save(captures)
+    assert store.last_seq(first.id) == 2
+    assert store.last_seq(other.id) == (1 if verb == "save" else 0)
+    assert store.last_seq(old.id) == (0 if verb == "remove" else 1)
