@@ -12,7 +12,7 @@ from typing import Final, Self, TypeAlias
 import msgspec
 
 from shmepoch.epoch.codec import cut, wire_decoder
-from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.feed import SegmentFeed, encode_entry
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
@@ -567,6 +567,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             entry = self._feed.entry(view.slot.terminal_seq)
             if entry is None:
                 return None  # dropped from the feed since, and with it from the registry
+        return self._described(view, entry)
+
+    def _described(
+        self, view: OperationView, entry: CompletionEntry | None
+    ) -> OperationLifecycleSnapshot:
         return OperationLifecycleSnapshot(
             id=view.spec.id,
             kind=view.spec.kind,
@@ -716,21 +721,30 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         *,
         after_seq: CompletionSeq = 0,
     ) -> PersistedOpsSnapshot:
+        return self.capture_news(epoch_id, cursor_state, after_seq)[0]
+
+    def capture_news(
+        self, epoch_id: RuntimeEpochId, cursor_state: CursorState, after_seq: CompletionSeq
+    ) -> tuple[PersistedOpsSnapshot, CompletionBatch]:
+        """What `capture_persistence_snapshot` gives, and the batch that its entries came in."""
         # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
         # above an entry that was not, and that completion would never be delivered.
         cursors = self._continuable(cursor_state)
         slots = (s for s in self._table.held() if not 0 < s.terminal_seq <= after_seq)
         views = [view for slot in slots if (view := self._table.view(slot))]
         views.sort(key=lambda view: view.slot.birth)
-        snapshots = [self._snapshot(view.slot) for view in views]
-        held = [(s, v.spec) for s, v in zip(snapshots, views, strict=True) if s is not None]
-        return PersistedOpsSnapshot(
+        # After the operations: one that has ended has its entry here, unless it was dropped since.
+        batch = self._feed.list_since(after_seq)
+        entries = {entry.seq: entry for entry in batch.entries}
+        held = [v for v in views if not v.slot.terminal_seq or v.slot.terminal_seq in entries]
+        snapshot = PersistedOpsSnapshot(
             epoch_id=epoch_id,
-            operations=tuple(snapshot for snapshot, _ in held),
-            specs=tuple(spec for _, spec in held),
-            entries=self._feed.list_since(after_seq).entries,
+            operations=tuple(self._described(v, entries.get(v.slot.terminal_seq)) for v in held),
+            specs=tuple(view.spec for view in held),
+            entries=batch.entries,
             cursors=cursors,
         )
+        return snapshot, batch
 
     def _continuable(self, cursor_state: CursorState) -> EpochCursorSnapshot:
         """The cursors for a store, which keeps the highest it is given: one that it could not be

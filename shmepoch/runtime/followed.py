@@ -118,10 +118,9 @@ class Followed:
         bindings = self.bindings
         assert self._position is not None
         standing = self._standing()
-        snapshot = bindings.ops_lifecycle.capture_persistence_snapshot(
-            bindings.epoch_id, bindings.cursor_state, after_seq=self._position
+        snapshot, batch = bindings.ops_lifecycle.capture_news(
+            bindings.epoch_id, bindings.cursor_state, self._position
         )
-        batch = self.feed.list_since(self._position)
         ended = {entry.operation_id for entry in batch.entries}
         live = {o.id: o for o in snapshot.operations if not o.status.is_terminal}
         news = {

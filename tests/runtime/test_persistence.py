@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from shmepoch.epoch import feed
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.epoch.completions import CompletionBatch, CompletionFeedGap
+from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionFeedGap
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
@@ -461,6 +462,27 @@ def test_the_cursors_are_read_first(
         first = next(save for save in store.saves if save[0].snapshot.entries)
         assert [entry.seq for entry in first[0].snapshot.entries] == [1]
         assert first[0].snapshot.cursors.agent_applied_cursor == 0
+
+
+def test_each_completion_is_decoded_once_on_its_way_to_the_store(
+    store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decoder = feed._entries_decoder
+
+    class Counting:
+        def decode(self, data: bytes) -> tuple[CompletionEntry, ...]:
+            entries = decoder.decode(data)
+            decoded.extend(entry.seq for entry in entries)
+            return entries
+
+    complete(bindings, 30)
+    monkeypatch.setattr(feed, "_entries_decoder", Counting())
+    with PersistenceChannel(store) as channel:
+        channel.follow(bindings)
+        channel.flush()
+    assert decoded == list(range(1, 31))
+    assert stored_seqs(store, bindings) == decoded
 
 
 # --- what retention took --------------------------------------------------------------------------
