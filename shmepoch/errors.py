@@ -748,7 +748,8 @@ class CaptureInvalid(StoreError, OverflowError):
     def __init__(self, epoch_id: RuntimeEpochId, field: str, value: int, allowed: str) -> None:
         super().__init__(
             f"epoch {epoch_id} cannot be stored: {field} is {value}; it must be {allowed}. "
-            "What is stored of it is sound: remove its segment, and the session goes on from there",
+            "Its segment is damaged, and what is stored of it is sound: end its session with "
+            "unregister_session or reset_session",
             epoch_id=epoch_id,
             field=field,
             value=value,

@@ -85,8 +85,11 @@ class _Epochs:
     def look(self) -> None:
         """Follow those that are new, and let go of those that have ended."""
         ended = [bindings for bindings in self._followed.values() if bindings.ended]
-        if ended and self._all_stored():
-            for bindings in ended:
+        patience = _LOOK_S
+        for bindings in ended:
+            if not self._is_stored(bindings, patience):
+                patience = _LOOK_S / 10  # the store may be down; a look does not wait for all
+            else:
                 self._channel.unfollow(bindings)
                 bindings.close()
                 del self._followed[bindings.session_id]
@@ -101,9 +104,9 @@ class _Epochs:
             self._say("new sessions are not found", error)
             return []
 
-    def _all_stored(self) -> bool:
+    def _is_stored(self, bindings: SessionRuntimeBindings, timeout: float) -> bool:
         try:
-            self._channel.flush(_LOOK_S)
+            self._channel.flush(timeout, bindings=bindings)
         except (StoreWriteFailed, TimeoutError):
             return False  # the channel has said so, and goes on trying
         except ShmepochError:

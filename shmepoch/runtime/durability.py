@@ -123,7 +123,7 @@ class Durability:
         """
         try:
             self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
-        except SegmentCorrupted:
+        except (SegmentCorrupted, CaptureInvalid):
             _log.exception("session %s: what is not stored is lost", bindings.session_id)
             ended = PersistedOpsSnapshot(epoch_id=bindings.epoch_id)
             session_id = bindings.session_id

@@ -30,7 +30,7 @@ from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.followed import Followed
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import EpochCapture, InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore
-from tests.runtime.test_persistence import complete, stored_seqs
+from tests.runtime.test_persistence import _channel_of, complete, stored_seqs
 from tests.stores.samples import completion
 from tests.support import eventually
 
@@ -190,6 +190,27 @@ def test_a_time_that_no_store_keeps_is_refused_by_name(
         assert not channel.status().failing
         assert "completed_at_ms" in str(error_of(channel, bad))
     store.close()
+
+
+@pytest.mark.parametrize("verb", ["unregister", "reset"])
+def test_a_session_with_a_value_that_no_store_keeps_can_be_ended(
+    store: Picky, namespace: str, verb: str
+) -> None:
+    """Its end is stored, without what cannot be."""
+    with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
+        bad = adapter.prepare_bindings(SessionId.new())
+        eventually(lambda: store.load(bad.session_id))
+        entry = completion(1, at_ms=2**63 + 5)
+        bad.ops_lifecycle.restore(PersistedOpsSnapshot(epoch_id=bad.epoch_id, entries=(entry,)))
+        eventually(lambda: error_of(_channel_of(adapter), bad))
+        if verb == "reset":
+            new = adapter.reset_session(bad.session_id)
+            complete(new)
+            _channel_of(adapter).flush(20)
+            assert stored_seqs(store, new) == [1]
+        adapter.unregister_session(bad.session_id)
+    assert store.load(bad.session_id) is None
+    assert stored_seqs(store, bad) == []
 
 
 def test_a_sound_session_ends_while_another_is_not_stored(store: Picky, namespace: str) -> None:
