@@ -125,9 +125,6 @@ class SessionRuntimeBindings:
         vars(self).update(
             session_id=segment.session_id, epoch_id=segment.epoch_id, history=None, _closed=False
         )
-        self._use(segment)
-
-    def _use(self, segment: Segment) -> None:
         vars(self).update(_segment=segment, ops_lifecycle=RuntimeOpsLifecycleRegistry(segment))
 
     @classmethod
@@ -200,11 +197,7 @@ class SessionRuntimeBindings:
         with _attached_lock:
             bindings = _known(handle)
             if bindings is None:
-                segment = _join(handle)
-                bindings = _known(handle)  # a signal handler may have attached meanwhile
-                if bindings is None:
-                    return _remember(cls, segment)
-                segment.close()
+                return _remember(cls, _join(handle))
         bindings.require_open()
         return bindings
 
@@ -230,11 +223,7 @@ class SessionRuntimeBindings:
         """This process's bindings of a token's epoch, attached already or on their first use."""
         handle = EpochHandle.from_token(token)
         with _attached_lock:
-            bindings = _known(handle)
-            if bindings is None:
-                bindings = cls._of_handle(handle)
-                _attached[handle.witness] = _reference(handle.witness, bindings)
-            return bindings
+            return _known(handle) or _sole(handle.witness, cls._of_handle(handle))
 
     def _attach(self) -> Segment:
         """Attach, if this came out of a pickle and was not used since."""
@@ -244,14 +233,16 @@ class SessionRuntimeBindings:
                 if self._closed:
                     raise BindingsClosed(self.epoch_id)
                 segment = _join(mine["handle"])
-                if "_segment" in mine:  # a signal handler has attached meanwhile
+                try:
+                    registry = RuntimeOpsLifecycleRegistry(segment)
+                except BaseException:
                     segment.close()
+                    raise
+                # A signal handler may have attached meanwhile; after the look none comes between.
+                if "_segment" not in mine:
+                    mine.update(_segment=segment, ops_lifecycle=registry)
                 else:
-                    try:
-                        self._use(segment)
-                    except BaseException:
-                        segment.close()
-                        raise
+                    segment.close()
         attached: Segment = mine["_segment"]
         return attached
 
@@ -412,18 +403,25 @@ def _join(handle: EpochHandle) -> SharedSegment:
 
 
 def _remember(kind: type[SessionRuntimeBindings], segment: SharedSegment) -> SessionRuntimeBindings:
-    """The bindings of a segment that this process has none of."""
+    """The bindings of a segment that this process had none of at the last look."""
     try:
-        bindings = kind(segment)
-        _attached[segment.witness] = _reference(segment.witness, bindings)
+        made = kind(segment)
+        bindings = _sole(segment.witness, made)
     except BaseException:
         segment.close()
         raise
+    if bindings is not made:
+        segment.close()
     return bindings
 
 
-def _reference(key: bytes, bindings: SessionRuntimeBindings) -> weakref.ref[SessionRuntimeBindings]:
-    return weakref.ref(bindings, partial(_forget, key))
+def _sole(key: bytes, made: SessionRuntimeBindings) -> SessionRuntimeBindings:
+    """`made`, unless a signal handler has made bindings of the same epoch meanwhile: those."""
+    reference = weakref.ref(made, partial(_forget, key))
+    known = _attached.setdefault(key, reference)()
+    if known is None:  # dropped just now, and not forgotten yet
+        _attached[key] = reference
+    return made if known is None or known.handle != made.handle else known
 
 
 def _forget(key: bytes, reference: weakref.ref[SessionRuntimeBindings]) -> None:

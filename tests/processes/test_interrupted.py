@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import traceback
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from shmepoch import (
+    BindingsClosed,
     EpochSealed,
     OperationId,
+    RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SessionId,
     SessionRuntimeBindings,
@@ -69,6 +72,8 @@ def held(observer: SharedSegment) -> list[int]:
     return [byte for byte in bytes_ if is_locked(observer.fd, byte)]
 
 
+# A weak reference's callback that is interrupted can tell nothing but the log.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_attach(token: str) -> None:
     handle = SessionRuntimeBindings.from_token(token)
     segment = handle.shared_segment()
@@ -118,29 +123,168 @@ def first_use(bindings: SessionRuntimeBindings, interrupt: Interrupt) -> bool:
     observer.close()
     bindings.close()
     assert descriptors() == []
-    return interrupt.raised
+    return interrupt.came
 
 
 def test_the_first_use_after_a_fork(
     bindings: SessionRuntimeBindings, observer: SharedSegment
 ) -> None:
     before = held(observer)
+
+    def use() -> bool:
+        observer.close()
+        return first_use(bindings, interrupt)
+
     for interrupt in interrupts():
+        interrupt.came = in_a_child(use)
+        assert held(observer) == before
+
+
+@contextmanager
+def in_the_child() -> Iterator[None]:
+    """The end of a forked child: 1 if this raises, else 0."""
+    try:
+        signal.alarm(60)
+        yield
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def in_a_child(act: Callable[[], bool]) -> bool:
+    """What a forked child says, which has to succeed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with in_the_child():
+            os.write(writer, b"%d" % act())
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with open(reader, "rb") as said:
+        return said.read() == b"1"
+
+
+# --- handlers that use the library ----------------------------------------------------------------
+
+
+def unpickled(token: str) -> SessionRuntimeBindings:
+    """Bindings that have attached on their first use."""
+    bindings = SessionRuntimeBindings._unpickle(token)
+    bindings.ops_lifecycle.active_count()
+    return bindings
+
+
+@pytest.mark.parametrize("attach", [SessionRuntimeBindings.from_token, unpickled])
+def test_a_handler_attaches_in_the_middle_of_an_attach(
+    token: str, attach: Callable[[str], SessionRuntimeBindings]
+) -> None:
+    before = descriptors()
+    inner: list[SessionRuntimeBindings] = []
+    for interrupt in interrupts(lambda: inner.append(attach(token))):
+        outer: list[SessionRuntimeBindings] = []
+        interrupt.during(lambda: outer.append(attach(token)))  # noqa: B023
+        if interrupt.came:
+            assert inner.pop() is outer[0]
+        assert pickle.loads(pickle.dumps(outer[0])) is outer[0]
+        [me] = [one for one in outer[0].participants() if one.alive]
+        assert me.is_self
+        outer[0].ops_lifecycle.register_operation(spec())
+        outer[0].ops_lifecycle.terminate_owner("done")
+        outer[0].close()
+        assert descriptors() == before
+
+
+def first_uses(bindings: SessionRuntimeBindings, interrupt: Interrupt) -> bool:
+    """In a forked child: use the epoch, with a handler that does, too; whether it ran."""
+    registry = bindings.ops_lifecycle
+    interrupt.during(lambda: registry.register_operation(spec("outer")))
+    [me] = [one for one in bindings.participants() if one.is_self]
+    mine = [one.slot for one in bindings.participants() if one.alive and one.pid == os.getpid()]
+    assert mine == [me.slot]
+    assert {slot.participant for slot in registry._table.held()} == {me.key}
+    names = [one.display_name for one in registry.list_operations()]
+    assert "outer" in names
+    registry.check()
+    registry.terminate_owner("done")
+    registry.collect_completed()
+    bindings.close()
+    assert descriptors() == []
+    return interrupt.came
+
+
+def test_a_handler_uses_the_epoch_in_the_middle_of_its_first_use(
+    bindings: SessionRuntimeBindings,
+) -> None:
+    def use() -> None:
+        with suppress(RuntimeError):  # inside the transition itself: it says so
+            bindings.ops_lifecycle.register_operation(spec("inner"))
+
+    for interrupt in interrupts(use):
+        interrupt.came = in_a_child(lambda: first_uses(bindings, interrupt))  # noqa: B023
+        bindings.ops_lifecycle.check()
+
+
+#: Transitions of the native code, and of the code that goes word by word.
+TRANSITIONS: Final[dict[str, Callable[[SessionRuntimeBindings, OperationId], object]]] = {
+    "complete": lambda bindings, id: bindings.ops_lifecycle.complete_operation(id, result(id)),
+    "retire": lambda bindings, id: bindings.ops_lifecycle.request_retire(id),
+    "terminate": lambda bindings, id: bindings.ops_lifecycle.terminate_owner("all"),
+    "watch": lambda bindings, id: bindings.ops_lifecycle.register_watcher(id),
+}
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_handler_leaves_the_epoch_in_the_middle_of_a_transition(token: str, name: str) -> None:
+    before = descriptors()
+    kept: list[SessionRuntimeBindings] = []
+
+    def leave() -> None:
+        kept[0].close()
+
+    for interrupt in interrupts(leave):
+        bindings = SessionRuntimeBindings.from_token(token)
+        kept[:] = [bindings]
+        observer, id = attached(bindings), OperationId.new()
+        bindings.ops_lifecycle.register_operation(spec(id=id))
+        bindings.ops_lifecycle.provisioning_succeeded(id)
+        with suppress(BindingsClosed):
+            interrupt.during(lambda: TRANSITIONS[name](bindings, id))  # noqa: B023
+        bindings.close()
+        assert held(observer) == []
+        RuntimeOpsLifecycleRegistry(observer).check()
+        observer.close()
+        assert descriptors() == before
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_handler_forks_in_the_middle_of_a_transition(
+    bindings: SessionRuntimeBindings, name: str
+) -> None:
+    """The child uses the epoch, and leaves it; its parent goes on with the transition."""
+    registry = bindings.ops_lifecycle
+    children: list[int] = []
+
+    def fork() -> None:
         pid = os.fork()
         if pid == 0:
-            code = 2
-            try:
-                signal.alarm(60)
-                observer.close()
-                code = int(first_use(bindings, interrupt))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (0, 1)
-        interrupt.raised = bool(code)
-        assert held(observer) == before
+            with in_the_child():
+                registry.register_operation(spec("the child's"))
+                bindings.close()
+        children.append(pid)
+
+    for interrupt in interrupts(fork):
+        id = OperationId.new()
+        registry.register_operation(spec(id=id))
+        registry.provisioning_succeeded(id)
+        interrupt.during(lambda: TRANSITIONS[name](bindings, id))  # noqa: B023
+        for pid in children:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        children.clear()
+        registry.check()
+        registry.terminate_owner("done")
+        registry.collect_completed()
 
 
 def test_preparing_and_resetting(namespace: str) -> None:
