@@ -309,7 +309,7 @@ def test_a_look_at_an_epoch_that_nobody_else_joined_is_one_load(
 
     monkeypatch.setattr(supervisor, "_memory", Watched())
     with monkeypatch.context() as patch:
-        patch.setattr(SessionRuntimeBindings, "shared_segment", None)
+        patch.setattr(supervisor, "bindings", None)
         assert supervisor.look() == 0
     assert loads == [at.JOINED_AT]
     one = worker()
