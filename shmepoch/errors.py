@@ -160,6 +160,27 @@ class PayloadTooLarge(ShmepochError, ValueError):
         )
 
 
+class ArgumentInvalid(ShmepochError, TypeError):
+    """A call was given something of another type than it takes."""
+
+    call: str
+    argument: str
+    expected: str
+    actual: str
+
+    def __init__(
+        self, call: str, argument: str, expected: str, actual: str, hint: str = ""
+    ) -> None:
+        super().__init__(
+            f"{call} takes {expected} as {argument}, and was given {actual}"
+            f"{'; ' if hint else ''}{hint}",
+            call=call,
+            argument=argument,
+            expected=expected,
+            actual=actual,
+        )
+
+
 class RecordInvalid(ShmepochError, ValueError):
     """A value is not the record it should be; `reason` names the field."""
 

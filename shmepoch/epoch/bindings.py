@@ -13,10 +13,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Final, Protocol, Self, TypeAlias
+from typing import Annotated, Final, Protocol, Self, TypeAlias, runtime_checkable
 
 import msgspec
 
+from shmepoch.arguments import require
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
@@ -35,6 +36,7 @@ _PREFIX: Final = "shmepoch1."
 _MAC_SIZE: Final = 8
 
 
+@runtime_checkable
 class History(Protocol):
     """Where completions are found that the feed no longer holds."""
 
@@ -67,7 +69,7 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     def from_token(cls, text: str) -> EpochHandle:
         """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
         if not isinstance(text, str):
-            raise TypeError(f"a token is the text of to_token(), not {type(text).__name__}")
+            require(str, text, "from_token", "text")
         token = text.strip()
         if not token.startswith(_PREFIX):
             raise TokenInvalid(_other_beginning(token))
@@ -182,6 +184,8 @@ class SessionRuntimeBindings:
         cls, session_id: SessionId, config: OpsLifecycleConfig | None = None
     ) -> SessionRuntimeBindings:
         """Local-only bindings, for a standalone build: nobody else will ever share them."""
+        require(SessionId, session_id, "SessionRuntimeBindings.standalone", "session_id")
+        require(OpsLifecycleConfig | None, config, "SessionRuntimeBindings.standalone", "config")
         return cls(Segment.private(config or OpsLifecycleConfig(), session_id=session_id))
 
     @classmethod
@@ -193,7 +197,7 @@ class SessionRuntimeBindings:
         validating the segment may raise.
         """
         if not isinstance(handle, EpochHandle):
-            raise TypeError(f"attach takes an EpochHandle, not {type(handle).__name__}")
+            require(EpochHandle, handle, "SessionRuntimeBindings.attach", "handle")
         with _attached_lock:
             bindings = _known(handle)
             if bindings is None:
@@ -292,6 +296,7 @@ class SessionRuntimeBindings:
 
     def announce(self, role: Role) -> None:
         """Say what this process does in the epoch; of no effect on standalone bindings."""
+        require(Role, role, "announce", "role")
         if isinstance(self._segment, SharedSegment):
             self._segment.join(role)
 
@@ -458,6 +463,7 @@ class SessionOwned:
     """Build with the bindings that the session's runtime prepared, and make none."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        require(SessionRuntimeBindings, bindings, "SessionOwned", "bindings")
         self.bindings: Final = bindings
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from typing import Final, Self, TypeAlias
 
 import msgspec
 
+from shmepoch.arguments import described, require, require_each
 from shmepoch.epoch.codec import cut, wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
@@ -110,7 +111,9 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """A registry that stands alone, in private memory of its own, unless `segment` is given."""
         #: Whether it is of no session in particular.
         self._is_alone = segment is None
-        segment = segment or Segment.private(OpsLifecycleConfig())
+        if not isinstance(segment, Segment):
+            require(Segment | None, segment, "RuntimeOpsLifecycleRegistry", "segment")
+            segment = Segment.private(OpsLifecycleConfig())
         if segment.layout.config is None:
             raise CursorsOnly
         self._segment = segment
@@ -126,6 +129,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
         """A registry that stands alone, of the given size."""
+        require(OpsLifecycleConfig, config, "with_config", "config")
         self = cls(Segment.private(config))
         self._is_alone = True
         return self
@@ -140,6 +144,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         than `config` where a stored completion would not fit its feed otherwise. Raises
         `RecordInvalid` for what is no history of one epoch.
         """
+        require(PersistedOpsSnapshot, snapshot, "from_recovered", "snapshot")
+        require(OpsLifecycleConfig | None, config, "from_recovered", "config")
         config = room_for(snapshot, config or OpsLifecycleConfig(), unfinished=False)
         self = cls(Segment.private(config, epoch_id=snapshot.epoch_id))
         self._is_alone = True
@@ -156,6 +162,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             self._register([encoded])
 
     def register_operations(self, specs: Iterable[OperationSpec]) -> None:
+        require(Iterable, specs, "register_operations", "specs")
         encoded = [self._encode(spec) for spec in specs]
         with self._segment.writer:
             if self._is_native and self._common.register_all(encoded):
@@ -205,13 +212,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- transitions that do not end an operation ---------------------------------------------
 
     def provisioning_succeeded(self, id: OperationId) -> None:
+        if not isinstance(id, OperationId):
+            require(OperationId, id, "provisioning_succeeded", "id")
         with self._segment.writer:
             if self._is_native and self._common.start(id):
                 return
         self._change(id, Action.PROVISIONING_SUCCEEDED, _started)
 
     def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
-        ids, action = list(ids), Action.PROVISIONING_SUCCEEDED
+        action = Action.PROVISIONING_SUCCEEDED
+        ids = require_each(OperationId, ids, "provisionings_succeeded", "ids")
         with self._segment.writer:
             if self._is_native and self._common.start_all(ids):
                 return
@@ -243,6 +253,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def _change(
         self, id: OperationId, action: Action, detail: Callable[[OperationView], Detail]
     ) -> None:
+        require(OperationId, id, action, "id")
         with self._segment.writer:
             view = self._require(id, self._begin())
             if action is Action.PEER_READY and view.spec.kind is not OperationKind.MOB_MEMBER_CHILD:
@@ -296,6 +307,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:
         action = Action.COMPLETE_OPERATION
+        require(Iterable, results, "complete_operations", "results")
         completed = [_completed(result) for result in results]
         outcomes = [(outcome.result.id, _encode_outcome(outcome)) for outcome in completed]
         if self._is_native and not self._config.store_wait_ms:
@@ -384,6 +396,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return [self._table.view_locked(slot) for slot in live]
 
     def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
+        if not isinstance(id, OperationId):
+            require(OperationId, id, action, "id")
         encoded = _encode_outcome(outcome)
         if self._is_native and not self._config.store_wait_ms:
             with self._segment.writer:
@@ -548,6 +562,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- reading, without a lock --------------------------------------------------------------
 
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
+        require(OperationId, id, "snapshot", "id")
         slot = self._table.find(id)
         return self._snapshot(slot) if slot else None
 
@@ -623,6 +638,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return self._segment.participant
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
+        require(OperationId, id, "register_watcher", "id")
         if self._segment.read_only:  # an observer watches without being counted
             since = self._feed.watermark()
             slot = self.locate(id)
@@ -677,9 +693,13 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
     ) -> WaitAllResult:
+        require(RunId, run_id, "wait_all", "run_id")
+        ids = require_each(OperationId, ids, "wait_all", "ids")
         return self._wait_all.wait(self, run_id, ids, timeout)
 
     async def all_ended(self, run_id: RunId, ids: Sequence[OperationId]) -> WaitAllResult:
+        require(RunId, run_id, "all_ended", "run_id")
+        ids = require_each(OperationId, ids, "all_ended", "ids")
         return await self._wait_all.wait_async(self, run_id, ids)
 
     def locate(self, id: OperationId, words: Words | None = None) -> Slot:
@@ -721,6 +741,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         *,
         after_seq: CompletionSeq = 0,
     ) -> PersistedOpsSnapshot:
+        require(RuntimeEpochId, epoch_id, "capture_persistence_snapshot", "epoch_id")
+        require(CursorState, cursor_state, "capture_persistence_snapshot", "cursor_state")
         return self.capture_news(epoch_id, cursor_state, after_seq)[0]
 
     def capture_news(
@@ -808,7 +830,7 @@ def _started(view: OperationView) -> Detail:
 
 def _completed(result: OperationResult) -> Completed:
     if not isinstance(result, OperationResult):
-        raise RecordInvalid("OperationResult", f"it is {result!r}")
+        raise RecordInvalid("OperationResult", f"it is {described(result)}")
     return Completed(result)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from collections.abc import Iterator
-from typing import Final, Self, TypeVar
+from functools import reduce
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
+from shmepoch.arguments import described, named
 from shmepoch.epoch.codec import cut, to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
@@ -187,10 +190,30 @@ def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) 
         data = to_wire(record)
         found = decoder.decode(data)
     except (msgspec.MsgspecError, NotImplementedError, OverflowError, ValueError) as error:
-        raise RecordInvalid(type(record).__name__, str(error)) from error
+        raise _invalid(record, decoder.type, str(error)) from error
     if found != record:  # such as the text of an identifier in the place of one
-        raise RecordInvalid(type(record).__name__, f"{record!r} would be read as {found!r}")
+        raise _invalid(record, decoder.type, f"{record!r} would be read as {found!r}")
     return data, found
+
+
+def _invalid(record: msgspec.Struct, kind: Any, reason: str) -> RecordInvalid:
+    """Why `record` cannot be held, in the terms of who made it and not of its encoding."""
+    if not isinstance(record, kind):
+        return RecordInvalid(named(kind), f"it is {described(record)}")
+    found = _WRONG_TYPE.fullmatch(reason)
+    if found is not None:
+        *way, name = found["path"].split(".")
+        holder = reduce(getattr, way, record)
+        [wanted] = [field.type for field in fields(holder) if field.name == name]
+        reason = f"{found['path']} is {described(getattr(holder, name))}, not {named(wanted)}"
+    return RecordInvalid(type(record).__name__, reason)
+
+
+#: What a decoder says of a field of another type than the record's.
+_WRONG_TYPE: Final = re.compile(
+    r"(?:Expected `[^`]*`, got `[^`]*`|\w+ takes bytes, not: .*) - at `\$\.(?P<path>[\w.]+)`",
+    re.DOTALL,
+)
 
 
 class OperationTable:

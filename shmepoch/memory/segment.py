@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, SupportsIndex
 
+from shmepoch.arguments import require
 from shmepoch.errors import (
     BindingsClosed,
     EpochGone,
@@ -72,6 +73,7 @@ _NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session
 def resolve_namespace(namespace: str | None) -> str:
     """`namespace`, else the environment's SHMEPOCH_NAMESPACE, else "default"; checked."""
     chosen = os.environ.get("SHMEPOCH_NAMESPACE", "default") if namespace is None else namespace
+    require(str, chosen, "resolve_namespace", "namespace")
     if len(chosen) > _NAMESPACE_LIMIT or not _NAMESPACE.fullmatch(chosen):
         raise NamespaceInvalid(chosen, _NAMESPACE_LIMIT)
     return chosen

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Final, Self, TypeVar
 
+from shmepoch.arguments import require
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -74,6 +75,7 @@ class RuntimeSessionAdapter:
         durability: Durability | None = None,
         rotate_if_unloadable: bool = False,
     ) -> None:
+        require(OpsLifecycleConfig | None, config, "RuntimeSessionAdapter", "config")
         self._namespace: Final = resolve_namespace(namespace)
         self._config = config or OpsLifecycleConfig()
         self._durability: Final = durability
@@ -125,6 +127,7 @@ class RuntimeSessionAdapter:
         drops before that is a gap and is counted; `config` with a `store_wait_ms` makes writers
         wait for the store instead.
         """
+        require(RuntimeStore, store, "RuntimeSessionAdapter.persistent", "store")
         return cls(
             namespace=namespace,
             config=config,
@@ -143,6 +146,7 @@ class RuntimeSessionAdapter:
         finalizer that interrupted a call about the same session it raises `SessionBusy`, as every
         method does that changes something.
         """
+        require(SessionId, session_id, "register_session", "session_id")
         self.prepare_bindings(session_id)
 
     def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
@@ -151,6 +155,7 @@ class RuntimeSessionAdapter:
         Others once the epoch has ended, or the session's name has gone. Raises what
         `register_session` does.
         """
+        require(SessionId, session_id, "prepare_bindings", "session_id")
         self._check_open()
         owned = self._owned(session_id)
         if owned is not None and not owned.bindings.ended:
@@ -159,6 +164,7 @@ class RuntimeSessionAdapter:
 
     def ops_lifecycle_registry(self, session_id: SessionId) -> RuntimeOpsLifecycleRegistry:
         """The registry of a session's epoch; `SessionNotRegistered`."""
+        require(SessionId, session_id, "ops_lifecycle_registry", "session_id")
         self._check_open()
         owned = self._owned(session_id)
         if owned is None:
@@ -167,6 +173,7 @@ class RuntimeSessionAdapter:
 
     def contains_session(self, session_id: SessionId) -> bool:
         """Whether this adapter owns the session; in a forked child it owns none."""
+        require(SessionId, session_id, "contains_session", "session_id")
         return self._pid == os.getpid() and self._owned(session_id) is not None
 
     def observe_session(self, session_id: SessionId) -> SessionRuntimeBindings:
@@ -186,6 +193,7 @@ class RuntimeSessionAdapter:
         store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
         one; call it again, or `prepare_bindings`, which finishes it.
         """
+        require(SessionId, session_id, "reset_session", "session_id")
         return self._alone(session_id, self._reset)
 
     def unregister_session(self, session_id: SessionId) -> None:
@@ -195,6 +203,7 @@ class RuntimeSessionAdapter:
         Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
         `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
+        require(SessionId, session_id, "unregister_session", "session_id")
         self._alone(session_id, self._unregister)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
+from shmepoch.arguments import require
 from shmepoch.epoch.bindings import History, SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.operations import OperationKind
@@ -86,6 +87,7 @@ class AgentBoundary:
         *,
         sharing: bool = False,
     ) -> None:
+        require(SessionRuntimeBindings, bindings, "AgentBoundary", "bindings")
         self.bindings: Final = bindings
         self.session_id: Final = bindings.session_id
         self._cursor = bindings.cursor_state.agent_applied_cursor

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from shmepoch.arguments import require
 from shmepoch.epoch.bindings import (
     History,
     RuntimeBuildMode,
-    SessionOwned,
     SessionRuntimeBindings,
+    StandaloneEphemeral,
 )
 from shmepoch.errors import BindingsMismatch
 from shmepoch.ids import SessionId
 from shmepoch.runtime.boundary import AgentBoundary
+
+_HINT: Final = (
+    "write SessionOwned(bindings) with the bindings that the session's runtime prepared, "
+    "or StandaloneEphemeral() for private memory of its own"
+)
 
 
 class AgentFactory:
@@ -21,6 +29,7 @@ class AgentFactory:
     """
 
     def __init__(self, history: History | None = None) -> None:
+        require(History | None, history, "AgentFactory", "history")
         self._history = history
 
     def build(
@@ -36,11 +45,14 @@ class AgentFactory:
         share one cursor, and each is told what none of them has applied. The boundary is the agent
         until it is closed or collected; that of an agent that died is free at once.
 
-        Raises `BindingsMismatch` for another session's bindings, `EpochSealed` or
-        `EpochGone` for an epoch that has ended, `BindingsClosed` for bindings that this process
-        gave up, and `AgentAlreadyActive`.
+        Raises `ArgumentInvalid`, a `TypeError`, for anything but the two build modes, raw bindings
+        above all; `BindingsMismatch` for another session's bindings, `EpochSealed` or `EpochGone`
+        for an epoch that has ended, `BindingsClosed` for bindings that this process gave up, and
+        `AgentAlreadyActive`.
         """
-        if not isinstance(build_mode, SessionOwned):
+        require(SessionId, session_id, "AgentFactory.build", "session_id")
+        require(RuntimeBuildMode, build_mode, "AgentFactory.build", "build_mode", hint=_HINT)
+        if isinstance(build_mode, StandaloneEphemeral):
             bindings = SessionRuntimeBindings.standalone(session_id)
             watermark = bindings.ops_lifecycle.completion_feed().watermark()
             bindings.cursor_state.agent_applied_cursor.advance(watermark)

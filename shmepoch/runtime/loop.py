@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Self
 
+from shmepoch.arguments import require, require_callable
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
@@ -168,6 +169,9 @@ class RuntimeLoop:
         inject: Callable[[Continuation], bool | Awaitable[bool]],
         quiescent: Callable[[], bool],
     ) -> None:
+        require(SessionRuntimeBindings, bindings, "RuntimeLoop", "bindings")
+        require_callable(inject, "RuntimeLoop", "inject")
+        require_callable(quiescent, "RuntimeLoop", "quiescent")
         self._bindings = bindings
         self._feed = bindings.ops_lifecycle.completion_feed()
         self._cursors = bindings.cursor_state

@@ -13,6 +13,7 @@ from numbers import Integral
 from types import TracebackType
 from typing import Final, Self
 
+from shmepoch.arguments import require
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
 from shmepoch.errors import (
@@ -101,6 +102,7 @@ class PersistenceChannel:
     def __init__(
         self, store: RuntimeStore, *, max_delay: float = 0.05, max_entries: int = 512
     ) -> None:
+        require(RuntimeStore, store, "PersistenceChannel", "store")
         delay = limit_s(max_delay, "max_delay")
         if delay is None or not 0 <= max_delay <= MOST_DELAY_S:
             allowed = f"a number of seconds from 0 to {MOST_DELAY_S:.0f}"
@@ -142,6 +144,7 @@ class PersistenceChannel:
 
         Raises `ObserverReadOnly` for an observer's bindings: an epoch says how far its store is.
         """
+        require(SessionRuntimeBindings, bindings, "PersistenceChannel.follow", "bindings")
         self._require_mine()
         if bindings.read_only:
             raise ObserverReadOnly(bindings.epoch_id)
@@ -164,6 +167,7 @@ class PersistenceChannel:
         What is not stored by then is not stored any more; `flush` first. Of no effect if the epoch
         is not followed.
         """
+        require(SessionRuntimeBindings, bindings, "PersistenceChannel.unfollow", "bindings")
         self._require_mine()
         with self._state:
             followed = self._epochs.pop(bindings.epoch_id, None)

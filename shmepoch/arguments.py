@@ -1,0 +1,62 @@
+"""What a public call was given: held against what it takes, and refused in the caller's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import UnionType
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
+
+from shmepoch.errors import ArgumentInvalid
+
+T = TypeVar("T")
+
+#: A longer value is not shown: it says no more, and a token is a secret.
+_SHOWN: Final = 40
+
+
+def require(
+    kind: type[Any] | UnionType, value: object, call: str, argument: str, *, hint: str = ""
+) -> None:
+    """Raise `ArgumentInvalid` unless `value` is an instance of `kind`; `hint` says what to write.
+
+    A class has everything that a protocol asks of its instances, and is none.
+    """
+    if not isinstance(value, kind) or isinstance(value, type):
+        raise ArgumentInvalid(call, argument, named(kind), described(value), hint)
+
+
+def require_each(kind: type[T], values: Iterable[T], call: str, argument: str) -> list[T]:
+    """The values of an iterable, or `ArgumentInvalid` unless each is an instance of `kind`."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ArgumentInvalid(call, argument, f"several {named(kind)}", described(values))
+    listed = list(values)
+    for value in listed:
+        if not isinstance(value, kind):
+            raise ArgumentInvalid(call, argument, f"several {named(kind)}", described(value))
+    return listed
+
+
+def require_callable(value: Callable[..., object], call: str, argument: str) -> None:
+    """Raise `ArgumentInvalid` unless `value` can be called."""
+    if not callable(value):
+        raise ArgumentInvalid(call, argument, "a function", described(value))
+
+
+def named(kind: object) -> str:
+    """What messages call a type: its name, or those that may stand in its place."""
+    if get_origin(kind) is Annotated:
+        return named(get_args(kind)[0])
+    kinds = get_args(kind)
+    if kinds:
+        return " or ".join("None" if each is type(None) else named(each) for each in kinds)
+    return getattr(kind, "__name__", str(kind))
+
+
+def described(value: object) -> str:
+    """What messages call a value."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    kind, text = type(value).__name__, repr(value)
+    return f"the {kind} {text}" if len(text) <= _SHOWN else f"a value of type {kind}"
