@@ -150,7 +150,7 @@ def encode_spec(spec: OperationSpec, session_id: SessionId) -> EncodedSpec:
     Raises `RecordInvalid` or `PayloadTooLarge` if it cannot be held.
     """
     if not isinstance(spec, OperationSpec):
-        raise RecordInvalid("OperationSpec", f"it is {spec!r}")
+        raise RecordInvalid("OperationSpec", f"it is {described(spec)}")
     if spec.owner_session_id is None:
         spec = replace(spec, owner_session_id=session_id)
     data, found = encode_checked(spec, _spec_decoder)

@@ -25,31 +25,21 @@ class Claimable(Protocol):
         ...
 
     @property
-    def claims(self) -> list[Claim]:
+    def claims(self) -> list[Listed]:
         """The claims of this process, in the order in which they were made."""
         ...
 
 
-class Claim:
-    """One claim of this process, held from its making until it is released or lost."""
+class Listed:
+    """A claim as its segment lists it."""
 
-    def __init__(self, segment: Claimable, byte: int, *, shared: bool) -> None:
+    def __init__(self, segment: Claimable, byte: int, shared: bool) -> None:
         self.byte: Final = byte
         self.shared: Final = shared
         self.held = True
         self._segment: Final = segment
 
-    def release(self) -> None:
-        """Give it up. Waits for nothing, so a finalizer may call it at any point."""
-        if self.held:
-            self._discard()
-
-    def _discard(self) -> None:
-        self.held = False
-        _released.append(self)
-        _settle()
-
-    def _is_excluded(self) -> bool:
+    def is_excluded(self) -> bool:
         """Whether a claim that this process made before excludes this one."""
         before = itertools.takewhile(lambda other: other is not self, list(self._segment.claims))
         return any(
@@ -57,12 +47,13 @@ class Claim:
             for other in before
         )
 
-    def _lock(self) -> bool:
+    def lock(self) -> bool:
+        """Take the lock of its byte, if there are locks; whether other processes allow it."""
         carrier = self._segment.carrier
         return carrier is None or try_lock(carrier, self.byte, self.shared)
 
-    def _drop(self) -> None:
-        """Forget a released claim, and give the lock up with the last one of its byte."""
+    def drop(self) -> None:
+        """Leave the list, and give the lock up with the last claim of its byte."""
         claims, carrier = self._segment.claims, self._segment.carrier
         if self in claims:
             claims.remove(self)
@@ -72,18 +63,44 @@ class Claim:
                 unlock(carrier, self.byte)
 
 
+class Claim:
+    """Holds a byte of an epoch until it is released, collected or lost.
+
+    It is collected wherever an interrupt leaves it, so that none is held by nobody.
+    """
+
+    def __init__(self, listed: Listed) -> None:
+        self._listed: Final = listed
+
+    @property
+    def held(self) -> bool:
+        """Whether it still holds its byte."""
+        return self._listed.held
+
+    def release(self) -> None:
+        """Give it up. Waits for nothing, since it is also what a finalizer does, at any point."""
+        if self._listed.held:
+            self._listed.held = False
+            _released.append(self._listed)
+            _settle()
+
+    def __del__(self) -> None:
+        self.release()
+
+
 def claim(segment: Claimable, byte: int, *, shared: bool) -> Claim | None:
     """Claim `byte`, alone or with others that share it; None while other claims exclude that."""
-    made = Claim(segment, byte, shared=shared)
+    listed = Listed(segment, byte, shared)
+    made = Claim(listed)
     with _lock:
         # In the list before it looks: finalizers and signal handlers may enter the lock again, and
         # have to find it there.
-        segment.claims.append(made)
+        segment.claims.append(listed)
         try:
-            if made._is_excluded() or not made._lock():
-                made._discard()
+            if listed.is_excluded() or not listed.lock():
+                made.release()
         except BaseException:
-            made._discard()
+            made.release()  # not when it is collected: a traceback may keep it
             raise
     _settle()
     return made if made.held else None
@@ -101,7 +118,7 @@ def lose_claims(segment: Claimable) -> None:
 #: Guards the lists of claims. Finalizers and signal handlers enter it again.
 _lock = threading.RLock()
 #: Claims to be dropped by the next thread that has the lock.
-_released: Final[deque[Claim]] = deque()
+_released: Final[deque[Listed]] = deque()
 
 
 def _settle() -> None:
@@ -109,7 +126,7 @@ def _settle() -> None:
     while _released and _lock.acquire(blocking=False):
         try:
             with contextlib.suppress(IndexError):  # a finalizer in between was faster
-                _released.popleft()._drop()
+                _released.popleft().drop()
         finally:
             _lock.release()
 

@@ -43,7 +43,7 @@ from shmepoch.memory._native import (
     unlock,
 )
 from shmepoch.memory.bells import SharedWaits
-from shmepoch.memory.claims import Claim, claim, claims_after_fork, lose_claims
+from shmepoch.memory.claims import Claim, Listed, claim, claims_after_fork, lose_claims
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
@@ -158,7 +158,7 @@ class Segment:
         self.layout: Final = header.layout
         self.epoch_id: Final = header.epoch_id
         self.session_id: Final = header.session_id
-        self.claims: Final[list[Claim]] = []
+        self.claims: Final[list[Listed]] = []
         self._reference: Final = weakref.ref(self, _every_segment.discard)
         _every_segment.add(self._reference)
 

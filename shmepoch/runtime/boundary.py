@@ -13,7 +13,6 @@ from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, Compl
 from shmepoch.epoch.operations import OperationKind
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
-from shmepoch.memory.claims import Claim
 from shmepoch.memory.layout import AGENT_BYTE
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
@@ -78,8 +77,6 @@ class AgentBoundary:
     child it is not.
     """
 
-    _claim: Claim | None = None
-
     def __init__(
         self,
         bindings: SessionRuntimeBindings,
@@ -94,21 +91,18 @@ class AgentBoundary:
         self._feed = bindings.ops_lifecycle.completion_feed()
         self._history = history or bindings.history
         self._ahead = CursorsAhead(bindings)
-        self._claim = bindings.claim(AGENT_BYTE, shared=sharing)
-        if self._claim is None:
+        claim = bindings.claim(AGENT_BYTE, shared=sharing)
+        if claim is None:
             pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT)
             raise AgentAlreadyActive(bindings.session_id, pid)
-        try:
-            # A runtime that hosts its agent stays the runtime.
-            if bindings.role is not Role.RUNTIME:
-                bindings.announce(Role.AGENT)
-        except BaseException:
-            self._claim.release()
-            raise
+        self._claim: Final = claim
+        # A runtime that hosts its agent stays the runtime.
+        if bindings.role is not Role.RUNTIME:
+            bindings.announce(Role.AGENT)
 
     def close(self) -> None:
         """Stop being the agent, so that another can be built. The bindings stay open."""
-        if self._claim is not None and self._claim.held:
+        if self._claim.held:
             self._claim.release()
             if self.bindings.role is Role.AGENT and not self.bindings.has_claimed(AGENT_BYTE):
                 self.bindings.announce(Role.WORKER)
@@ -119,18 +113,13 @@ class AgentBoundary:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # Not `close`, which takes locks: a finalizer may run while they are held.
-        if self._claim is not None:
-            self._claim.release()
-
     def apply(self, watermark: CompletionSeq) -> None:
         """The agent has been told of everything up to `watermark`; for `Drain.commit`."""
         self._require_agent()
         self._cursor.advance(watermark)
 
     def _require_agent(self) -> None:
-        if self._claim is None or not self._claim.held:
+        if not self._claim.held:
             if self.bindings.sealed:
                 raise EpochSealed(self.bindings.epoch_id)
             raise BoundaryClosed(self.session_id)

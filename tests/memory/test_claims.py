@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import pytest
 from shmepoch import BindingsClosed, EpochSealed, RuntimeEpochId, SessionId
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import is_locked
-from shmepoch.memory.claims import Claim, lose_claims
+from shmepoch.memory.claims import Claim, Listed, lose_claims
 from shmepoch.memory.segment import Segment, SharedSegment
 
 BYTE = at.AGENT_BYTE
@@ -104,8 +105,9 @@ def test_leaving_loses_every_claim(shared: SharedSegment, other: SharedSegment) 
     claims = [taken(other, shared=True), taken(other, shared=True)]
     other.close()
     assert not any(claim.held for claim in claims)
-    taken(shared)
+    again = taken(shared)
     claims[0].release()
+    assert again.held
     assert shared.claim(BYTE) is None, "a claim that was lost gives up nothing"
 
 
@@ -119,8 +121,9 @@ def test_a_descriptor_that_was_given_up_is_not_used(
     third = SharedSegment.attach(shared.namespace, shared.session_id)
     try:
         assert third.fd == number
-        taken(third)
+        again = taken(third)
         claim.release()
+        assert again.held
         assert is_locked(shared.fd, BYTE)
         with pytest.raises(BindingsClosed):
             other.claim(at.LOOP_BYTE)
@@ -162,14 +165,14 @@ def test_one_of_many_threads_has_it(segment: Segment) -> None:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do `act` in the middle of the next claim, with the lock held."""
-    lock = Claim._lock
+    lock = Listed.lock
 
-    def interrupted(claim: Claim) -> bool:
-        monkeypatch.setattr(Claim, "_lock", lock)
+    def interrupted(listed: Listed) -> bool:
+        monkeypatch.setattr(Listed, "lock", lock)
         act()
-        return lock(claim)
+        return lock(listed)
 
-    monkeypatch.setattr(Claim, "_lock", interrupted)
+    monkeypatch.setattr(Listed, "lock", interrupted)
 
 
 @pytest.mark.parametrize("how", ["claim", "refused", "leave"])
@@ -198,11 +201,11 @@ def test_what_is_released_while_another_thread_has_the_lock_is_dropped_by_that_t
     assert not is_locked(other.fd, BYTE)
 
 
-class Releasing(Claim):
+class Releasing(Listed):
     """Does something when it is lost."""
 
     def __init__(self, segment: Segment, byte: int, act: Callable[[], object]) -> None:
-        super().__init__(segment, byte, shared=False)
+        super().__init__(segment, byte, False)
         self._act = act
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -218,7 +221,7 @@ def test_a_release_in_the_middle_of_a_claim(
     before = taken(shared, shared=True)
     interrupt(monkeypatch, before.release)
     claim = taken(shared, shared=True)
-    assert shared.claims == [claim]
+    assert shared.claims == [claim._listed]
     assert is_locked(other.fd, BYTE)
     claim.release()
     assert not is_locked(other.fd, BYTE)
@@ -232,6 +235,28 @@ def test_a_claim_in_the_middle_of_a_claim(
     interrupt(monkeypatch, lambda: inner.append(segment.claim(BYTE)))
     taken(segment)
     assert inner == [None]
+
+
+def test_an_interrupt_in_the_middle_of_a_claim(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has it afterwards."""
+
+    def raise_it() -> None:
+        raise KeyboardInterrupt
+
+    interrupt(monkeypatch, raise_it)
+    with pytest.raises(KeyboardInterrupt):
+        segment.claim(BYTE)
+    gc.collect()  # the traceback had it
+    taken(segment)
+
+
+def test_a_claim_that_is_collected_is_given_up(shared: SharedSegment, other: SharedSegment) -> None:
+    claim = taken(shared)
+    assert other.claim(BYTE) is None
+    del claim
+    taken(other)
 
 
 def test_leaving_in_the_middle_of_a_claim(
