@@ -314,7 +314,7 @@ class SessionRuntimeBindings:
         return participants.list(me=segment.participant)
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
-        """Claim a byte of the epoch, as `Segment.claim` does; for who drives the epoch.
+        """Claim a byte of the epoch, as `Segment.claim` does; for the boundary and the loop.
 
         Raises `BindingsClosed`, and what attaching raises.
         """

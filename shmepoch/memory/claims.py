@@ -66,7 +66,7 @@ class Listed:
 class Claim:
     """Holds a byte of an epoch until it is released, collected or lost.
 
-    It is collected wherever an interrupt leaves it, so that none is held by nobody.
+    It is collected wherever an interrupt leaves it, so none is held without an owner.
     """
 
     def __init__(self, listed: Listed) -> None:

@@ -13,8 +13,7 @@ _log = logging.getLogger(__name__)
 class CursorsAhead:
     """Warns of each cursor of an epoch that is ahead of its feed, once.
 
-    Nothing of shmepoch moves a cursor there, and since it cannot be moved back, nobody but the
-    operator can do anything about it.
+    Nothing of shmepoch moves a cursor there, and it cannot be moved back: only a new epoch helps.
     """
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:

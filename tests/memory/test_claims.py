@@ -240,7 +240,7 @@ def test_a_claim_in_the_middle_of_a_claim(
 def test_an_interrupt_in_the_middle_of_a_claim(
     segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has it afterwards."""
+    """It is free afterwards."""
 
     def raise_it() -> None:
         raise KeyboardInterrupt

@@ -190,7 +190,7 @@ def test_after_a_reset_the_epoch_is_what_ended(adapter: RuntimeSessionAdapter) -
 
 
 def test_the_role_ends_with_the_boundary(bindings: SessionRuntimeBindings) -> None:
-    with start(be_the_agent, bindings, False) as child:
+    with build(bindings, sharing=True), start(be_the_agent, bindings, True) as child:
         child.hear()
         child.say("close")
         child.hear()

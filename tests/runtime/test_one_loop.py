@@ -92,7 +92,7 @@ def test_a_loop_of_another_process_is_refused_until_that_is_killed(
     agent = Agent(bindings)
     with start(loop_until_told, bindings, method=method) as child:
         assert child.hear() == child.pid
-        refused(agent.loop().start, agent)
+        assert refused(agent.loop().start, agent).pid == child.pid
         child.kill()
         with agent.loop():
             end(bindings, TOOL)
@@ -205,7 +205,7 @@ def test_a_signal_handler_stops_it(agent: Agent) -> None:
 
 @pytest.mark.parametrize("how", ["coroutine", "function"])
 def test_a_cancelled_injection_is_offered_again(agent: Agent, how: str) -> None:
-    """Somebody pressed the session's stop button."""
+    """The session's stop button was pressed."""
     take = agent.inject
     cancelled: list[Continuation] = []
 
