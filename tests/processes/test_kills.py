@@ -14,17 +14,21 @@ from shmepoch import (
     AgentFactory,
     Completed,
     CompletionEntry,
+    Continuation,
+    EpochCursorSnapshot,
     OperationId,
     OperationKind,
     OperationStatus,
     Role,
     RunId,
+    RuntimeLoop,
     RuntimeSessionAdapter,
+    SessionId,
     SessionOwned,
     SessionRuntimeBindings,
     Terminated,
 )
-from tests.processes.children import METHODS, Channel, Child, start
+from tests.processes.children import METHODS, Channel, Child, start, wait_until
 from tests.processes.workloads import obeys_the_feed, one_entry_each, work_for_ever
 from tests.support import eventually, result, spec
 
@@ -265,6 +269,45 @@ def test_an_agent_announces_itself(bindings: SessionRuntimeBindings) -> None:
         found = {one.pid: one.role for one in bindings.participants()}
         assert found == {os.getpid(): Role.RUNTIME, child.pid: Role.AGENT}
         child.kill()
+
+
+def accept(bindings: None, test: Channel, namespace: str, session_id: SessionId) -> None:
+    """A runtime whose session accepts a continuation, and that is killed before the turn comes."""
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
+        mine = adapter.prepare_bindings(session_id)
+        id = OperationId.new()
+        mine.ops_lifecycle.register_operation(spec(id=id))
+        mine.ops_lifecycle.cancel_operation(id)
+        with RuntimeLoop(mine, inject=lambda _: True, quiescent=lambda: True):
+            wait_until(lambda: mine.cursor_state.runtime_observed_seq.load() == 1)
+            test.say("accepted")
+            test.hear()
+
+
+def test_a_wake_that_a_killed_runtime_had_injected_comes_again(
+    adapter: RuntimeSessionAdapter, namespace: str
+) -> None:
+    session_id = SessionId.new()
+    with start(accept, None, namespace, session_id, method="spawn") as child:
+        assert child.hear() == "accepted"
+        child.kill()
+    bindings = adapter.prepare_bindings(session_id)
+    assert bindings.cursor_state.snapshot() == EpochCursorSnapshot(
+        runtime_observed_seq=1, runtime_last_injected_seq=1
+    )
+    boundary = AgentFactory().build(session_id, SessionOwned(bindings))
+    told: list[int] = []
+
+    def inject(continuation: Continuation) -> bool:
+        with boundary.drain() as notices:
+            told.extend(notice.seq for notice in notices)  # type: ignore[union-attr]
+        return True
+
+    with RuntimeLoop(bindings, inject=inject, quiescent=lambda: True):
+        eventually(lambda: told)
+    assert told == [1]
+    boundary.close()
+    adapter.unregister_session(session_id)
 
 
 # --- stopped ----------------------------------------------------------------------------------
