@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from types import UnionType
-from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    SupportsIndex,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
 from shmepoch.errors import ArgumentInvalid
 
@@ -12,6 +21,7 @@ T = TypeVar("T")
 
 #: A longer value is not shown: it says no more, and a token is a secret.
 _SHOWN: Final = 40
+_POSITIONS: Final = range(2**64)
 
 
 def require(
@@ -40,6 +50,20 @@ def require_callable(value: Callable[..., object], call: str, argument: str) -> 
     """Raise `ArgumentInvalid` unless `value` can be called."""
     if not callable(value):
         raise ArgumentInvalid(call, argument, "a function", described(value))
+
+
+def require_position(value: SupportsIndex, call: str, argument: str) -> int:
+    """A position of the feed as an int, whatever type of integer it was given as.
+
+    Raises `ArgumentInvalid` for what is no integer and `OverflowError` outside 0..2**64-1.
+    """
+    try:
+        position = operator.index(value)
+    except TypeError:
+        raise ArgumentInvalid(call, argument, "an integer", described(value)) from None
+    if position not in _POSITIONS:
+        raise OverflowError(f"a position is 0 to 2**64-1, not {position}")
+    return position
 
 
 def named(kind: object) -> str:

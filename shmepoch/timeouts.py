@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from numbers import Real
-from typing import Final
+import math
+import time
+from typing import Final, SupportsFloat, SupportsIndex, TypeAlias
 
-from shmepoch.errors import ConfigInvalid
+from shmepoch.arguments import described
+from shmepoch.errors import ArgumentInvalid, ConfigInvalid
 
 #: About 32 years. A longer wait is one without a limit: no clock has to hold its end.
 _FOREVER_S: Final = 1e9
 
+Seconds: TypeAlias = SupportsFloat | SupportsIndex
+"""Every kind of real number is one, numpy's too."""
 
-def limit_s(timeout: object, setting: str = "timeout") -> float | None:
-    """How many seconds to wait at most; None for as long as it takes.
 
-    Takes every kind of real number, numpy's too. Infinity and what no clock holds is no limit, less
-    than nothing is nothing. `ConfigInvalid` for what is no number of seconds.
+def limit_s(timeout: Seconds | None, call: str) -> float | None:
+    """How many seconds `call` waits at most; None for as long as it takes.
+
+    Infinity and what no clock holds is no limit, less than nothing is nothing. Raises
+    `ArgumentInvalid` for what is no number and `ConfigInvalid` for NaN.
     """
     if timeout is None:
         return None
-    if not isinstance(timeout, Real) or timeout != timeout:
-        raise ConfigInvalid(setting, timeout, "a number of seconds")
-    # Compared before it is converted: an integer may be larger than every float.
-    if timeout < 0:
-        return 0.0
-    return float(timeout) if timeout < _FOREVER_S else None
+    try:
+        return _limit_s(timeout, "timeout")
+    except TypeError:
+        expected = "a number of seconds or None"
+        raise ArgumentInvalid(call, "timeout", expected, described(timeout)) from None
+
+
+def setting_s(value: Seconds, setting: str) -> float | None:
+    """How many seconds a setting says; None for no limit. `ConfigInvalid` for anything else."""
+    try:
+        return _limit_s(value, setting)
+    except TypeError:
+        raise ConfigInvalid(setting, value, "a number of seconds") from None
+
+
+def deadline_after(timeout: Seconds | None, call: str) -> float | None:
+    """When a timeout that begins now ends on the monotonic clock; raises what `limit_s` does."""
+    limit = limit_s(timeout, call)
+    return None if limit is None else time.monotonic() + limit
+
+
+def _limit_s(value: Seconds, setting: str) -> float | None:
+    try:
+        if math.isnan(value):
+            raise ConfigInvalid(setting, math.nan, "a number of seconds")
+    except OverflowError:  # an integer that no float holds
+        pass
+    # Compared before it is converted, for such an integer.
+    return float(max(0, value)) if value < _FOREVER_S else None  # type: ignore[operator, call-overload]

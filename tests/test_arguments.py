@@ -55,6 +55,9 @@ class Given:
     def all_ended(self, run_id: Any, ids: Any) -> object:
         return asyncio.run(self.registry.all_ended(run_id, ids))
 
+    async def advanced(self, after_seq: Any) -> object:
+        return await self.registry.completion_feed().advanced(after_seq)
+
     def channel(self) -> PersistenceChannel:
         return PersistenceChannel(InMemoryRuntimeStore())
 
@@ -280,6 +283,28 @@ def test_several_that_are_none(value: Any) -> None:
     for call in (given.registry.register_operations, given.registry.complete_operations):
         with pytest.raises(ArgumentInvalid, match="Iterable"):
             call(value)
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, int, OperationId.new()])
+def test_a_position_or_a_timeout_that_is_none(value: Any) -> None:
+    given = Given()
+    feed, watch = given.registry.completion_feed(), given.registry.register_watcher(given.id)
+    position: list[Callable[[], object]] = [
+        lambda: feed.list_since(value),
+        lambda: feed.wait_for_advance(value, 0),
+        lambda: asyncio.run(given.advanced(value)),
+    ]
+    timeout: list[Callable[[], object]] = [
+        lambda: feed.wait_for_advance(0, value),
+        lambda: watch.wait(value),
+        lambda: given.registry.wait_all(RunId.new(), [given.id], value),
+    ]
+    for call in position:
+        with pytest.raises(ArgumentInvalid, match="takes an integer as after_seq"):
+            call()
+    for call in timeout:
+        with pytest.raises(ArgumentInvalid, match="takes a number of seconds or None as timeout"):
+            call()
 
 
 @pytest.mark.parametrize("function", ["inject", "quiescent"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import operator
 from collections.abc import Sequence
 
 import msgspec
 
+from shmepoch.arguments import require_position
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.operations import OperationSpec
@@ -16,7 +16,6 @@ from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.segment import Segment
-from shmepoch.memory.waiting import require_position
 
 #: The slot of an entry whose operation the table does not hold.
 NO_SLOT = 2**32 - 1
@@ -69,8 +68,7 @@ class SegmentFeed:
 
         Raises `SegmentCorrupted` for an entry that is neither whole nor dropped.
         """
-        require_position(after_seq)
-        after_seq = operator.index(after_seq)  # another type's might overflow below
+        after_seq = require_position(after_seq, "list_since", "after_seq")
         memory = self._memory
         while True:
             watermark = memory.load(at.WATERMARK_AT)
@@ -151,17 +149,17 @@ class SegmentFeed:
         Raises `TimeoutError` after `timeout` seconds, always if nothing persists the epoch, and
         `EpochSealed` when the epoch ends before.
         """
-        require_position(seq)
+        seq = require_position(seq, "wait_durable", "seq")
         if self.durable_through() < seq:
             self._segment.waiters.wait_durable(seq, timeout)
             self._require_durable(seq)
 
     async def durable(self, seq: CompletionSeq) -> None:
         """Like `wait_durable`, without blocking the event loop."""
-        require_position(seq)
+        seq = require_position(seq, "durable", "seq")
         # A store comes further a few times a second; no bell is rung for that.
         pause = _FIRST_PAUSE_S
-        while self.durable_through() < seq and not self._segment.sealed:
+        while self.durable_through() < seq and not self._segment.ended:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_S)
         self._require_durable(seq)

@@ -277,7 +277,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         durable: bool = False,
         timeout: float | None = 10.0,
     ) -> None:
-        limit = limit_s(timeout) if durable else None
+        limit = limit_s(timeout, "complete_operation") if durable else None
         outcome = _completed(result)
         if result.id != id:
             raise RecordInvalid(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
 from shmepoch.errors import DuplicateWaitOperation, WaitAlreadyActive
 from shmepoch.ids import OperationId, RunId, WaitRequestId
-from shmepoch.memory.waiting import deadline_after
+from shmepoch.timeouts import deadline_after
 
 if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -87,7 +87,7 @@ class OperationCompletionWatch:
         `NotFound` if so many operations ran that the table had no room for the outcome of this one,
         or if it was closed before and retention has dropped the outcome.
         """
-        deadline = deadline_after(timeout)
+        deadline = deadline_after(timeout, "OperationCompletionWatch.wait")
         if self._outcome is None:
             self._resolve(self._pending.wait(deadline))
         assert self._outcome is not None
@@ -152,7 +152,7 @@ class WaitAll:
         ids: Sequence[OperationId],
         timeout: float | None,
     ) -> WaitAllResult:
-        deadline, turn = deadline_after(timeout), _Turn()
+        deadline, turn = deadline_after(timeout, "wait_all"), _Turn()
         try:
             self._begin(turn)
             with _Watched(registry, ids) as watched:

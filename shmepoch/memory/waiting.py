@@ -5,56 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import operator
-import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from shmepoch.arguments import require_position
 from shmepoch.memory import layout as at
 from shmepoch.memory._native import Memory
+from shmepoch.timeouts import limit_s
 
 _log = logging.getLogger(__name__)
 
 _NS: Final = 1_000_000_000
-#: A longer timeout is none: it would not fit the clock.
-_FOREVER_S: Final = 1e9
-_POSITIONS: Final = range(2**64)
 
 #: How long a sleeper goes without looking: the bound on what a writer that was killed, or failed,
 #: between its commit and its wake call can delay.
 RECHECK_S: Final = 0.25
 
 _reported: Final[set[tuple[object, ...]]] = set()
-
-
-def require_position(value: int) -> None:
-    """Raise `OverflowError` or `TypeError` for what is not an unsigned 64-bit position."""
-    if operator.index(value) not in _POSITIONS:
-        raise OverflowError(f"a position is 0 to 2**64-1, not {value}")
-
-
-def seconds_of(timeout: float | None) -> float | None:
-    """How many seconds a timeout is, 0 or above; None is no limit, as are infinity and decades.
-
-    Raises `ValueError` for NaN and `TypeError` for what is not a number.
-    """
-    if timeout is None:
-        return None
-    try:
-        if math.isnan(timeout):
-            raise ValueError("timeout is nan; pass a number of seconds, or None for no limit")
-    except TypeError:
-        raise TypeError(f"timeout is a number of seconds or None, not {timeout!r}") from None
-    except OverflowError:  # an integer that no float holds
-        pass
-    return float(max(0, timeout)) if timeout < _FOREVER_S else None
-
-
-def deadline_after(timeout: float | None) -> float | None:
-    """When a timeout that begins now ends on the monotonic clock; raises what `seconds_of` does."""
-    seconds = seconds_of(timeout)
-    return None if seconds is None else time.monotonic() + seconds
 
 
 def report_once(what: str, error: Exception) -> None:
@@ -69,9 +36,8 @@ class AsyncWait:
     """One coroutine that waits for the watermark of `memory` to be above `after`."""
 
     def __init__(self, memory: Memory, after: int) -> None:
-        require_position(after)
         self.memory: Final = memory
-        self._after: Final = after
+        self._after: Final = require_position(after, "advanced", "after_seq")
         self._loop: Final = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self.future: Final[asyncio.Future[None]] = self._loop.create_future()
@@ -187,14 +153,15 @@ class Waiters:
 
         Raises `TimeoutError` after `timeout` seconds, and what a closed epoch raises when it ends.
         """
-        limit = _limit_ns(timeout)
+        limit = _limit_ns(timeout, "wait_for_advance")
+        after = require_position(after, "wait_for_advance", "after_seq")
         if not self._memory.wait_above(at.WATERMARK_AT, after, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the watermark was not above {after} within {timeout} s")
         return self._reached(after)
 
     def wait_durable(self, seq: int, timeout: float | None) -> None:
         """Block until a store has everything up to `seq`, or the epoch ends; `TimeoutError`."""
-        limit = None if timeout is None else _limit_ns(timeout)
+        limit = _limit_ns(timeout, "wait_durable")
         if not self._memory.wait_above(at.DURABLE_AT, seq - 1, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the store did not have {seq} within {timeout} s")
 
@@ -222,6 +189,6 @@ class Waiters:
         raise self._closed_error()
 
 
-def _limit_ns(timeout: float | None) -> int | None:
-    seconds = seconds_of(timeout)
-    return None if seconds is None else round(seconds * _NS)
+def _limit_ns(timeout: float | None, call: str) -> int | None:
+    limit = limit_s(timeout, call)
+    return None if limit is None else round(limit * _NS)

@@ -114,6 +114,8 @@ class _Run:
         self._stopping = False
         self._wake: Final = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cancellations = 0
 
     def begin(self) -> None:
         """The running task is the one to be woken, and its event loop is the one to wake it in."""

@@ -29,7 +29,7 @@ from shmepoch.errors import (
 from shmepoch.ids import RuntimeEpochId
 from shmepoch.runtime.followed import EpochPersistence, Followed
 from shmepoch.stores.protocol import RuntimeStore
-from shmepoch.timeouts import limit_s
+from shmepoch.timeouts import limit_s, setting_s
 
 __all__ = ["ChannelStatus", "EpochPersistence", "PersistenceChannel"]
 
@@ -103,7 +103,7 @@ class PersistenceChannel:
         self, store: RuntimeStore, *, max_delay: float = 0.05, max_entries: int = 512
     ) -> None:
         require(RuntimeStore, store, "PersistenceChannel", "store")
-        delay = limit_s(max_delay, "max_delay")
+        delay = setting_s(max_delay, "max_delay")
         if delay is None or not 0 <= max_delay <= MOST_DELAY_S:
             allowed = f"a number of seconds from 0 to {MOST_DELAY_S:.0f}"
             raise ConfigInvalid("max_delay", max_delay, allowed)
@@ -186,9 +186,9 @@ class PersistenceChannel:
         After `timeout` seconds it raises `StoreWriteFailed` if the store fails, `TimeoutError` if
         it is slow; the channel goes on trying. Raises the error of an epoch that cannot be stored
         at all, and `ChannelClosed`. With `bindings`, only what is committed to theirs is waited
-        for. Infinity is no limit; `ConfigInvalid` for what is no number of seconds.
+        for. Infinity is no limit.
         """
-        limit = limit_s(timeout)
+        limit = limit_s(timeout, "flush")
         self._require_mine()
         if threading.current_thread() is self._thread:
             raise StoreWriteFailed("the store waits for its own channel, within a call of that")

@@ -34,7 +34,7 @@ from shmepoch.stores.protocol import (
     HistoryEntry,
 )
 from shmepoch.stores.schema import from_sql, to_sql
-from shmepoch.timeouts import limit_s
+from shmepoch.timeouts import setting_s
 
 Synchronous: TypeAlias = Literal["full", "normal"]
 """When a save has reached the disk; what each promises, `SqliteRuntimeStore` says."""
@@ -149,7 +149,7 @@ class SqliteRuntimeStore:
         synchronous: Synchronous = "full",
         read_only: bool = False,
     ) -> None:
-        limit = limit_s(busy_timeout, "busy_timeout")
+        limit = setting_s(busy_timeout, "busy_timeout")
         if busy_timeout is None or busy_timeout < 0:
             raise ConfigInvalid("busy_timeout", busy_timeout, "a number of seconds, 0 or above")
         if synchronous not in get_args(Synchronous):
