@@ -43,8 +43,42 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xef\xbb\xbfecho one\necho two\n", id="utf-8 with a mark"),
+        pytest.param(b"\xef\xbb\xbfecho one\r\necho two\r\n", id="and CRLF"),
+        pytest.param(b"echo one\n\xef\xbb\xbfecho two", id="joined files"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_command(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert read(file) == [Job(1, "echo one"), Job(2, "echo two")]
+
+
+def test_a_comment_may_begin_with_a_byte_order_mark(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf# a comment\r\n\r\ntrue")
+    assert read(file) == [Job(3, "true")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_another_unicode_is_refused_with_what_to_do(file: Path, encoding: str) -> None:
+    for mark in ("", "\ufeff"):
+        file.write_bytes(f"{mark}echo one\r\necho two\r\n".encode(encoding))
+        with pytest.raises(JobsInvalid, match=r"line 1: .*UTF-16.*save it as UTF-8"):
+            read(file)
+
+
+def test_a_standard_input_that_is_closed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(JobsInvalid, match="standard input: it is closed"):
+        read(Path("-"))
+
+
+@pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
+        pytest.param(b"true\necho caf\xe9\n", 2, "byte 9 is 0xe9.*as UTF-8", id="latin-1"),
+        pytest.param(b"true\recho two\r", 1, "CR alone", id="carriage returns"),
         pytest.param(b"true\necho \0\n", 2, "NUL", id="nul"),
         pytest.param(b"true\n\necho \xff\n", 3, "UTF-8", id="undecodable"),
         pytest.param(b"# a 'quote'\necho 'open\ntrue'\n", 2, "not a shell command", id="quote"),
@@ -74,7 +108,7 @@ def test_a_backslash_that_is_quoted_continues_nothing(file: Path) -> None:
     assert len(read(file)) == 2
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "# only\n  # comments\n"])
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "# only\n  # comments\n"])
 def test_a_file_without_commands_is_refused(file: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(JobsInvalid, match="no commands") as caught:

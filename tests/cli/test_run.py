@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -243,6 +244,45 @@ def test_output_that_is_not_utf8_is_kept_with_replacement_characters(tmp_path: P
     run("-", "--transcript", tmp_path, stdin=r"printf 'caf\351 ol\303\251\n'")
     (line,) = told(tmp_path)
     assert line["output"] == "caf\N{REPLACEMENT CHARACTER} olé\n"
+
+
+def test_whatever_bytes_a_command_prints_its_transcript_is_json(tmp_path: Path) -> None:
+    every = "".join(f"\\{byte:03o}" for byte in range(256))
+    stdin = f"printf '{every}'\nprintf '{every}'; false\nhead -c 100000 /dev/zero\n"
+    stdin += r"printf '%s\n' \udcff '\355\263\277'; printf '\355\263\277'; exit 2"
+    done = run("-", "--json", "--transcript", tmp_path, stdin=stdin)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    lines = {line["line"]: line for line in told(tmp_path)}
+    assert [lines[number]["status"] for number in (1, 2, 3, 4)] == [
+        "completed",
+        "failed",
+        "completed",
+        "failed",
+    ]
+    printed = bytes(range(256)).decode(errors="replace")
+    assert lines[1]["output"] == printed
+    assert lines[2]["output"].endswith(f" ms\n{printed}")
+    assert set(lines[3]["output"]) == {"\0"}
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_files_may_have_names_in_any_encoding(
+    namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locale: str
+) -> None:
+    for name, value in (("LC_ALL", locale), ("PYTHONCOERCECLOCALE", "0"), ("PYTHONUTF8", "0")):
+        monkeypatch.setenv(name, value)
+    file, folder, store = (
+        tmp_path / os.fsdecode(name) for name in (b"jobs-\xff", b"told-\xe9", b"store-\xe9")
+    )
+    file.write_text("echo one\n")
+    done = run(file, "--transcript", folder, "--store", store)
+    assert done.returncode == 0, done.stderr
+    assert [line["output"] for line in told(folder)] == ["one\n"]
+    file.write_bytes(b"echo caf\xe9\n")
+    refused = run(file, "--store", store)
+    assert refused.returncode == 2
+    assert "line 1: not UTF-8" in refused.stderr
+    nothing_left(namespace)
 
 
 def test_commands_are_utf8_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ from shmepoch.errors import ShmepochError
 #: Between the commands of the script that checks them all at once: what closes any quote that the
 #: command before has left open, and then is a syntax error. Otherwise they are comments.
 _CLOSERS: Final = "# ' )\n# \" )\n# ` )\n"
+
+#: What some editors begin a file of UTF-8 with.
+_BYTE_ORDER_MARK: Final = "\ufeff"
+#: What a file begins with that is no UTF-8; those of UTF-32 begin alike or with zeros.
+_UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 class JobsInvalid(ShmepochError, ValueError):
@@ -42,17 +48,17 @@ def read(path: Path) -> list[Job]:
     file that cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    data = _read_standard_input() if str(path) == "-" else path.read_bytes()
+    if b"\r" in data.strip() and b"\n" not in data:
+        raise JobsInvalid(name, 1, "its lines end in CR alone; save it with LF or CRLF")
     jobs = []
     for line, raw in enumerate(data.split(b"\n"), 1):
-        try:
-            command = raw.decode().strip()
-        except UnicodeDecodeError as error:
-            raise JobsInvalid(name, line, f"not UTF-8: {error.reason}") from error
+        command = _decode(name, line, raw)
         if not command or command.startswith("#"):
             continue
         if "\0" in command:
-            raise JobsInvalid(name, line, "a command cannot hold a NUL byte")
+            why = "a command cannot hold a NUL byte; if the file is UTF-16, save it as UTF-8"
+            raise JobsInvalid(name, line, why)
         if (len(command) - len(command.rstrip("\\"))) % 2:
             raise JobsInvalid(name, line, "it ends in a backslash; a command is one line")
         jobs.append(Job(line, command))
@@ -60,6 +66,25 @@ def read(path: Path) -> list[Job]:
         raise JobsInvalid(name, None, "no commands in it; write one a line")
     _check_syntax(name, jobs)
     return jobs
+
+
+def _read_standard_input() -> bytes:
+    if sys.stdin is None:
+        raise JobsInvalid("standard input", None, "it is closed; name a file, or pipe one in")
+    return sys.stdin.buffer.read()
+
+
+def _decode(name: str, line: int, raw: bytes) -> str:
+    """The command of a line, without what editors add around it."""
+    if line == 1 and raw.startswith(_UTF16_MARKS):
+        raise JobsInvalid(name, line, "the file is UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
+        raise JobsInvalid(name, line, f"not UTF-8 ({where}); save it as UTF-8") from error
+    # Wherever files were joined, and not only in the first line.
+    return text.strip().removeprefix(_BYTE_ORDER_MARK).strip()
 
 
 def _check_syntax(name: str, jobs: list[Job]) -> None:
