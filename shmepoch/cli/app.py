@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -148,6 +149,9 @@ def run(
         # A RuntimeError or MemoryError where there is no thread or no memory to be had.
         except (ShmepochError, OSError, RuntimeError, MemoryError) as error:
             _fail(NOT_CARRIED_OUT, error)
+        except Exception:  # a fault of this program's: not the status of a command that failed
+            traceback.print_exc()
+            sys.exit(NOT_CARRIED_OUT)
         finally:
             starting.end_on_interrupt()
     sys.exit(status)

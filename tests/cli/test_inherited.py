@@ -39,6 +39,7 @@ for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.S
     signal.signal(number, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 """
+_AS_NOHUP = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
 #: A child with a child of its own, which becomes its grandparent's once the file is there.
 _CHILDREN = """
 script = "sleep 600 & echo $! >{folder}/inner; until [ -e {folder}/go ]; do sleep 0.05; done"
@@ -105,7 +106,7 @@ def test_a_killed_worker_is_noticed_though_children_are_ignored(
     nothing_left(namespace)
 
 
-@pytest.mark.parametrize("prelude", ["", _IGNORE_AND_BLOCK_ALL])
+@pytest.mark.parametrize("prelude", ["", _IGNORE_AND_BLOCK_ALL, _AS_NOHUP])
 def test_commands_have_default_signals_and_three_descriptors(tmp_path: Path, prelude: str) -> None:
     also = "os.dup2(os.open(os.devnull, os.O_RDONLY), 7, inheritable=True)"
     signals = "grep -E '^Sig(Blk|Ign)' /proc/self/status"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import struct
 import subprocess
 import termios
@@ -179,3 +180,33 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
         assert screen.status() == 0
     assert "session 1: started    line 1: echo one" in screen.text
     assert "\x1b" not in screen.sent.decode()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_goes_away(
+    namespace: str, jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    """It ends the run as SIGHUP does; where that is ignored, the run goes on without it."""
+    monkeypatch.setenv("TERM", "dumb")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    jobs.write_text(f"{waits(first)}; true\n{waits(second)}; true\n")
+    ours, theirs = os.openpty()
+    command = [*COMMAND, "run", str(jobs), "--workers", "1"]
+    shell = "trap '' HUP; " * ignored + f"exec {shlex.join(command)}"
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", "sh", "-c", shell],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    (waiter,) = waiting(first)
+    os.close(ours)
+    if ignored:
+        waiter.kill()
+        (waiter,) = waiting(second)
+        waiter.kill()
+    assert process.wait(DEADLINE_S) == (0 if ignored else 129)
+    nothing_left(namespace)

@@ -28,6 +28,7 @@ from shmepoch.cli.run.outcomes import TAIL_BYTES
 from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
 from shmepoch.cli.run.summary import Notices, Summary
+from shmepoch.cli.run.terminal import leave_if_gone
 from shmepoch.cli.run.views import view_for
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
@@ -184,6 +185,7 @@ class _Run:
 
     def _interrupt(self, number: int) -> None:
         """The first signal ends the run in good order, the second one at once."""
+        leave_if_gone()
         if self._signal is None:
             self._signal = number
             self._interrupted.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final, TextIO
+from typing import Final, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,6 +15,7 @@ from shmepoch.cli.run.children import Child
 from shmepoch.cli.run.events import Standing, View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.outcomes import ending
+from shmepoch.cli.run.terminal import LastingStream
 from shmepoch.cli.streams import visible
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
@@ -32,6 +33,7 @@ _SHOWN_WIDTH: Final = 200
 
 def view_for(stream: TextIO) -> View:
     """The view that fits where the events go."""
+    stream = cast(TextIO, LastingStream(stream))
     console = Console(file=stream)
     if stream.isatty() and not console.is_dumb_terminal:
         return TableView(console)

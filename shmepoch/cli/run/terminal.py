@@ -1,0 +1,55 @@
+"""A terminal that goes away: a run tells it nothing more, and ends as SIGHUP says, or goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import termios
+from typing import Any, Final, TextIO
+
+_STANDARD_STREAMS: Final = range(3)
+
+
+def leave_if_gone() -> bool:
+    """Have nothing in the place of standard streams whose terminal is gone; whether any was."""
+    gone = [fd for fd in _STANDARD_STREAMS if _is_gone(fd)]
+    if gone:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in gone:
+            os.dup2(null, fd)
+        os.close(null)
+    return bool(gone)
+
+
+def _is_gone(fd: int) -> bool:
+    try:
+        termios.tcgetattr(fd)
+    except termios.error as error:
+        return bool(error.args[0] == errno.EIO)  # not the answer of what never was a terminal
+    return False
+
+
+class LastingStream:
+    """A stream that takes what is written to it though its terminal is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            if not leave_if_gone():
+                raise
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            if not leave_if_gone():
+                raise
+            self._stream.flush()  # what it still held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
