@@ -16,6 +16,7 @@ from shmepoch.cli.run.plan import RUNS
 from shmepoch.epoch.operations import OperationStatus
 from tests.cli.running import (
     ended,
+    kill_all,
     nothing_left,
     processes_in,
     run,
@@ -145,6 +146,42 @@ def test_a_command_is_shown_as_completed_once_it_is_durable(namespace: str, tmp_
         command.kill()
         status, out, err = ended(process)
     assert (status, "completed  line 2" in out) == (0, True), err
+    nothing_left(namespace)
+
+
+_IMPATIENT = """
+from shmepoch.cli import main
+from shmepoch.cli.run import command
+
+command._STORE_S = 0.5
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_what_finished_before_is_durable_before_it_is_shown(namespace: str, tmp_path: Path) -> None:
+    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    stdin = f"{waits(first)}; true\n[ -e {tmp_path}/flag ] || {waits(second)}; true\n"
+    arguments = ("-", "--store", store, "--workers", 1)
+    with started(*arguments, stdin=stdin) as process:
+        (command,) = waiting(first)
+        holder = sqlite3.connect(store, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        command.kill()
+        waiting(second)
+        kill_all(namespace)
+        ended(process)
+    impatient = (sys.executable, "-c", _IMPATIENT)
+    refused = run(*arguments, "--resume", stdin=stdin, command=impatient)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert "the store did not take a write" in refused.stderr.splitlines()[-1]
+    holder.close()
+    (tmp_path / "flag").touch()
+    done = run(*arguments, "--resume", stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    assert "2 commands in 1 sessions, 1 of them finished before" in done.stdout
     nothing_left(namespace)
 
 

@@ -197,8 +197,8 @@ class _Run:
     def _saved(self, captures: Sequence[EpochCapture]) -> None:
         durable = {one.snapshot.epoch_id: one.snapshot.entries for one in captures}
         for session in self._sessions:
-            if entries := durable.get(session.bindings.epoch_id):
-                session.stored_through(entries[-1].seq)
+            entries = durable.get(session.bindings.epoch_id)
+            session.stored_through(entries[-1].seq if entries else 0)
 
     def _adapter(self) -> RuntimeSessionAdapter:
         namespace, config = self._plan.namespace, self._config()
@@ -211,6 +211,7 @@ class _Run:
         opened = [adapter.prepare_bindings(id) for id in self._plan.sessions]
         if options.resume:
             await self._until_alone(opened)
+            await self._until_stored(opened)
         for number, bindings in enumerate(opened, 1):
             room = bindings.shared_segment().layout.max_participants - _OTHERS
             self._sessions.append(
@@ -239,6 +240,17 @@ class _Run:
             await asyncio.sleep(_LOOK_S)
         for bindings in opened:
             EpochSupervisor(bindings).settle()
+
+    async def _until_stored(self, opened: Sequence[SessionRuntimeBindings]) -> None:
+        """Wait until the store has what the live epochs say of the run before."""
+        deadline = time.monotonic() + _STORE_S
+        for bindings in opened:
+            feed = bindings.ops_lifecycle.completion_feed()
+            if through := feed.watermark():
+                try:
+                    await asyncio.to_thread(feed.wait_durable, through, deadline - time.monotonic())
+                except TimeoutError:
+                    raise self._store_behind() from None
 
     async def _leave(self, adapter: RuntimeSessionAdapter) -> None:
         """End the sessions, or leave them to the run that carries on with them.
@@ -336,7 +348,10 @@ class _Run:
                 for session in self._sessions:
                     await session.settled.wait()
         except TimeoutError:
-            raise self._store_behind() from None
+            for session in self._sessions:
+                session.stored_through(0)
+            if not all(session.settled.is_set() for session in self._sessions):
+                raise self._store_behind() from None
 
     def _store_behind(self) -> StoreError:
         assert self._store is not None

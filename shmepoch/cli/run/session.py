@@ -75,12 +75,14 @@ class SessionRun:
         #: Nothing that has ended waits for the store.
         self.settled = asyncio.Event()
         self.settled.set()
+        self._feed = bindings.ops_lifecycle.completion_feed()
         self._token = bindings.to_token()
         self._pending: deque[_Attempt] = deque()
         self._attempts: dict[OperationId, _Attempt] = {}
         self._by_worker: dict[Child, OperationId] = {}
         self._sequence = dict(past.owed)
         self._unsettled: deque[_Ended] = deque()
+        self._durable: CompletionSeq = 0
         for job in jobs:
             self._carry_on(job, past)
         self.finished_before: Final = self.decided
@@ -182,8 +184,7 @@ class SessionRun:
     @property
     def stored(self) -> bool:
         """Whether the store has everything that has ended in the epoch."""
-        feed = self.bindings.ops_lifecycle.completion_feed()
-        return feed.durable_through() >= feed.watermark()
+        return self._feed.durable_through() >= self._feed.watermark()
 
     @property
     def waiting(self) -> int:
@@ -315,13 +316,12 @@ class SessionRun:
 
     async def _follow(self) -> None:
         """Hear of what ends without a worker's word: the operations of dead ones."""
-        feed = self.bindings.ops_lifecycle.completion_feed()
         while True:
-            await feed.advanced(self.watermark)
+            await self._feed.advanced(self.watermark)
             self._collect()
 
     def _collect(self) -> None:
-        batch = self.bindings.ops_lifecycle.completion_feed().list_since(self.watermark)
+        batch = self._feed.list_since(self.watermark)
         self.watermark = batch.watermark
         for entry in batch.entries:
             self._decide(entry)
@@ -336,18 +336,20 @@ class SessionRun:
             self._show(job, entry)
             self._pending.append(_Attempt(job, number + 1, retry + 1))
             self._assign()
-        elif status in FINISHED and self._store is not None:
+        elif status in FINISHED and self._store is not None and entry.seq > self._durable:
             self._unsettled.append(_Ended(job, entry))
             self.settled.clear()
         else:
             self._settle(job, entry)
 
     def stored_through(self, seq: CompletionSeq) -> None:
-        """Count and show what is durable now.
+        """Count and show what is durable now: everything up to `seq`, or more.
 
         Before that a command may run again, should the machine go down, so it is not finished yet.
         """
-        while self._unsettled and self._unsettled[0].entry.seq <= seq:
+        # The store may have it before this has heard of it.
+        self._durable = max(self._durable, seq, self._feed.durable_through())
+        while self._unsettled and self._unsettled[0].entry.seq <= self._durable:
             self._settle(*self._unsettled.popleft())
         if not self._unsettled:
             self.settled.set()
