@@ -104,6 +104,8 @@ def run(
     With --store, a run that was interrupted or killed, by a reboot too, can be carried on with:
     run it again with --resume. Without --resume a store with an unfinished run is refused.
 
+    Ctrl-C ends the run in good order and says what was not run; a second one kills what still runs.
+
     What a command leaves in the background goes on until the run ends, and is ended with it; if its
     worker is killed, or a command of its worker is cancelled, with that.
 

@@ -257,6 +257,9 @@ class _Run:
 
         A store may take its time, so a thread does it: a second signal is still heard.
         """
+        if self._store is None:
+            self._end_sessions(adapter)
+            return
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 

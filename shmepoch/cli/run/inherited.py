@@ -73,7 +73,9 @@ def leave_strangers() -> None:
     child = os.fork()
     if child != 0:
         _stand_in_for(child, watched)
-    os.setpgid(0, 0)  # or a terminal would send it what the parent passes on
+    # Or a terminal would send it what the parent passes on. There it may write all the same.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     end_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
