@@ -248,3 +248,16 @@ def test_process_1_of_a_container_leaves_the_orphans_of_others_alone(
     assert (status, "Traceback" in err) == (0, False)
     assert summary(out)["retried"] == 1
     nothing_left(namespace)
+
+
+@pytest.mark.skipif(not _may_unshare(), reason="takes a pid namespace of its own, as a container")
+def test_process_1_of_a_container_ends_by_signals(namespace: str, tmp_path: Path) -> None:
+    command = (*_APART, sys.executable, "-m", "shmepoch")
+    with started("-", "--json", stdin=f"{waits(tmp_path)}; true\n", command=command) as process:
+        eventually((tmp_path / "waiting").exists, within=60)
+        (first,) = psutil.Process(process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        status, out, err = ended(process)
+    assert (status, "Traceback" in err) == (143, False)
+    assert summary(out)["cancelled"] == 1
+    nothing_left(namespace)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from shmepoch import SqliteRuntimeStore
 from tests.cli.running import (
     COMMAND,
     DEADLINE_S,
@@ -88,6 +91,37 @@ def test_a_second_signal_kills_what_still_runs(
     assert "1 cancelled" in out.splitlines()[-1]
     assert not (tmp_path / "bye").exists()
     nothing_left(namespace)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_keep_coming_change_nothing_more(
+    namespace: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    with started("-", stdin=f"{waits(tmp_path)}; true\n") as process:
+        waiting(tmp_path)
+        while process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.002)
+        status, _, err = ended(process)
+    assert (status, err) == (128 + number, "")
+    nothing_left(namespace)
+
+
+def test_a_signal_that_comes_before_the_first_session(namespace: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    SqliteRuntimeStore(store).close()
+    holder = sqlite3.connect(store, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with started("-", "--store", store, stdin="true\n") as process:
+        runtime = psutil.Process(process.pid)
+        eventually(lambda: str(store) in [file.path for file in runtime.open_files()], within=60)
+        process.send_signal(signal.SIGTERM)
+        holder.close()
+        status, out, _ = ended(process)
+    assert status == 143
+    assert "SIGTERM: 0 commands are ended while they run, 1 are not run" in out
+    nothing_left(namespace)
+    assert run("-", "--store", store, "--resume", stdin="true\n").returncode == 0
 
 
 def test_a_second_signal_ends_children_that_stand_still(namespace: str, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ import msgspec
 
 from shmepoch.cli.run import leftovers, past
 from shmepoch.cli.run.children import Children
-from shmepoch.cli.run.inherited import INTERRUPTIONS, leave_strangers
+from shmepoch.cli.run.inherited import leave_strangers
+from shmepoch.cli.run.interruptions import Interruptions
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.kept import RunStore
 from shmepoch.cli.run.outcomes import TAIL_BYTES
@@ -91,7 +92,9 @@ def execute(jobs: list[Job], options: Options) -> int:
     What made it impossible to go on is raised once everything was ended.
     """
     leave_strangers()
+    interruptions = Interruptions()
     with contextlib.ExitStack() as stack:
+        stack.callback(interruptions.end)
         folder = options.transcript
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmepoch-")))
@@ -105,7 +108,7 @@ def execute(jobs: list[Job], options: Options) -> int:
                 plan = kept.plan
             else:
                 kept = KeptPlan.begin(store, plan)
-        status, summary = asyncio.run(_Run(plan, options, folder, store, kept).run())
+        status, summary = asyncio.run(_Run(plan, options, folder, store, kept, interruptions).run())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(summary)).decode())
     else:
@@ -124,12 +127,14 @@ class _Run:
         transcripts: Path,
         store: RunStore | None,
         kept: KeptPlan | None,
+        interruptions: Interruptions,
     ) -> None:
         self._plan = plan
         self._options = options
         self._transcripts = transcripts
         self._store = store
         self._kept = kept
+        self._interruptions = interruptions
         self._resumable = options.resume
         self._view = view_for(sys.stderr if options.json else sys.stdout)
         self._children = Children()
@@ -176,9 +181,7 @@ class _Run:
             )
             self._broken.set()
 
-        for number in INTERRUPTIONS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, self._interrupt, number)
+        self._interruptions.pass_to(self._interrupt)
         loop.set_exception_handler(fail)
         if self._store is not None:
             self._store.on_saved = lambda saved: loop.call_soon_threadsafe(self._saved, saved)

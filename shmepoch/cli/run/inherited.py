@@ -13,11 +13,10 @@ import sys
 from typing import Final, NoReturn
 
 from shmepoch.cli.run.descendants import children, end_with_parent
+from shmepoch.cli.run.interruptions import INTERRUPTIONS
 
 #: What Python ignores for itself, and `subprocess` gives back to a command.
 _OF_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
-#: What ends a run early, and as if it had ended by it.
-INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: What the owner of a file may do with it.
 _OWNER: Final = 0o700
 
