@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -27,6 +28,7 @@ from shmepoch.ids import OperationId
 from shmepoch.stores import EpochCapture
 from tests.cli.running import COMMAND, run
 from tests.stores.samples import completion
+from tests.support import eventually
 
 #: Local time, as the command takes and shows it.
 NOON = datetime(2026, 3, 1, 12)
@@ -203,3 +205,16 @@ def test_whoever_reads_it_may_leave(tmp_path: Path, session_id: SessionId) -> No
     )
     assert shown.stdout.count("\n") == 1
     assert (shown.returncode, shown.stderr) == (141, "")
+
+
+def test_ctrl_c_while_it_prints(tmp_path: Path, session_id: SessionId) -> None:
+    path = tmp_path / "store"
+    with SqliteRuntimeStore(path) as store:
+        save(store, session_id, [completion(seq, content="x" * 500) for seq in range(1, 1001)])
+    command = [*COMMAND, "history", str(session_id), "--store", str(path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # The pipe is full, and is not read.
+        eventually(lambda: "pipe_write" in Path(f"/proc/{process.pid}/wchan").read_text())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")

@@ -108,6 +108,18 @@ def test_at_its_end_everything_is_stored(
     assert stored(path, sessions[0].session_id) == 101
 
 
+def test_without_standard_streams_it_stores_all_the_same(
+    sessions: list[SessionRuntimeBindings], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    end(sessions[0], TOOL)
+    with persisting(path, "sh", "-c", 'exec "$@" <&- >&- 2>&-', "-") as process:
+        eventually(lambda: stored(path, sessions[0].session_id) == 1)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def test_nohup_is_respected(sessions: list[SessionRuntimeBindings], tmp_path: Path) -> None:
     path = tmp_path / "store"
     with persisting(path, "nohup") as process:
