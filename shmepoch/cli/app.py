@@ -19,7 +19,12 @@ from shmepoch.cli.run import inherited, jobs
 from shmepoch.cli.run.command import Options, execute
 from shmepoch.cli.run.plan import NothingToResume, RunRefused
 from shmepoch.epoch.operations import OperationStatus
-from shmepoch.errors import NamespaceInvalid, ShmepochError, StoreUnusable
+from shmepoch.errors import (
+    NamespaceInvalid,
+    SharedMemoryUnusable,
+    ShmepochError,
+    StoreUnusable,
+)
 from shmepoch.ids import SessionId
 from shmepoch.memory.files import require_shm
 from shmepoch.memory.segment import resolve_namespace
@@ -138,10 +143,12 @@ def run(
                 raise NothingToResume
             if transcript is not None:
                 undo.enter_context(_folder(transcript))
+            require_shm()
+        except SharedMemoryUnusable as error:
+            _fail(NOT_CARRIED_OUT, error)
         except (ShmepochError, OSError) as error:
             _fail(USAGE_ERROR, error)
         try:
-            require_shm()
             starting.raise_on_interrupt()
             status = execute(commands, options)
         except BrokenPipeError:
