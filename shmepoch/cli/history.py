@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shmepoch.cli.run.plan import RUNS
-from shmepoch.cli.streams import print_json, visible
+from shmepoch.cli.streams import complain, print_json, visible
 from shmepoch.epoch.operations import (
     Aborted,
     Cancelled,
@@ -48,8 +50,11 @@ class SessionUnknown(ShmepochError, LookupError):
 
 
 def list_sessions(store: Path, *, json: bool) -> None:
-    """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable."""
-    with _open(store) as opened:
+    """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable.
+
+    What is damaged is left out; standard error has what that is, and how much.
+    """
+    with _reading(store) as opened:
         for session_id in opened.sessions():
             if session_id != RUNS:
                 if json:
@@ -69,9 +74,10 @@ def show(
 ) -> None:
     """Print the completions of every epoch of a session that match.
 
-    Raises `SessionUnknown`, and `StoreError` if the store is not readable.
+    What is damaged is left out; standard error has what that is, and how much. Raises
+    `SessionUnknown`, and `StoreError` if the store is not readable.
     """
-    with _open(store) as opened:
+    with _reading(store) as opened:
         if session_id not in opened.sessions():
             raise SessionUnknown(session_id, store)
         entries = opened.history(
@@ -87,16 +93,22 @@ def show(
             _print_tables(entries)
 
 
-def _open(store: Path) -> SqliteRuntimeStore:
+@contextmanager
+def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
+    """Open a store without a right to write to it; then say how much of it is damaged."""
     try:
-        size = store.stat().st_size
+        size = path.stat().st_size
     except FileNotFoundError:
-        raise StoreUnusable(store, "there is no such file") from None
+        raise StoreUnusable(path, "there is no such file") from None
     except OSError as error:
-        raise StoreUnusable(store, str(error)) from error
+        raise StoreUnusable(path, str(error)) from error
     if size == 0:
-        raise StoreUnusable(store, "it is empty, and no store")
-    return SqliteRuntimeStore(store)
+        raise StoreUnusable(path, "it is empty, and no store")
+    logging.getLogger("shmepoch.stores").setLevel(logging.WARNING)  # it names each damaged row
+    with SqliteRuntimeStore(path, read_only=True) as opened:
+        yield opened
+        if opened.damaged:
+            complain(f"{path}: damaged rows that are not shown: {opened.damaged}")
 
 
 def _print_tables(entries: Iterable[HistoryEntry]) -> None:

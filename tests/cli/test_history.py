@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -218,3 +221,46 @@ def test_ctrl_c_while_it_prints(tmp_path: Path, session_id: SessionId) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
+
+
+def test_it_needs_no_right_to_write(path: Path, session_id: SessionId) -> None:
+    """A backup, a read-only mount, a store of another user's."""
+    folder = path.parent / "backup"
+    folder.mkdir()
+    copy = Path(shutil.copy(path, folder))
+    copy.chmod(0o444)
+    folder.chmod(0o555)
+    # Root may write everywhere; without its capabilities it is a user like any other.
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    for arguments in ((), (str(session_id),), (str(session_id), "--json")):
+        shown = subprocess.run(
+            [*powerless, *COMMAND, "history", "--store", str(copy), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert ("completed" if arguments else str(session_id)) in shown.stdout
+    assert list(folder.iterdir()) == [copy]
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_what_is_damaged_is_left_out_counted_and_named(
+    path: Path, session_id: SessionId, json: bool
+) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "UPDATE entries SET entry = CAST(? AS TEXT) WHERE rowid = 2", (b'{"seq":\xff\x1b[2J}',)
+        )
+    connection.close()
+    shown = history(session_id, "--store", path, *(["--json"] if json else []))
+    assert shown.returncode == 0
+    assert "work 1" in shown.stdout
+    assert "[work]" in shown.stdout
+    assert "work 2" not in shown.stdout
+    row, count = shown.stderr.splitlines()
+    assert row.startswith(f"shmepoch: {path}: completion 2 of epoch ")
+    assert "\x1b" not in row
+    assert count == f"shmepoch: {path}: damaged rows that are not shown: 1"
