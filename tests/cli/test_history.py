@@ -169,11 +169,10 @@ def test_the_ends_of_the_calendar(
 
 def test_a_time_in_no_calendar_is_shown(tmp_path: Path, session_id: SessionId) -> None:
     with SqliteRuntimeStore(tmp_path / "store") as store:
-        save(store, session_id, [completion(1, at_ms=2**62), completion(2, at_ms=-(2**62))])
+        save(store, session_id, [completion(1, at_ms=2**62)])
     shown = history(session_id, "--store", tmp_path / "store")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert f"{2**62} ms" in shown.stdout
-    assert f"{-(2**62)} ms" in shown.stdout
 
 
 def test_what_cannot_be_shown_is_refused(path: Path, tmp_path: Path) -> None:
