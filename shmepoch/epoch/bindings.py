@@ -125,9 +125,13 @@ class SessionRuntimeBindings:
 
     def __init__(self, segment: Segment) -> None:
         vars(self).update(
-            session_id=segment.session_id, epoch_id=segment.epoch_id, history=None, _closed=False
+            session_id=segment.session_id,
+            epoch_id=segment.epoch_id,
+            history=None,
+            ops_lifecycle=RuntimeOpsLifecycleRegistry(segment),
+            _segment=segment,
+            _closed=False,
         )
-        vars(self).update(_segment=segment, ops_lifecycle=RuntimeOpsLifecycleRegistry(segment))
 
     @classmethod
     def _of_handle(cls, handle: EpochHandle) -> SessionRuntimeBindings:
