@@ -279,6 +279,35 @@ map_again(const Memory *self, int fd)
 }
 
 static PyObject *
+memory_reopen(PyObject *object, PyObject *fd_object)
+{
+    int fd;
+    if (!parse_descriptor(fd_object, &fd) || !map_again((const Memory *)object, fd)) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* detach(): a copy takes the memory's place, which no other process sees. */
+static PyObject *
+memory_detach(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const Memory *self = (const Memory *)object;
+    const size_t size = (size_t)self->size;
+    void *copy = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (copy == MAP_FAILED) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    memcpy(copy, self->base, size);
+    if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, self->base) == MAP_FAILED) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        munmap(copy, size);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 memory_private(PyObject *type, PyObject *size_object)
 {
     Py_ssize_t size = PyLong_AsSsize_t(size_object);
@@ -1102,6 +1131,8 @@ static PyObject *memory_transitions(PyObject *object, PyObject *args, PyObject *
 static PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 static PyMethodDef memory_methods[] = {
     {"private", (PyCFunction)memory_private, METH_O | METH_CLASS, NULL},
+    {"detach", (PyCFunction)memory_detach, METH_NOARGS, NULL},
+    {"reopen", (PyCFunction)memory_reopen, METH_O, NULL},
     {"load", (PyCFunction)memory_load, METH_O, NULL},
     {"store", (PyCFunction)(void (*)(void))memory_store, METH_FASTCALL, NULL},
     {"exchange", (PyCFunction)(void (*)(void))memory_exchange, METH_FASTCALL, NULL},
@@ -3114,18 +3145,25 @@ writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UN
     Py_RETURN_NONE;
 }
 
-/* In a forked child, where no other thread of the parent is: free, whoever held it. */
+/* after_fork() -> whether the thread that forked was inside
+ *
+ * In a forked child, where no other thread of the parent is: free, whoever held it. But for private
+ * memory, of which the child has a copy, the thread that forked is inside still. */
 static PyObject *
 writer_after_fork(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     WriterLock *self = (WriterLock *)object;
+    const bool inside = writer_is_mine(self);
+    if (inside && !writer_is_shared(self)) {
+        Py_RETURN_TRUE;
+    }
     PyThread_type_lock threads = PyThread_allocate_lock();
     if (threads == NULL) {
         return PyErr_NoMemory();
     }
     self->threads = threads; /* the old one may be held, and is not to be freed then */
     atomic_store_explicit(&self->owner, 0, memory_order_relaxed);
-    Py_RETURN_NONE;
+    return bool_object(inside);
 }
 
 /* Has `on_left` called by the last thread out, which is this one if the others have left meanwhile. */
@@ -3185,7 +3223,7 @@ static PyMethodDef writer_methods[] = {
     {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
     {"after_fork", (PyCFunction)writer_after_fork, METH_NOARGS,
-     "In a forked child: free, whoever held it."},
+     "In a forked child: free, unless this thread holds private memory's; whether it held it."},
     {"try_enter", (PyCFunction)writer_try_enter, METH_NOARGS,
      "Enter if that waits for nothing; whether it did."},
     {"retire", (PyCFunction)(void (*)(void))writer_retire, METH_FASTCALL,

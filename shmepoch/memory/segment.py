@@ -131,8 +131,9 @@ class Lock(Protocol):
         """Refuse every entry from now on; whether no thread of this process is inside any more."""
         ...
 
-    def after_fork(self) -> None:
-        """In a forked child: be free, since the thread that held it may not exist here."""
+    def after_fork(self) -> bool:
+        """In a forked child: be free, since the thread that held it may not exist here. Whether
+        this thread held it, which then goes on in a private copy."""
         ...
 
 
@@ -260,6 +261,7 @@ class SharedSegment(Segment):
 
     role: Role = Role.WORKER
     _owns: bool = False
+    _detached: bool = False
 
     def __init__(
         self,
@@ -498,12 +500,16 @@ class SharedSegment(Segment):
         What the memory holds stays readable, and cursors stay usable.
         """
         self._attaching = threading.RLock()
-        self.writer.after_fork()
         lose_claims(self)
         self.participant = 0
         self._owns = False
         if self.role is Role.RUNTIME:
             self.role = Role.WORKER
+        if self.writer.after_fork():
+            # A signal handler has forked in the middle of a transition. What the child goes on
+            # with there is its parent's, and must not be done twice.
+            self._detached = True
+            self.memory.detach()
 
     def ensure_attached(self) -> None:
         """Attach again if this was inherited by a fork and not used since.
@@ -527,6 +533,9 @@ class SharedSegment(Segment):
             if self.sealed:
                 raise EpochSealed(self.epoch_id)
             raise EpochGone(self.session_id, self.epoch_id, self.name)
+        if self._detached:
+            self.memory.reopen(opened)
+            self._detached = False
         participants = self._participants_of(opened)
         participant = self._take_slot(participants, self.role)
         # A signal handler may have attached meanwhile; from the look on, none comes between. This
@@ -550,6 +559,9 @@ class ObservedSegment(SharedSegment):
 
     def _make_writer(self) -> Lock:
         return _NoLock(self.epoch_id)
+
+    def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
+        raise ObserverReadOnly(self.epoch_id)
 
     def cell(self, offset: int) -> ObservedCell:
         return ObservedCell(self.memory, offset, self.epoch_id)
@@ -615,8 +627,8 @@ class _NoLock:
         self._refusal = on_closed
         return True
 
-    def after_fork(self) -> None:
-        pass
+    def after_fork(self) -> bool:
+        return False
 
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:
@@ -715,7 +727,10 @@ def _after_fork_in_child() -> None:
     for reference in list(_every_segment):
         segment = reference()
         if segment is not None:
-            segment._after_fork()
+            try:
+                segment._after_fork()
+            except OSError as error:
+                _log.warning("%s: not detached from its parent's: %s", segment.name, error)
 
 
 on_fork(Part.ATTACHMENTS, after_in_child=_after_fork_in_child)

@@ -202,16 +202,13 @@ def test_a_child_waits_for_nothing_and_holds_nothing_of_its_parent(
                 adapter.unregister_session(session_id)
         finally:
             os.kill(child, signal.SIGKILL)
-    eventually(lambda: not holds(child))
-    bells.remove_unused_bells(adapter._namespace)  # of the child, which was killed
+    eventually(lambda: no_bells_in(adapter._namespace))  # of the child, which was killed
 
 
-def holds(pid: int) -> bool:
-    """Whether a process that was killed has anything open still."""
-    try:
-        return bool(os.listdir(f"/proc/{pid}/fd"))
-    except FileNotFoundError:
-        return False
+def no_bells_in(namespace: str) -> bool:
+    """Whether the page of those that were killed is gone."""
+    bells.remove_unused_bells(namespace)
+    return not bells.bells_path(namespace).exists()
 
 
 # --- barriers -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from shmepoch import (
     BindingsClosed,
     EpochSealed,
     OperationId,
+    OpsLifecycleConfig,
     RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SessionId,
@@ -28,6 +29,7 @@ from shmepoch.memory.segment import SharedSegment
 from tests.processes.interrupting import Interrupt, interrupts
 from tests.support import names_in, result, spec
 
+SMALL: Final = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=16 * 1024)
 #: The lock bytes that say something of others.
 LOCKS: Final = (at.WRITER_BYTE, at.RUNTIME_BYTE)
 
@@ -285,6 +287,86 @@ def test_a_handler_forks_in_the_middle_of_a_transition(
         registry.check()
         registry.terminate_owner("done")
         registry.collect_completed()
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_child_goes_on_with_its_parents_transition(
+    bindings: SessionRuntimeBindings, name: str
+) -> None:
+    """It returns from the handler that forked it, when its parent is far beyond."""
+    registry, parent = bindings.ops_lifecycle, os.getpid()
+    lock = bindings.shared_segment().writer
+    reader, writer = os.pipe()
+    children: list[int] = []
+    inside: list[bool] = []
+
+    def fork() -> None:
+        inside.append(not lock.try_enter())
+        if not inside[-1]:
+            lock.__exit__(None, None, None)
+        children.append(os.fork())
+        if os.getpid() != parent:
+            signal.alarm(60)
+            os.read(reader, 1)
+
+    for interrupt in interrupts(fork):
+        id, later = OperationId.new(), OperationId.new()
+        registry.register_operation(spec(id=id))
+        registry.provisioning_succeeded(id)
+        try:
+            interrupt.during(lambda: TRANSITIONS[name](bindings, id))  # noqa: B023
+        finally:
+            if os.getpid() != parent:  # whatever became of it there
+                os._exit(0)
+        registry.register_operation(spec("later", id=later))
+        registry.provisioning_succeeded(later)
+        registry.complete_operation(later, result(later))
+        seen = state(registry)
+        for pid in children:
+            os.write(writer, b".")
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        children.clear()
+        # One that was forked before the transition may make it as itself.
+        assert inside[-1:] != [True] or state(registry) == seen
+        registry.check()
+        registry.terminate_owner("done")
+        registry.collect_completed()
+    assert True in inside
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_child_goes_on_with_a_transition_of_private_memory(name: str) -> None:
+    """It has a copy, in which the transition is its own."""
+    parent = os.getpid()
+
+    def fork() -> None:
+        pid = os.fork()
+        if pid:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    for interrupt in interrupts(fork):
+        bindings = SessionRuntimeBindings.standalone(SessionId.new(), SMALL)
+        id = OperationId.new()
+        bindings.ops_lifecycle.register_operation(spec(id=id))
+        bindings.ops_lifecycle.provisioning_succeeded(id)
+        try:
+            interrupt.during(lambda: TRANSITIONS[name](bindings, id))  # noqa: B023
+            bindings.ops_lifecycle.register_operation(spec())
+            bindings.ops_lifecycle.check()
+        except BaseException:
+            if os.getpid() != parent:
+                os._exit(1)
+            raise
+        if os.getpid() != parent:
+            os._exit(0)
+
+
+def state(registry: RuntimeOpsLifecycleRegistry) -> tuple[object, ...]:
+    """What an epoch holds but for its participants."""
+    feed = registry.completion_feed()
+    return registry.list_operations(), feed.list_since(0).entries, registry._table.words()
 
 
 def test_preparing_and_resetting(namespace: str) -> None:

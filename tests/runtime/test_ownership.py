@@ -87,8 +87,8 @@ class Interleaved:
     ) -> bool:
         return self._writer.retire(on_closed, timeout_ns, on_left)
 
-    def after_fork(self) -> None:
-        self._writer.after_fork()
+    def after_fork(self) -> bool:
+        return self._writer.after_fork()
 
 
 def test_nothing_is_registered_between_the_end_of_everything_and_of_the_epoch(
