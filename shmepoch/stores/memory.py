@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
@@ -110,7 +111,7 @@ class InMemoryRuntimeStore:
             if epoch.session_id == session_id and not epoch.sealed:
                 entries = epoch.between(0, LAST_SEQ)
                 if max_entries is not None:
-                    entries = entries[max(0, len(entries) - max_entries) :]
+                    entries = entries[max(0, len(entries) - operator.index(max_entries)) :]
                 return assemble(
                     epoch_id,
                     epoch.cursors,

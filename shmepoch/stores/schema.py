@@ -6,6 +6,7 @@ alike; the view `history` shows sequences as they are.
 
 from __future__ import annotations
 
+import operator
 import sqlite3
 from typing import Final
 
@@ -17,7 +18,7 @@ _BIAS: Final = 2**63
 
 def to_sql(position: int) -> int:
     """A u64 position as it is kept."""
-    return position - _BIAS
+    return operator.index(position) - _BIAS
 
 
 def from_sql(kept: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -423,7 +424,7 @@ def _history_query(
     for condition, bound in (("completed_at_ms >= ?", from_ms), ("completed_at_ms < ?", until_ms)):
         if bound is not None:
             conditions.append(condition)
-            filters.append(bound)
+            filters.append(operator.index(bound))
     where = " AND ".join(conditions)
     return (
         f"SELECT seq, CAST(entry AS BLOB) FROM entries WHERE {where} ORDER BY seq LIMIT ?",
@@ -463,4 +464,4 @@ def _decode_skipped(rows: Iterable[tuple[int, int]]) -> list[SkippedRange]:
 
 
 def _limit(count: int | None) -> int:
-    return -1 if count is None else count
+    return -1 if count is None else operator.index(count)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 
 from shmepoch.epoch.cursors import EpochCursorSnapshot
@@ -527,6 +528,24 @@ def test_threads_save_and_read_side_by_side(store: RuntimeStore) -> None:
         thread.join()
     assert failures == []
     assert [store.last_seq(epoch.id) for epoch in epochs] == [40] * 4
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [numpy.int64, numpy.uint64, numpy.uint8])
+def test_numpys_integers_are_positions_limits_and_times(
+    store: RuntimeStore, number: Callable[[int], Any]
+) -> None:
+    epoch = Epoch()
+    store.save([epoch.capture([completion(seq, at_ms=seq) for seq in range(1, 6)])])
+    found = store.list_entries(epoch.id, number(1), number(4), number(2))
+    assert [entry.seq for entry in found] == [2, 3]
+    snapshot = store.load(epoch.session_id, max_entries=number(2))
+    assert snapshot is not None
+    assert [entry.seq for entry in snapshot.entries] == [4, 5]
+    items = store.history(epoch.session_id, from_ms=number(2), until_ms=number(4))
+    assert [item.entry.seq for item in items] == [2, 3]
 
 
 # --- entered again --------------------------------------------------------------------------------
