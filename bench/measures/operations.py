@@ -26,7 +26,7 @@ from shmepoch import (
 )
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.feed import encode_entry
-from shmepoch.epoch.table import encode_checked, encode_spec
+from shmepoch.epoch.slots import encode_checked, encode_spec
 
 _outcome_decoder: Final = wire_decoder(Completed)
 #: A batch of the largest is in the feed at once.

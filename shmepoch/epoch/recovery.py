@@ -13,7 +13,8 @@ from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec, OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.epoch.table import Detail, OperationTable, encode_spec
+from shmepoch.epoch.slots import Detail, encode_spec
+from shmepoch.epoch.table import OperationTable
 from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
 from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory import layout as at

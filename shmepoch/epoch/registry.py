@@ -44,16 +44,16 @@ from shmepoch.epoch.recovery import (
     room_for,
     unfinished_operations,
 )
-from shmepoch.epoch.table import (
+from shmepoch.epoch.slots import (
     Detail,
     EncodedSpec,
-    OperationTable,
     OperationView,
     Slot,
     encode_checked,
     encode_peer_handle,
     encode_spec,
 )
+from shmepoch.epoch.table import OperationTable
 from shmepoch.epoch.transitions import CommonTransitions
 from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll, Watching
 from shmepoch.epoch.words import Words

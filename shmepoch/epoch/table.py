@@ -2,218 +2,37 @@
 
 from __future__ import annotations
 
-import re
-import struct
 import sys
 from collections.abc import Iterator
-from functools import reduce
-from typing import Any, Final, Self, TypeVar
+from typing import TypeVar
 
 import msgspec
-from msgspec.structs import fields, replace
+from msgspec.structs import replace
 
-from shmepoch.arguments import described, named
-from shmepoch.epoch.codec import cut, to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
-from shmepoch.epoch.operations import (
-    LAST_COUNT,
-    Count,
-    OperationLifecycleSnapshot,
-    OperationPeerHandle,
-    OperationProgressUpdate,
-    OperationSpec,
-    OperationStatus,
+from shmepoch.epoch.operations import OperationSpec, OperationStatus
+from shmepoch.epoch.slots import (
+    FRESH,
+    HEADER,
+    LAST_VERSION,
+    STATUSES,
+    Detail,
+    EncodedSpec,
+    OperationView,
+    Slot,
+    detail_decoder,
+    encode_detail,
+    spec_decoder,
 )
-from shmepoch.epoch.words import LAST_WATERMARK, Words
-from shmepoch.errors import PayloadTooLarge, RecordInvalid, SegmentCorrupted
-from shmepoch.ids import OperationId, SessionId
+from shmepoch.epoch.words import Words
+from shmepoch.errors import SegmentCorrupted
+from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
 from shmepoch.memory.participants import slot_of
 from shmepoch.memory.segment import Segment
 
 T = TypeVar("T")
-
-_HEADER: Final = struct.Struct("=QQQ16sQQQQQQQ")
-#: What a slot's word has the numbers of: the statuses of operations that have not ended.
-STATUSES: Final = (
-    OperationStatus.ABSENT,
-    OperationStatus.PROVISIONING,
-    OperationStatus.RUNNING,
-    OperationStatus.RETIRING,
-)
-
-
-_LAST_VERSION: Final = 2**48 - 1
-#: The bits of a slot's word that are always zero: neither version, nor buffer, nor status.
-_SPARE_BITS: Final = 0xFEFC
-
-
-class Detail(msgspec.Struct, frozen=True, array_like=True):
-    """What changes of an operation while it lives, as its slot holds it."""
-
-    started_at_ms: Count | None = None
-    progress_count: Count = 0
-    last_progress: OperationProgressUpdate | None = None
-    peer_handle: OperationPeerHandle | None = None
-
-    @classmethod
-    def of(cls, operation: OperationLifecycleSnapshot) -> Self:
-        """The detail of an operation that a store kept."""
-        return cls(
-            started_at_ms=operation.started_at_ms,
-            progress_count=operation.progress_count,
-            last_progress=operation.last_progress,
-            peer_handle=operation.peer_handle,
-        )
-
-
-_FRESH: Final = Detail()
-_spec_decoder = wire_decoder(OperationSpec)
-_detail_decoder = wire_decoder(Detail)
-_peer_decoder = wire_decoder(OperationPeerHandle)
-
-
-class Slot(msgspec.Struct, frozen=True, gc=False):
-    """The fixed part of one slot, as it was read."""
-
-    number: int
-    word: int
-    birth: int
-    terminal_seq: int
-    id: bytes
-    participant: int
-    created_at_ms: int
-    created_mono_ns: int
-    elapsed_ms: int
-    spec_length: int
-    detail_length_0: int
-    detail_length_1: int
-
-    def as_of(self, words: Words) -> Slot:
-        """The slot without a birth or an end that was not committed by then."""
-        if self.birth > words.registrations:
-            return replace(self, birth=0)
-        if self.terminal_seq > words.watermark:
-            return replace(self, terminal_seq=0)
-        return self
-
-    @property
-    def is_emptied(self) -> bool:
-        """Whether the spec and the detail are there no more."""
-        return not self.word & 3
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the slot holds the outcome of an operation that the feed has dropped."""
-        return self.is_emptied and self.buffer == 1
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether the slot passes to something else; it is then of no moment."""
-        return self.is_emptied and self.buffer == 0
-
-    @property
-    def status(self) -> OperationStatus:
-        """The status while the operation has not ended."""
-        return STATUSES[self.word & 3]
-
-    @property
-    def buffer(self) -> int:
-        """Which of the two detail buffers is current."""
-        return self.word >> 8 & 1
-
-    @property
-    def detail_length(self) -> int:
-        """The length of the current detail; 0 stands for a fresh one."""
-        return self.detail_length_1 if self.buffer else self.detail_length_0
-
-
-class OperationView(msgspec.Struct, frozen=True):
-    """One operation as a reader found it, whole."""
-
-    slot: Slot
-    spec: OperationSpec
-    detail: Detail
-
-
-class EncodedSpec(msgspec.Struct, frozen=True, gc=False):
-    """A spec as its slot holds it, and as it will be read from there."""
-
-    data: bytes
-    spec: OperationSpec
-
-
-def encode_spec(spec: OperationSpec, session_id: SessionId) -> EncodedSpec:
-    """A spec for its slot, of an operation that is this session's unless it says otherwise.
-
-    Raises `RecordInvalid` or `PayloadTooLarge` if it cannot be held.
-    """
-    if not isinstance(spec, OperationSpec):
-        raise RecordInvalid("OperationSpec", f"it is {described(spec)}")
-    if spec.owner_session_id is None:
-        spec = replace(spec, owner_session_id=session_id)
-    data, found = encode_checked(spec, _spec_decoder)
-    if len(data) > at.SPEC_LIMIT:
-        raise PayloadTooLarge(
-            len(data),
-            at.SPEC_LIMIT,
-            what=f"the spec of operation {spec.id} (display_name and source_label above all)",
-        )
-    return EncodedSpec(data, found)
-
-
-def encode_peer_handle(handle: OperationPeerHandle) -> None:
-    """Refuse a handle that cannot be held: `RecordInvalid`, `PayloadTooLarge`."""
-    data, _ = encode_checked(handle, _peer_decoder)
-    if len(data) > at.PEER_HANDLE_LIMIT:
-        raise PayloadTooLarge(len(data), at.PEER_HANDLE_LIMIT, what="the peer handle")
-
-
-def encode_detail(detail: Detail) -> bytes:
-    """A detail for its slot. What a peer handle leaves is the last progress message's, which is cut
-    to that."""
-    data = to_wire(detail)
-    excess, progress = len(data) - at.DETAIL_LIMIT, detail.last_progress
-    if excess > 0 and progress is not None:
-        message = cut(progress.message, len(progress.message.encode()) - excess)
-        data = to_wire(replace(detail, last_progress=replace(progress, message=message)))
-    if len(data) > at.DETAIL_LIMIT:
-        raise PayloadTooLarge(len(data), at.DETAIL_LIMIT, what="the peer handle")
-    return data
-
-
-def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) -> tuple[bytes, T]:
-    """A record for shared memory, refused unless a reader will find in it what went in; and what
-    that reader will find."""
-    try:
-        data = to_wire(record)
-        found = decoder.decode(data)
-    except (msgspec.MsgspecError, NotImplementedError, OverflowError, ValueError) as error:
-        raise _invalid(record, decoder.type, str(error)) from error
-    if found != record:  # such as the text of an identifier in the place of one
-        raise _invalid(record, decoder.type, f"{record!r} would be read as {found!r}")
-    return data, found
-
-
-def _invalid(record: msgspec.Struct, kind: Any, reason: str) -> RecordInvalid:
-    """Why `record` cannot be held, in the terms of who made it and not of its encoding."""
-    if not isinstance(record, kind):
-        return RecordInvalid(named(kind), f"it is {described(record)}")
-    found = _WRONG_TYPE.fullmatch(reason)
-    if found is not None:
-        *way, name = found["path"].split(".")
-        holder = reduce(getattr, way, record)
-        [wanted] = [field.type for field in fields(holder) if field.name == name]
-        reason = f"{found['path']} is {described(getattr(holder, name))}, not {named(wanted)}"
-    return RecordInvalid(type(record).__name__, reason)
-
-
-#: What a decoder says of a field of another type than the record's.
-_WRONG_TYPE: Final = re.compile(
-    r"(?:Expected `[^`]*`, got `[^`]*`|\w+ takes bytes, not: .*) - at `\$\.(?P<path>[\w.]+)`",
-    re.DOTALL,
-)
 
 
 class OperationTable:
@@ -270,40 +89,13 @@ class OperationTable:
 
     def _raw(self, index: int) -> Slot:
         """A slot's words, each within its bounds, though they may be of different moments."""
-        raw = self._memory.read(self._layout.slot(index), _HEADER.size)
-        slot = Slot(index, *_HEADER.unpack(raw))
-        if (
-            slot.word & _SPARE_BITS
-            or slot.terminal_seq > LAST_WATERMARK
-            # All of its bits are set, so none is above it if their union is not.
-            or slot.birth | slot.created_at_ms | slot.created_mono_ns | slot.elapsed_ms > LAST_COUNT
-            or slot.spec_length > at.SPEC_LIMIT
-            or slot.detail_length_0 > at.DETAIL_LIMIT
-            or slot.detail_length_1 > at.DETAIL_LIMIT
-            or slot_of(slot.participant) >= self._layout.max_participants
-        ):
-            raise self._out_of_bounds(slot)
+        raw = self._memory.read(self._layout.slot(index), HEADER.size)
+        slot = Slot(index, *HEADER.unpack(raw))
+        wrong = slot.out_of_bounds(self._layout.max_participants)
+        if wrong is not None:
+            field, most, actual = wrong
+            raise self._corrupted(f"slot[{index}].{field}", f"at most {most}", actual)
         return slot
-
-    def _out_of_bounds(self, slot: Slot) -> SegmentCorrupted:
-        participants = self._layout.max_participants
-        field, most, actual = next(
-            bound
-            for bound in (
-                ("word's spare bits", 0, slot.word & _SPARE_BITS),
-                ("birth", LAST_COUNT, slot.birth),
-                ("terminal_seq", LAST_WATERMARK, slot.terminal_seq),
-                ("participant's slot", participants - 1, slot_of(slot.participant)),
-                ("created_at_ms", LAST_COUNT, slot.created_at_ms),
-                ("created_mono_ns", LAST_COUNT, slot.created_mono_ns),
-                ("elapsed_ms", LAST_COUNT, slot.elapsed_ms),
-                ("spec_length", at.SPEC_LIMIT, slot.spec_length),
-                ("detail_length[0]", at.DETAIL_LIMIT, slot.detail_length_0),
-                ("detail_length[1]", at.DETAIL_LIMIT, slot.detail_length_1),
-            )
-            if bound[2] > bound[1]
-        )
-        return self._corrupted(f"slot[{slot.number}].{field}", f"at most {most}", actual)
 
     def whole(self, index: int) -> Slot:
         """The fixed part of a slot, of one moment unless it `is_passing`."""
@@ -400,14 +192,14 @@ class OperationTable:
 
     def _decode(self, slot: Slot, spec: OperationSpec | bytes, detail: bytes) -> OperationView:
         if isinstance(spec, bytes):
-            spec = self.remember(slot.birth, self._decoded(slot.number, _spec_decoder, spec))
+            spec = self.remember(slot.birth, self._decoded(slot.number, spec_decoder, spec))
         if spec.id.bytes != slot.id:
             raise self._corrupted(f"slot[{slot.number}].id", spec.id.bytes.hex(), slot.id.hex())
         return OperationView(slot, spec, self.detail(slot.number, detail))
 
     def detail(self, number: int, data: bytes) -> Detail:
         """The detail that was read from a slot."""
-        return self._decoded(number, _detail_decoder, data) if data else _FRESH
+        return self._decoded(number, detail_decoder, data) if data else FRESH
 
     def _decoded(self, number: int, decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
         try:
@@ -486,7 +278,7 @@ class OperationTable:
         key = spec.spec.id.bytes
         word = self._next_word(memory.load(offset), OperationStatus.ABSENT, 0)
         memory.store(offset, word)  # readers of what was here before see that it is going
-        header = _HEADER.pack(
+        header = HEADER.pack(
             word,
             birth,
             0,
@@ -499,7 +291,7 @@ class OperationTable:
             0,
             0,
         )
-        lanes = bytes(at.SLOT_SPEC - _HEADER.size)
+        lanes = bytes(at.SLOT_SPEC - HEADER.size)
         memory.write(offset + at.SLOT_BIRTH, header[at.SLOT_BIRTH :] + lanes + spec.data)
         memory.store(self._layout.fingerprint(index), spec.spec.id.fingerprint)
         memory.store(offset, self._next_word(word, OperationStatus.PROVISIONING, 0))
@@ -636,7 +428,7 @@ class OperationTable:
 
     @staticmethod
     def _next_word(word: int, status: OperationStatus, buffer: int) -> int:
-        version = (word >> 16) + 1 & _LAST_VERSION
+        version = (word >> 16) + 1 & LAST_VERSION
         return version << 16 | buffer << 8 | STATUSES.index(status)
 
     # --- audit --------------------------------------------------------------------------------

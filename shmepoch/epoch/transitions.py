@@ -12,12 +12,8 @@ from shmepoch.epoch.codec import to_wire
 from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.epoch.feed import encode_entry
 from shmepoch.epoch.operations import TRANSITIONS, Action, OperationStatus
-from shmepoch.epoch.table import (
-    STATUSES,
-    Detail,
-    EncodedSpec,
-    OperationTable,
-)
+from shmepoch.epoch.slots import STATUSES, Detail, EncodedSpec
+from shmepoch.epoch.table import OperationTable
 from shmepoch.ids import OperationId
 from shmepoch.memory import layout as at
 from shmepoch.memory.clock import wall_ms

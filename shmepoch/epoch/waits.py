@@ -16,7 +16,7 @@ from shmepoch.timeouts import deadline_after
 
 if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-    from shmepoch.epoch.table import Slot
+    from shmepoch.epoch.slots import Slot
 
 #: An operation that is watched, and the participant that does.
 Watching: TypeAlias = "tuple[Slot, int]"
