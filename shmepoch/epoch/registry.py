@@ -351,11 +351,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """
 
         def forget_watchers() -> None:
-            words = self._table.words()
-            self._memory.store(at.INTENT_AT, 1)
             for participant in dead:
-                self._table.forget_watchers(participant, words)
-            self._memory.store(at.INTENT_AT, 0)
+                self._table.forget_watchers(participant)
 
         return self._terminate(ended, reason, then=forget_watchers, waits=False)
 

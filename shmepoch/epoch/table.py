@@ -338,11 +338,14 @@ class OperationTable:
         ended = slot.birth > 0 and 0 < slot.terminal_seq <= self.floor(words)
         return ended and not self.watchers(slot)
 
-    def forget_watchers(self, participant: int, words: Words) -> None:
-        """Drop the watchers that a dead participant had. With an intent."""
+    def forget_watchers(self, participant: int) -> None:
+        """Drop the watchers that a dead participant had."""
+        words = self.words()
+        self._memory.store(at.INTENT_AT, 1)
         for slot in self._used():
             if slot.birth:
                 self.unwatch(slot, participant, words, 0xFFFF)
+        self._memory.store(at.INTENT_AT, 0)
 
     def keep(self, after: CompletionSeq, through: CompletionSeq) -> None:
         """Keep what is still watched of entries that the feed is about to drop. With an intent."""
