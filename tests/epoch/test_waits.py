@@ -544,6 +544,39 @@ def running_or_ended(registry: Registry) -> OperationId:
     return reach(registry, OperationStatus.FAILED)
 
 
+def test_a_barrier_does_not_wait_for_a_writer_longer_than_it_may(
+    epoch: Epoch, pool: ThreadPoolExecutor
+) -> None:
+    """One that was stopped in a transition; and an event loop goes on meanwhile."""
+    registry, id = epoch.registry, running(epoch.registry)
+    inside, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with epoch.segment.writer:
+            inside.set()
+            over.wait(DEADLINE_S)
+
+    async def goes_on() -> WaitAllResult:
+        wait = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert not wait.done()
+        over.set()
+        await asyncio.to_thread(registry.cancel_operation, id)
+        return await wait
+
+    held = pool.submit(hold)
+    assert inside.wait(DEADLINE_S)
+    try:
+        for timeout in (0, 0.01):
+            with pytest.raises(TimeoutError):
+                registry.wait_all(RunId.new(), [id], timeout)
+        assert [each for each, _ in run(goes_on()).outcomes] == [id]
+    finally:
+        over.set()
+    held.result(DEADLINE_S)
+
+
 def test_one_barrier_at_a_time(registry: Registry, pool: ThreadPoolExecutor) -> None:
     id = running(registry)
     wait = pool.submit(registry.wait_all, RunId.new(), [id], DEADLINE_S)
