@@ -515,6 +515,66 @@ def test_others_go_on_though_a_process_is_killed_in_the_middle(
     eventually(lambda: not listeners() and not bells_path(namespace).exists())
 
 
+def wait_in_the_child(
+    bindings: SessionRuntimeBindings, test: Channel, go_on: threading.Event
+) -> tuple[list[str], int]:
+    """What it inherited of pages of bells, and what a wait of its own gives."""
+    go_on.set()  # the patched step is this process's, too
+    inherited = [file for file in open_files() if ".bells" in file]
+    position = asyncio.run(_wait_here(bindings))
+    Bells.of(bindings.shared_segment().namespace).stop()
+    return inherited, position
+
+
+async def _wait_here(bindings: SessionRuntimeBindings) -> int:
+    waiting = asyncio.ensure_future(advanced(bindings))
+    await asyncio.sleep(0)
+    end(bindings, TOOL)
+    return int(await asyncio.wait_for(waiting, 30))
+
+
+def open_files() -> list[str]:
+    with os.scandir("/proc/self/fd") as entries:
+        return [os.readlink(entry.path) for entry in entries]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "unlink"])
+def test_a_child_that_is_forked_while_a_thread_joins_waits_for_itself(
+    bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
+) -> None:
+    do, reached, go_on = getattr(bells_module, step), threading.Event(), threading.Event()
+
+    def wait_there(*args: object) -> object:
+        def pause() -> None:
+            reached.set()
+            go_on.wait(60)
+
+        if not after:
+            pause()
+        try:
+            return do(*args)
+        finally:
+            if after:
+                pause()
+
+    monkeypatch.setattr(bells_module, step, wait_there)
+
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(advanced(bindings))
+        await asyncio.sleep(0)
+        assert reached.wait(60)
+        try:
+            with start(wait_in_the_child, bindings, go_on, method="fork") as child:
+                assert child.result() == ([], 1)
+        finally:
+            go_on.set()
+        assert await waiting == 1
+
+    run(wait())
+    eventually(lambda: not listeners())
+
+
 # --- without a thread, without descriptors, at the end ------------------------------------------
 
 
