@@ -10,7 +10,7 @@ from typing import TypeVar
 from shmepoch.epoch.operations import OperationKind, OperationResult, OperationSpec
 from shmepoch.ids import OperationId
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.segment import SharedSegment
+from shmepoch.memory.segment import Lock, SharedSegment
 
 T = TypeVar("T")
 
@@ -63,3 +63,12 @@ def spec(
 def result(id: OperationId, content: str = "done") -> OperationResult:
     """A result for an operation."""
     return OperationResult(id=id, content=content, duration_ms=1)
+
+
+def is_free(writer: Lock) -> bool:
+    """Whether the writer lock could be taken without waiting."""
+    try:
+        with writer.if_free(BlockingIOError):
+            return True
+    except BlockingIOError:
+        return False

@@ -69,7 +69,8 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     def from_token(cls, text: str) -> EpochHandle:
         """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
         if not isinstance(text, str):
-            require(str, text, "from_token", "text")
+            hint = "pass the text that to_token() gave"
+            require(str, text, "from_token", "text", hint=hint)
         token = text.strip()
         if not token.startswith(_PREFIX):
             raise TokenInvalid(_other_beginning(token))

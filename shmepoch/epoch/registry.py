@@ -72,6 +72,7 @@ from shmepoch.errors import (
     RecordInvalid,
     ShmepochError,
     StoreBehind,
+    WriterBusy,
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 from shmepoch.lazy import lazy
@@ -654,18 +655,18 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         transition, which an event loop must not. An observer watches without being counted."""
         if self._segment.read_only:
             return []
-        if not self._segment.writer.try_enter():
-            return None
+        watched = list[Watching]()
         try:
-            words, watched = self._begin(), []
-            for slot in slots:
-                now = self._table.slot(slot.number, words)
-                if now.birth == slot.birth and not now.terminal_seq:
-                    self._table.count_watcher(now, self._segment.participant, 1)
-                    watched.append((now, self._segment.participant))
-            return watched
-        finally:
-            self._segment.writer.__exit__(None, None, None)
+            with self._segment.writer_if_free():
+                words = self._begin()
+                for slot in slots:
+                    now = self._table.slot(slot.number, words)
+                    if now.birth == slot.birth and not now.terminal_seq:
+                        self._table.count_watcher(now, self._segment.participant, 1)
+                        watched.append((now, self._segment.participant))
+        except WriterBusy:
+            return None
+        return watched
 
     def unwatch(self, watched: Iterable[Watching]) -> None:
         """Watch these no longer. Never waits, and never fails: what cannot be done at once is done
@@ -674,18 +675,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             return
         mine = self._segment.participant  # a forked child inherits those of its parent
         self._unwatched.extend(watching for watching in watched if watching[1] == mine)
-        with contextlib.suppress(ShmepochError, OSError):
-            if self._unwatched and self._segment.writer.try_enter():
-                try:
-                    words = self._repair()
-                    self._memory.store(at.INTENT_AT, 1)
-                    while self._unwatched:
-                        slot, participant = self._unwatched.popleft()
-                        if participant == self._segment.participant:
-                            self._table.unwatch(slot, participant, words)
-                    self._memory.store(at.INTENT_AT, 0)
-                finally:
-                    self._segment.writer.__exit__(None, None, None)
+        if not self._unwatched:
+            return
+        with contextlib.suppress(ShmepochError, OSError), self._segment.writer_if_free():
+            words = self._repair()
+            self._memory.store(at.INTENT_AT, 1)
+            while self._unwatched:
+                slot, participant = self._unwatched.popleft()
+                if participant == self._segment.participant:
+                    self._table.unwatch(slot, participant, words)
+            self._memory.store(at.INTENT_AT, 0)
 
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None

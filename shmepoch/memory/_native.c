@@ -94,6 +94,7 @@ typedef struct {
     Descriptor *descriptors; /* the open ones; guarded by `descriptors_lock` */
     PyTypeObject *transitions_type;
     PyTypeObject *snapshots_type;
+    PyTypeObject *if_free_type;
 } ModuleState;
 
 /* --- arguments ------------------------------------------------------------------------------ */
@@ -3096,37 +3097,39 @@ writer_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-/* Enters if nothing has to be waited for, this thread's own transition included. */
-static PyObject *
-writer_try_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
+/* Enters if nothing has to be waited for, this thread's own transition included: 1, or 0 if something
+ * has, or -1 with an error. */
+static int
+writer_try_enter(WriterLock *self)
 {
-    WriterLock *self = (WriterLock *)object;
     if (writer_is_retired(self)) {
-        return writer_refuse(self);
+        writer_refuse(self);
+        return -1;
     }
     if (!writer_opens(self)) {
-        return NULL;
+        return -1;
     }
     if (writer_is_mine(self)
         || PyThread_acquire_lock_timed(self->threads, 0, 0) != PY_LOCK_ACQUIRED) {
-        Py_RETURN_FALSE;
+        return 0;
     }
     atomic_store_explicit(&self->owner, PyThread_get_thread_ident(), memory_order_relaxed);
     struct flock lock = byte_lock(F_WRLCK, self->at);
     if (!writer_is_shared(self) || fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0) {
         if (writer_has_name(self)) {
-            Py_RETURN_TRUE;
+            return 1;
         }
         writer_leave(self);
-        return NULL;
+        return -1;
     }
     const int error = errno;
     writer_drop_thread_lock(self);
     if (error == EAGAIN || error == EACCES) {
-        Py_RETURN_FALSE;
+        return 0;
     }
     errno = error;
-    return PyErr_SetFromErrno(PyExc_OSError);
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
 }
 
 static PyObject *
@@ -3219,13 +3222,14 @@ writer_retire(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return taken < 0 ? NULL : bool_object(false);
 }
 
+static PyObject *writer_if_free(PyObject *object, PyObject *on_busy);
 static PyMethodDef writer_methods[] = {
     {"__enter__", (PyCFunction)writer_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))writer_exit, METH_FASTCALL, NULL},
     {"after_fork", (PyCFunction)writer_after_fork, METH_NOARGS,
      "In a forked child: free, unless this thread holds private memory's; whether it held it."},
-    {"try_enter", (PyCFunction)writer_try_enter, METH_NOARGS,
-     "Enter if that waits for nothing; whether it did."},
+    {"if_free", (PyCFunction)writer_if_free, METH_O,
+     "if_free(on_busy, /): the lock as a context that is entered only if that waits for nothing."},
     {"retire", (PyCFunction)(void (*)(void))writer_retire, METH_FASTCALL,
      "retire(on_closed, timeout_ns=None, on_left=None, /): refuse every entry from now on, and wait "
      "until no thread is inside; whether that is so."},
@@ -3247,6 +3251,98 @@ static PyType_Spec writer_spec = {
     .basicsize = sizeof(WriterLock),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = writer_slots,
+};
+
+/* --- IfFree ----------------------------------------------------------------------------------
+ *
+ * A context of its own, and not a call that says whether the lock was taken: a signal handler that
+ * raised after such a call, and before the block, would leave the lock taken. */
+
+typedef struct {
+    PyObject_HEAD
+    WriterLock *writer;
+    PyObject *on_busy; /* makes the error of a lock that is held */
+} IfFree;
+
+static PyObject *
+writer_if_free(PyObject *object, PyObject *on_busy)
+{
+    if (!PyCallable_Check(on_busy)) {
+        PyErr_SetString(PyExc_TypeError, "on_busy is called to make the error");
+        return NULL;
+    }
+    ModuleState *state = PyType_GetModuleState(Py_TYPE(object));
+    allocfunc allocate = (allocfunc)PyType_GetSlot(state->if_free_type, Py_tp_alloc);
+    IfFree *self = (IfFree *)allocate(state->if_free_type, 0);
+    if (self != NULL) {
+        self->writer = (WriterLock *)Py_NewRef(object);
+        self->on_busy = Py_NewRef(on_busy);
+    }
+    return (PyObject *)self;
+}
+
+static PyObject *
+if_free_enter(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    IfFree *self = (IfFree *)object;
+    const int entered = writer_try_enter(self->writer);
+    if (entered > 0) {
+        Py_RETURN_NONE;
+    }
+    if (entered == 0) {
+        raise_closed(self->on_busy);
+    }
+    return NULL;
+}
+
+static PyObject *
+if_free_exit(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    return writer_exit((PyObject *)((IfFree *)object)->writer, args, nargs);
+}
+
+static int
+if_free_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    IfFree *self = (IfFree *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT((PyObject *)self->writer);
+    Py_VISIT(self->on_busy);
+    return 0;
+}
+
+static void
+if_free_dealloc(PyObject *object)
+{
+    IfFree *self = (IfFree *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    Py_XDECREF((PyObject *)self->writer);
+    Py_XDECREF(self->on_busy);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyMethodDef if_free_methods[] = {
+    {"__enter__", (PyCFunction)if_free_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))if_free_exit, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot if_free_slots[] = {
+    {Py_tp_dealloc, if_free_dealloc},
+    {Py_tp_traverse, if_free_traverse},
+    {Py_tp_methods, if_free_methods},
+    {0, NULL},
+};
+
+static PyType_Spec if_free_spec = {
+    .name = "shmepoch.memory._native.IfFree",
+    .basicsize = sizeof(IfFree),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE
+             | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = if_free_slots,
 };
 
 /* --- module ---------------------------------------------------------------------------------- */
@@ -3272,11 +3368,13 @@ module_exec(PyObject *module)
     }
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
-    /* Made by a memory's methods only, so the module does not name them. */
+    /* Made by methods of the others only, so the module does not name them. */
     state->transitions_type =
         (PyTypeObject *)PyType_FromModuleAndSpec(module, &transitions_spec, NULL);
     state->snapshots_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &snapshots_spec, NULL);
-    if (state->transitions_type == NULL || state->snapshots_type == NULL) {
+    state->if_free_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &if_free_spec, NULL);
+    if (state->transitions_type == NULL || state->snapshots_type == NULL
+        || state->if_free_type == NULL) {
         return -1;
     }
     PyType_Spec *others[] = {&cell_spec, &writer_spec};
@@ -3298,6 +3396,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->descriptor_type);
     Py_VISIT(state->transitions_type);
     Py_VISIT(state->snapshots_type);
+    Py_VISIT(state->if_free_type);
     return 0;
 }
 
@@ -3309,6 +3408,7 @@ module_clear(PyObject *module)
     Py_CLEAR(state->descriptor_type);
     Py_CLEAR(state->transitions_type);
     Py_CLEAR(state->snapshots_type);
+    Py_CLEAR(state->if_free_type);
     return 0;
 }
 

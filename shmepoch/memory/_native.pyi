@@ -5,6 +5,7 @@ IndexError; a value outside 0..2**64-1 raises OverflowError, another type TypeEr
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, SupportsIndex, TypeVar, final
@@ -187,8 +188,11 @@ class WriterLock:
     # In a forked child: free, whoever held it, unless it is private memory's and this thread's.
     # Whether this thread held it.
     def after_fork(self) -> bool: ...
-    # Enters if that waits for nothing, else False: inside this thread's own transition, too.
-    def try_enter(self) -> bool: ...
+    # The lock as a context whose entry waits for nothing, and raises what `on_busy` makes where it
+    # would have to: inside this thread's own transition, too.
+    def if_free(
+        self, on_busy: Callable[[], BaseException], /
+    ) -> AbstractContextManager[None, None]: ...
     # Entries are refused from now on, those that wait included; whether no thread of this process
     # is inside by then. After False, and where a signal handler raises, `on_left` is called by the
     # last thread out. Called inside this thread's own transition it waits for nothing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import logging
 import os
@@ -10,6 +9,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -117,8 +117,10 @@ class Lock(Protocol):
         /,
     ) -> None: ...
 
-    def try_enter(self) -> bool:
-        """Enter if that waits for nothing; whether it did, for the caller to exit."""
+    def if_free(
+        self, on_busy: Callable[[], BaseException], /
+    ) -> AbstractContextManager[None, None]:
+        """The lock as a context whose entry raises what `on_busy` makes, if it is held."""
         ...
 
     def retire(
@@ -233,15 +235,9 @@ class Segment:
         if self.memory.load(at.STATE_AT) == at.GONE:
             raise self.closed_error()
 
-    @contextlib.contextmanager
-    def writer_if_free(self) -> Iterator[None]:
-        """The writer lock, without waiting for it; `WriterBusy` if it is held."""
-        if not self.writer.try_enter():
-            raise WriterBusy(self.epoch_id)
-        try:
-            yield
-        finally:
-            self.writer.__exit__(None, None, None)
+    def writer_if_free(self) -> AbstractContextManager[None, None]:
+        """The writer lock, without waiting for it; entering raises `WriterBusy` if it is held."""
+        return self.writer.if_free(partial(WriterBusy, self.epoch_id))
 
     def _make_waiters(self, waits: AsyncWaits) -> Waiters:
         return Waiters(self.memory, self._closed_error_maker(), waits)
@@ -605,8 +601,10 @@ class _NoLock:
     def __enter__(self) -> None:
         raise self._refusal()
 
-    def try_enter(self) -> bool:
-        raise self._refusal()
+    def if_free(
+        self, on_busy: Callable[[], BaseException], /
+    ) -> AbstractContextManager[None, None]:
+        return self
 
     def __exit__(
         self,

@@ -466,7 +466,7 @@ class RuntimeSessionAdapter:
             if stored is not None and self._durability is not None:
                 self._durability.restore(segment, stored)
             segment.publish(replace=replacing is not None and replacing.named)
-            undo.callback(segment.unlink)
+            undo.callback(self._unpublish, segment)
             # From here on the name keeps others away; what they did before has to show.
             if stored is not None and not self._is_current(session, stored):
                 raise SegmentExists(segment.name)
@@ -474,6 +474,12 @@ class RuntimeSessionAdapter:
             self._adopt(session, bindings)
             undo.pop_all()
         return bindings
+
+    @staticmethod
+    def _unpublish(segment: SharedSegment) -> None:
+        # One that was left already is another attachment's to take over.
+        if segment.attached:
+            segment.unlink()
 
     def _is_current(self, session: _Session, stored: PersistedOpsSnapshot) -> bool:
         return self._durability is None or self._durability.is_current(session.id, stored)

@@ -39,7 +39,7 @@ from shmepoch.memory._native import (
 from shmepoch.memory.layout import Ring
 from tests.epoch.deadline import UNHURRIED
 from tests.epoch.stepping import Stepped, steps
-from tests.support import eventually
+from tests.support import eventually, is_free
 
 SIZE: Final = 4096
 TOP: Final = 2**64 - 1
@@ -877,7 +877,7 @@ def test_a_number_does_not_outlive_its_descriptor(path: Path) -> None:
             lambda: is_locked(one, 0),
             lambda: Memory(one, 1),
             lock.__enter__,
-            lock.try_enter,
+            lock.if_free(BlockingIOError).__enter__,
         ):
             with pytest.raises(ValueError, match="closed"):
                 use()
@@ -1227,11 +1227,9 @@ def test_retiring_within_a_time_leaves_the_rest_to_the_last_one_out(
             assert not pool.submit(lock.retire, Retired, 10_000_000, left.clear).result(60)
             assert not pool.submit(lock.retire, Retired, 0, lambda: left.append(1)).result(60)
             assert not left
-            for call in (lock.try_enter, lock.__enter__):
-                entering = pool.submit(call)
-                if call == lock.try_enter:
-                    with pytest.raises(Retired):
-                        entering.result(60)
+            with pytest.raises(Retired):
+                pool.submit(is_free, lock).result(60)
+            entering = pool.submit(lock.__enter__)
         assert left == [1]
         with pytest.raises(Retired):
             entering.result(60)
@@ -1310,20 +1308,24 @@ def test_retiring_that_a_signal_interrupts_is_finished_by_the_last_one_out() -> 
 
 def test_entering_only_what_is_free(fds: tuple[int, int]) -> None:
     for lock in (mine := WriterLock(fds[0], 0), WriterLock(-1, 0)):
-        assert lock.try_enter()
-        assert is_locked(fds[1], 0) == (lock is mine)
-        assert not lock.try_enter()  # inside already
-        with ThreadPoolExecutor(1) as pool:
-            assert not pool.submit(lock.try_enter).result(60)
-        lock.__exit__(None, None, None)
+        with lock.if_free(BlockingIOError):
+            assert is_locked(fds[1], 0) == (lock is mine)
+            assert not is_free(lock)  # inside already
+            with ThreadPoolExecutor(1) as pool:
+                assert not pool.submit(is_free, lock).result(60)
         assert not is_locked(fds[1], 0)
+        assert is_free(lock)
     with WriterLock(fds[1], 0):
-        assert not mine.try_enter()
+        assert not is_free(mine)
     with mine:  # what was not entered is not left half taken
         pass
+    with pytest.raises(RuntimeError, match="released by the thread that holds it"):
+        mine.if_free(BlockingIOError).__exit__(None, None, None)
+    with pytest.raises(TypeError, match="on_busy"):
+        mine.if_free(5)  # type: ignore[arg-type]
     assert mine.retire(Retired)
     with pytest.raises(Retired):
-        mine.try_enter()
+        is_free(mine)
 
 
 def test_a_thread_that_waits_for_the_lock_lets_others_run(fds: tuple[int, int]) -> None:

@@ -64,11 +64,6 @@ def end(adapter: RuntimeSessionAdapter, mine: SessionRuntimeBindings) -> None:
     adapter.unregister_session(session_id)
 
 
-def wait(adapter: RuntimeSessionAdapter, mine: SessionRuntimeBindings) -> None:
-    id = started(mine)
-    run(wait_and_complete(mine, id))
-
-
 async def wait_and_complete(mine: SessionRuntimeBindings, id: OperationId) -> None:
     registry = mine.ops_lifecycle
     waiting = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
@@ -95,7 +90,6 @@ MOMENTS: Final = {
     "replacing": Moment(segment.SharedSegment, "publish", reset),
     "sealing": Moment(segment.SharedSegment, "seal", reset),
     "leaving": Moment(Participants, "leave", end),
-    "listening": Moment(bells, "map_shared", wait),
 }
 
 

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -65,8 +66,10 @@ class Interleaved:
     def __enter__(self) -> None:
         self._writer.__enter__()
 
-    def try_enter(self) -> bool:
-        return self._writer.try_enter()
+    def if_free(
+        self, on_busy: Callable[[], BaseException], /
+    ) -> AbstractContextManager[None, None]:
+        return self._writer.if_free(on_busy)
 
     def __exit__(
         self,

@@ -193,7 +193,7 @@ def test_no_more_is_loaded_than_an_epoch_can_hold(namespace: str) -> None:
     store.save([EpochCapture(session_id=session_id, snapshot=stored)])
     with RuntimeSessionAdapter.persistent(store, namespace=namespace, config=SMALL) as adapter:
         bindings = adapter.prepare_bindings(session_id)
-        assert store.asked == [Layout(SMALL).ring[1]]
+        assert store.asked == [Layout(SMALL).ring[1], 1]  # and whether it is the last one still
         assert told(agent(bindings)) == list(range(1, 5001))
         adapter.unregister_session(session_id)
 
