@@ -431,7 +431,9 @@ def _sole(key: bytes, made: SessionRuntimeBindings) -> SessionRuntimeBindings:
     known = _attached.setdefault(key, reference)()
     if known is None:  # dropped just now, and not forgotten yet
         _attached[key] = reference
-    return made if known is None or known.handle != made.handle else known
+    if known is None or known is made or known.handle != made.handle:
+        return made
+    return known
 
 
 def _forget(key: bytes, reference: weakref.ref[SessionRuntimeBindings]) -> None:

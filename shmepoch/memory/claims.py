@@ -108,6 +108,8 @@ def claim(segment: Claimable, byte: int, *, shared: bool) -> Claim | None:
 
 def lose_claims(segment: Claimable) -> None:
     """The locks are gone, or go with the descriptor, which is this segment's no more."""
+    if not segment.claims:
+        return  # as most have none; one that is being made finds the descriptor closed
     with _lock:
         for lost in segment.claims:
             lost.held = False

@@ -11,4 +11,5 @@ LAST_MS: Final = 2**63 - 1
 
 def wall_ms() -> int:
     """Milliseconds since 1970; 0 where the clock stands before that."""
-    return min(max(0, time.time_ns() // 1_000_000), LAST_MS)
+    now = time.time_ns() // 1_000_000
+    return now if 0 <= now <= LAST_MS else min(max(0, now), LAST_MS)
