@@ -289,25 +289,6 @@ memory_reopen(PyObject *object, PyObject *fd_object)
     Py_RETURN_NONE;
 }
 
-/* detach(): a copy takes the memory's place, which no other process sees. */
-static PyObject *
-memory_detach(PyObject *object, PyObject *Py_UNUSED(ignored))
-{
-    const Memory *self = (const Memory *)object;
-    const size_t size = (size_t)self->size;
-    void *copy = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (copy == MAP_FAILED) {
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-    memcpy(copy, self->base, size);
-    if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, self->base) == MAP_FAILED) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        munmap(copy, size);
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
 static PyObject *
 memory_private(PyObject *type, PyObject *size_object)
 {
@@ -654,6 +635,26 @@ memory_write(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
     atomic_thread_fence(memory_order_release);
     copy_in(self, offset, (const unsigned char *)source, length);
+    Py_RETURN_NONE;
+}
+
+/* detach(): a copy takes the memory's place, which no other process sees. The others may store
+ * meanwhile, so that the copy is of no one moment. */
+static PyObject *
+memory_detach(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const Memory *self = (const Memory *)object;
+    const size_t size = (size_t)self->size;
+    void *copy = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (copy == MAP_FAILED) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    copy_out(self, 0, copy, self->size);
+    if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, self->base) == MAP_FAILED) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        munmap(copy, size);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -3114,6 +3115,12 @@ writer_try_enter(WriterLock *self)
         return 0;
     }
     atomic_store_explicit(&self->owner, PyThread_get_thread_ident(), memory_order_relaxed);
+    /* Once more: until here, `retire` finds no thread inside, and its caller closes the descriptor. */
+    if (writer_is_retired(self)) {
+        writer_drop_thread_lock(self);
+        writer_refuse(self);
+        return -1;
+    }
     struct flock lock = byte_lock(F_WRLCK, self->at);
     if (!writer_is_shared(self) || fcntl(writer_fd(self), F_OFD_SETLK, &lock) == 0) {
         if (writer_has_name(self)) {

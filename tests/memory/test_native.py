@@ -1328,6 +1328,18 @@ def test_entering_only_what_is_free(fds: tuple[int, int]) -> None:
         is_free(mine)
 
 
+@pytest.mark.parametrize("enter", [WriterLock.__enter__, is_free])
+def test_a_lock_that_is_retired_while_an_entry_opens_its_descriptor(
+    tmp_path: Path, enter: Callable[[WriterLock], object]
+) -> None:
+    closed = Descriptor.open(tmp_path, os.O_RDONLY)
+    closed.close()
+    lock = WriterLock(closed, 0, lambda: lock.retire(Retired))
+    with pytest.raises(Retired):
+        enter(lock)
+    assert lock.retire(Retired)  # nothing is left inside
+
+
 def test_a_thread_that_waits_for_the_lock_lets_others_run(fds: tuple[int, int]) -> None:
     mine, theirs = WriterLock(fds[0], 0), WriterLock(fds[1], 0)
 
