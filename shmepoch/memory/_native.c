@@ -465,41 +465,6 @@ load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t
     }
 }
 
-static bool
-parse_snapshot(PyObject *object, const char *name, PyObject *const *args, Py_ssize_t *offset,
-               Py_ssize_t *count, Py_ssize_t *stride)
-{
-    if (!parse_column(object, name, args, 3, offset, count, stride)) {
-        return false;
-    }
-    if (*count > SNAPSHOT_MAX) {
-        PyErr_Format(PyExc_ValueError, "a snapshot covers at most %d words, not %zd", SNAPSHOT_MAX,
-                     *count);
-        return false;
-    }
-    return true;
-}
-
-static PyObject *
-memory_snapshot(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
-{
-    Py_ssize_t offset, count, stride;
-    uint64_t words[SNAPSHOT_MAX] = {0};
-    if (!check_arity("snapshot", nargs, 3)
-        || !parse_snapshot(object, "snapshot", args, &offset, &count, &stride)) {
-        return NULL;
-    }
-    load_at_once((Memory *)object, offset, count, stride, words);
-    PyObject *tuple = PyTuple_New(count);
-    for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
-        PyObject *value = from_u64(words[i]);
-        if (value == NULL || PyTuple_SetItem(tuple, i, value) < 0) {
-            Py_CLEAR(tuple);
-        }
-    }
-    return tuple;
-}
-
 /* The index of the first of `count` words, `stride` apart, from the one with index `start` on, that
  * holds `value`, or -1. Relaxed: what is found is locked or verified by who looks for it. Where it
  * lies is loaded once: the compiler would load it again beside each atomic load. Inline, so that the
@@ -1141,7 +1106,6 @@ static PyMethodDef memory_methods[] = {
     {"fetch_add", (PyCFunction)(void (*)(void))memory_fetch_add, METH_FASTCALL, NULL},
     {"fetch_or", (PyCFunction)(void (*)(void))memory_fetch_or, METH_FASTCALL, NULL},
     {"load_column", (PyCFunction)(void (*)(void))memory_load_column, METH_FASTCALL, NULL},
-    {"snapshot", (PyCFunction)(void (*)(void))memory_snapshot, METH_FASTCALL, NULL},
     {"snapshots", (PyCFunction)(void (*)(void))memory_snapshots, METH_FASTCALL, NULL},
     {"find", (PyCFunction)(void (*)(void))memory_find, METH_FASTCALL, NULL},
     {"read", (PyCFunction)(void (*)(void))memory_read, METH_FASTCALL, NULL},
@@ -2136,8 +2100,12 @@ memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     Py_ssize_t offset, count, stride;
     ModuleState *state = PyType_GetModuleState(Py_TYPE(object));
     if (state == NULL || !check_arity("snapshots", nargs, 4)
-        || !parse_snapshot(object, "snapshots", args, &offset, &count, &stride)) {
+        || !parse_column(object, "snapshots", args, 3, &offset, &count, &stride)) {
         return NULL;
+    }
+    if (count > SNAPSHOT_MAX) {
+        return PyErr_Format(PyExc_ValueError, "a snapshot covers at most %d words, not %zd",
+                            SNAPSHOT_MAX, count);
     }
     if (!PyCallable_Check(args[3])) {
         PyErr_SetString(PyExc_TypeError, "make is called with the words of each snapshot");
@@ -2308,25 +2276,16 @@ native_try_lock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-/* unlock(fd, byte[, count]): so many bytes, of which 0 are all from there on, as fcntl(2) has it */
+/* unlock(fd, byte) */
 static PyObject *
 native_unlock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     int fd;
     off_t at;
-    if ((nargs != 3 && !check_arity("unlock", nargs, 2)) || !parse_lock(args, &fd, &at)) {
+    if (!check_arity("unlock", nargs, 2) || !parse_lock(args, &fd, &at)) {
         return NULL;
     }
     struct flock lock = byte_lock(F_UNLCK, at);
-    if (nargs == 3) {
-        lock.l_len = PyLong_AsLongLong(args[2]);
-        if (PyErr_Occurred()) {
-            return NULL;
-        }
-        if (lock.l_len < 0) {
-            return PyErr_Format(PyExc_ValueError, "no %lld bytes", (long long)lock.l_len);
-        }
-    }
     if (fcntl(fd, F_OFD_SETLK, &lock) != 0) {
         return PyErr_SetFromErrno(PyExc_OSError);
     }

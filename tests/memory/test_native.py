@@ -69,7 +69,12 @@ def fds() -> Iterator[tuple[int, int]]:
 
 Call: TypeAlias = Callable[[Memory, Any], object]
 
-#: The mode of a file that nobody else may open.
+
+def snapshot(memory: Memory, offset: int, count: int, stride: int) -> tuple[int, ...]:
+    return memory.snapshots(offset, count, stride, lambda *words: words).take()
+
+
+#: The mode of a file that no other user may open.
 OWNED: Final = stat.S_IFREG | 0o600
 
 #: For each function that takes the offset of a word: a call with everything else in order.
@@ -81,7 +86,7 @@ WORD_CALLS: Final[dict[str, Call]] = {
     "fetch_or": lambda m, at: m.fetch_or(at, 1),
     "wake": lambda m, at: m.wake(at),
     "load_column": lambda m, at: m.load_column(at, 1, 8),
-    "snapshot": lambda m, at: m.snapshot(at, 1, 8),
+    "snapshot": lambda m, at: snapshot(m, at, 1, 8),
     "find": lambda m, at: m.find(at, 1, 0, 0),
     "read": lambda m, at: m.read(at, 8),
     "write": lambda m, at: m.write(at, b"12345678"),
@@ -112,8 +117,8 @@ VALUE_CALLS: Final[dict[str, Call]] = {
 LENGTH_CALLS: Final[dict[str, Call]] = {
     "load_column count": lambda m, n: m.load_column(0, n, 8),
     "load_column stride": lambda m, n: m.load_column(0, 2, n),
-    "snapshot count": lambda m, n: m.snapshot(0, n, 8),
-    "snapshot stride": lambda m, n: m.snapshot(0, 2, n),
+    "snapshot count": lambda m, n: snapshot(m, 0, n, 8),
+    "snapshot stride": lambda m, n: snapshot(m, 0, 2, n),
     "find count": lambda m, n: m.find(0, n, 1, 0),
     "find start": lambda m, n: m.find(0, 1, 1, n),
     "find stride": lambda m, n: m.find(0, 2, 1, 0, n),
@@ -275,7 +280,7 @@ def test_words(first: int, second: int) -> None:
     assert memory.fetch_or(8, first) == (first + second) % 2**64
     assert memory.load(8) == (first + second) % 2**64 | first
     assert memory.load_column(0, 3, 8) == (0, memory.load(8), 0)
-    assert memory.snapshot(0, 3, 8) == (0, memory.load(8), 0)
+    assert snapshot(memory, 0, 3, 8) == (0, memory.load(8), 0)
     assert memory.find(0, 3, memory.load(8), 0) == (0 if memory.load(8) == 0 else 1)
 
 
@@ -301,7 +306,7 @@ def test_a_column_and_a_search() -> None:
     for i in range(10):
         memory.store(i * 24, i % 3)
     assert memory.load_column(0, 10, 24) == (0, 1, 2) * 3 + (0,)
-    assert memory.load_column(0, 0, 8) == memory.snapshot(SIZE - 8, 0, 8) == ()
+    assert memory.load_column(0, 0, 8) == snapshot(memory, SIZE - 8, 0, 8) == ()
     assert memory.load_column(24, 4, 0) == (1,) * 4
     for i in range(10):
         memory.store(512 + i * 8, i % 3)
@@ -316,7 +321,7 @@ def test_a_column_and_a_search() -> None:
     assert memory.find(24, 4, 1, 3, 0) == 3
     assert memory.find(SIZE - 8, 1, 0, 0, 24) == 0
     with pytest.raises(ValueError, match="at most 8 words, not 9"):
-        memory.snapshot(0, 9, 8)
+        snapshot(memory, 0, 9, 8)
 
 
 def test_the_buffer_is_read_only(memory: Memory) -> None:
@@ -776,10 +781,10 @@ def test_a_snapshot_is_of_one_instant(fds: tuple[int, int]) -> None:
             os._exit(0)
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         for _ in range(500):
-            found = memory.snapshot(0, words, stride)
+            found = snapshot(memory, 0, words, stride)
             assert list(found) == sorted(found, reverse=True)
             assert found[0] - found[-1] <= 1
-    assert memory.snapshot(0, words, stride) == (rounds - 1,) * words
+    assert snapshot(memory, 0, words, stride) == (rounds - 1,) * words
 
 
 # --- locks ----------------------------------------------------------------------------------------
@@ -1013,26 +1018,6 @@ def test_what_a_child_left_ends_with_its_parent(path: Path) -> None:
     os.kill(child, signal.SIGKILL)
     os.close(reader)
     os.close(writer)
-
-
-def test_locks_are_given_up_by_range(fds: tuple[int, int]) -> None:
-    one, two = fds
-
-    def left() -> list[int]:
-        return [byte for byte in (0, 1, 2, 3, 2**40) if is_locked(two, byte)]
-
-    for byte in (0, 1, 2, 3, 2**40):
-        assert try_lock(one, byte, False)
-    unlock(one, 1, 2)
-    assert left() == [0, 3, 2**40]
-    unlock(one, 0, 1)
-    assert left() == [3, 2**40]
-    unlock(two, 0, 0)
-    assert left() == [3, 2**40], "another description's"
-    unlock(one, 0, 0)
-    assert left() == []
-    with pytest.raises(ValueError):
-        unlock(one, 0, -1)
 
 
 def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> None:
@@ -1434,7 +1419,7 @@ def test_a_snapshot_of_words_that_never_stand_still_ends(fds: tuple[int, int]) -
     if pid == 0:
         try:
             memory: Any = Stepped(Memory(fds[0], SIZE))
-            os._exit(0 if memory.snapshot(0, 3, 16)[1:] == (7, 9) else 1)
+            os._exit(0 if snapshot(memory, 0, 3, 16)[1:] == (7, 9) else 1)
         finally:
             os._exit(2)
     os.pwrite(fds[0], (7).to_bytes(8, "little"), 16)
@@ -1545,7 +1530,7 @@ def test_a_snapshot_is_made_into_something(memory: Memory) -> None:
     for number in range(3):
         memory.store(128 + number * 64, 10**6 + number)
     take = memory.snapshots(128, 3, 64, lambda *words: words).take
-    assert take() == (10**6, 10**6 + 1, 10**6 + 2) == memory.snapshot(128, 3, 64)
+    assert take() == (10**6, 10**6 + 1, 10**6 + 2)
     memory.store(192, TOP)
     assert take() == (10**6, TOP, 10**6 + 2)
     assert memory.snapshots(0, 0, 8, dict).take() == {}
