@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -70,16 +71,19 @@ class OperationTable:
 
     def find(self, id: OperationId, words: Words | None = None) -> Slot | None:
         """The slot of an operation that the registry holds."""
-        words = words or self.words()
-        memory, layout, key, fingerprint = self._memory, self._layout, id.bytes, id.fingerprint
-        index = -1
-        while True:
-            index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
-            if index < 0:
-                return None
+        words, key = words or self.words(), id.bytes
+        for index in self._with_fingerprint(id.fingerprint):
             slot = self.slot(index, words)
             if slot.id == key and self._is_held(slot, words):
                 return slot
+        return None
+
+    def _with_fingerprint(self, fingerprint: int) -> Iterator[int]:
+        """The slots that have this fingerprint, each as it is looked for; 0 has those that are
+        free."""
+        find, layout, index = self._memory.find, self._layout, -1
+        while (index := find(layout.fingerprints, layout.slots, fingerprint, index + 1)) >= 0:
+            yield index
 
     def slot(self, index: int, words: Words | None = None) -> Slot:
         """The fixed part of a slot, without what was not committed. Whole only under the writer
@@ -124,12 +128,7 @@ class OperationTable:
     def _pieces(self, slot: Slot) -> Iterator[Slot]:
         """The other slots that hold a part of what is kept in `slot`: they have its fingerprint and
         its sequence, and no birth, so they hold no operation."""
-        memory, layout, index = self._memory, self._layout, -1
-        fingerprint = OperationId.from_bytes(slot.id).fingerprint
-        while True:
-            index = memory.find(layout.fingerprints, layout.slots, fingerprint, index + 1)
-            if index < 0:
-                return
+        for index in self._with_fingerprint(OperationId.from_bytes(slot.id).fingerprint):
             piece = self._raw(index)
             if piece.birth == 0 and piece.terminal_seq == slot.terminal_seq:
                 yield piece
@@ -166,18 +165,22 @@ class OperationTable:
 
     def held(self, words: Words | None = None) -> Iterator[Slot]:
         """Every slot whose operation the registry holds, in no order."""
-        layout, words = self._layout, words or self.words()
+        words = words or self.words()
+        for slot in self._used():
+            slot = slot.as_of(words)
+            if self._is_held(slot, words):
+                yield slot
+
+    def _used(self) -> Iterator[Slot]:
+        """Every slot that has a fingerprint, as it stands."""
+        layout = self._layout
         column = self._memory.load_column(layout.fingerprints, layout.slots, at.WORD)
         for index, fingerprint in enumerate(column):
             if fingerprint:
-                slot = self.slot(index, words)
-                if self._is_held(slot, words):
-                    yield slot
+                yield self._raw(index)
 
     def _is_held(self, slot: Slot, words: Words) -> bool:
-        if slot.terminal_seq:
-            return slot.birth > 0 and slot.terminal_seq > self.floor(words)
-        return slot.birth > 0
+        return slot.birth > 0 and not 0 < slot.terminal_seq <= self.floor(words)
 
     def _copy(self, slot: Slot) -> tuple[OperationSpec | bytes, bytes]:
         """The spec if it is known already, else encoded, and the encoded detail."""
@@ -235,13 +238,7 @@ class OperationTable:
         return free
 
     def _free(self, most: int) -> list[int]:
-        layout, found, index = self._layout, list[int](), -1
-        while len(found) < most:
-            index = self._memory.find(layout.fingerprints, layout.slots, 0, index + 1)
-            if index < 0:
-                break
-            found.append(index)
-        return found
+        return list(islice(self._with_fingerprint(0), most))
 
     def _give_way(self, count: int) -> None:
         reclaimed = self._memory.load(at.RECLAIMED_AT)
@@ -252,13 +249,6 @@ class OperationTable:
                 break
             self._give_back(slot)
         self._memory.store(at.INTENT_AT, 0)
-
-    def _used(self) -> Iterator[Slot]:
-        layout = self._layout
-        column = self._memory.load_column(layout.fingerprints, layout.slots, at.WORD)
-        for index, fingerprint in enumerate(column):
-            if fingerprint:
-                yield self._raw(index)
 
     def _give_back(self, slot: Slot) -> None:
         """Free the slot of an operation that has ended, and those with what is kept of it."""
