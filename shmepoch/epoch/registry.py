@@ -297,14 +297,20 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         try:
             self._feed.wait_durable(seq, limit)
         except (TimeoutError, EpochSealed) as error:
-            raise StoreBehind(
-                self._segment.epoch_id,
-                durable_seq=self._feed.durable_through(),
-                awaited_seq=seq,
-                watermark=self._feed.watermark(),
-                waited_ms=round((time.monotonic() - began) * 1000),
-                completed=True,
-            ) from error
+            waited_ms = round((time.monotonic() - began) * 1000)
+            raise self._store_behind(seq, waited_ms, completed=True) from error
+
+    def _store_behind(
+        self, awaited: CompletionSeq, waited_ms: int, *, completed: bool = False
+    ) -> StoreBehind:
+        return StoreBehind(
+            self._segment.epoch_id,
+            durable_seq=self._feed.durable_through(),
+            awaited_seq=awaited,
+            watermark=self._feed.watermark(),
+            waited_ms=waited_ms,
+            completed=completed,
+        )
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:
         action = Action.COMPLETE_OPERATION
@@ -448,13 +454,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         try:
             self._feed.wait_durable(seq, deadline - time.monotonic())
         except TimeoutError:
-            raise StoreBehind(
-                self._segment.epoch_id,
-                durable_seq=self._feed.durable_through(),
-                awaited_seq=seq,
-                watermark=self._feed.watermark(),
-                waited_ms=wait_ms,
-            ) from None
+            raise self._store_behind(seq, wait_ms) from None
 
     def _commit(self, endings: Sequence[_Ending], words: Words) -> CompletionSeq:
         """End all of `endings` by one store of the watermark: 0. Or else, with nothing done, the
