@@ -14,6 +14,8 @@ from shmepoch import (
     AgentFactory,
     ArgumentInvalid,
     BindingsMismatch,
+    EpochCursorSnapshot,
+    EpochCursorState,
     EpochHandle,
     InMemoryRuntimeStore,
     OperationId,
@@ -36,6 +38,8 @@ from shmepoch import (
     SessionRuntimeBindings,
     StandaloneEphemeral,
     TrustedPeerSpec,
+    observe_session,
+    remove_unused,
 )
 from tests.support import spec
 
@@ -109,6 +113,9 @@ CALLS: list[Call] = [
     (lambda g, v: g.adapter.contains_session(v), "session_id", SessionId, False),
     (lambda g, v: g.adapter.reset_session(v), "session_id", SessionId, False),
     (lambda g, v: g.adapter.unregister_session(v), "session_id", SessionId, False),
+    (lambda g, v: g.adapter.observe_session(v), "session_id", SessionId, False),
+    (lambda g, v: observe_session(v), "session_id", SessionId, False),
+    (lambda g, v: remove_unused(v), "session_id", SessionId, False),
     (lambda g, v: RuntimeSessionAdapter.ephemeral(namespace=v), "namespace", str, True),
     (
         lambda g, v: RuntimeSessionAdapter.ephemeral(config=v),
@@ -120,6 +127,10 @@ CALLS: list[Call] = [
     (lambda g, v: PersistenceChannel(v), "store", InMemoryRuntimeStore, False),
     (lambda g, v: g.channel().follow(v), "bindings", SessionRuntimeBindings, False),
     (lambda g, v: g.channel().unfollow(v), "bindings", SessionRuntimeBindings, False),
+    (lambda g, v: g.channel().flush(bindings=v), "bindings", SessionRuntimeBindings, True),
+    (lambda g, v: SessionRuntimeBindings(v), "segment", object, False),
+    (lambda g, v: EpochCursorState(v), "segment", object, True),
+    (lambda g, v: EpochCursorState().advance_all(v), "positions", EpochCursorSnapshot, False),
     (
         lambda g, v: RuntimeOpsLifecycleRegistry.with_config(v),
         "config",

@@ -125,6 +125,9 @@ class SessionRuntimeBindings:
     _closed: bool
 
     def __init__(self, segment: Segment) -> None:
+        if not isinstance(segment, Segment):
+            hint = "bindings come from prepare_bindings, from_token or observe_session"
+            require(Segment, segment, "SessionRuntimeBindings", "segment", hint=hint)
         vars(self).update(
             session_id=segment.session_id,
             epoch_id=segment.epoch_id,

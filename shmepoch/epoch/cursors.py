@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol, Self, TypeAlias, r
 from msgspec import Meta, Struct
 from msgspec.structs import asdict, astuple
 
+from shmepoch.arguments import require
 from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.lazy import lazy
 from shmepoch.memory import layout as at
@@ -129,7 +130,9 @@ class EpochCursorState:
 
     def __init__(self, segment: Segment | None = None) -> None:
         """Fresh cursors, all zero, in private memory of their own, unless `segment` is given."""
-        segment = segment or Segment.private(None)
+        if not isinstance(segment, Segment):
+            require(Segment | None, segment, "EpochCursorState", "segment")
+            segment = Segment.private(None)
         memory = segment.memory
 
         def cell(index: int) -> CursorCell:
@@ -188,6 +191,7 @@ class EpochCursorState:
 
     def advance_all(self, positions: EpochCursorSnapshot) -> None:
         """Advance every cursor to at least its recovered position."""
+        require(EpochCursorSnapshot, positions, "EpochCursorState.advance_all", "positions")
         self.agent_applied_cursor.advance(positions.agent_applied_cursor)
         self.runtime_observed_seq.advance(positions.runtime_observed_seq)
         self.runtime_last_injected_seq.advance(positions.runtime_last_injected_seq)

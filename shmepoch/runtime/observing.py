@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shmepoch.arguments import require
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import SessionNotFound
 from shmepoch.ids import SessionId
@@ -23,6 +24,7 @@ def observe_session(
 
     Raises `SessionNotFound`, `NamespaceInvalid`, and what validating the segment may raise.
     """
+    require(SessionId, session_id, "observe_session", "session_id")
     chosen = resolve_namespace(namespace)
     try:
         segment = ObservedSegment.attach(chosen, session_id)
@@ -51,4 +53,5 @@ def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> boo
     gone for good. A segment that is damaged, or of another release, is removed as well. Raises
     `SegmentForeign` for one of another user, and `NamespaceInvalid`.
     """
+    require(SessionId, session_id, "remove_unused", "session_id")
     return segments.remove_unused(resolve_namespace(namespace), session_id)

@@ -188,6 +188,7 @@ class PersistenceChannel:
         at all, and `ChannelClosed`. With `bindings`, only what is committed to theirs is waited
         for. Infinity is no limit.
         """
+        require(SessionRuntimeBindings | None, bindings, "PersistenceChannel.flush", "bindings")
         limit = limit_s(timeout, "flush")
         self._require_mine()
         if threading.current_thread() is self._thread:
