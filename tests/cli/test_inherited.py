@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -220,6 +221,16 @@ def _may_unshare() -> bool:
     return tried.returncode == 0 and shutil.which("nsenter") is not None
 
 
+def _sleepers_below(first: psutil.Process) -> tuple[psutil.Process, psutil.Process] | None:
+    """What sleeps for long: the child of process 1, and that of a worker; None if not both do."""
+    found: dict[bool, psutil.Process] = {}
+    for one in first.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # other commands come and go
+            if one.cmdline() == ["sleep", "600"]:
+                found[one.ppid() == first.pid] = one
+    return (found[True], found[False]) if len(found) == 2 else None
+
+
 @pytest.mark.skipif(not _may_unshare(), reason="takes a pid namespace of its own, as a container")
 def test_process_1_of_a_container_leaves_the_orphans_of_others_alone(
     namespace: str, tmp_path: Path
@@ -233,12 +244,8 @@ def test_process_1_of_a_container_leaves_the_orphans_of_others_alone(
         (first,) = psutil.Process(process.pid).children()
         enter = ("nsenter", "--target", str(first.pid), "--pid", "sh", "-c")
         subprocess.run([*enter, "setsid sleep 600 >&- 2>&- & true"], check=True)
-        (orphan,) = (one for one in first.children() if one.name() == "sleep")
-        (sleeper,) = (
-            one
-            for one in first.children(recursive=True)
-            if one.name() == "sleep" and one.ppid() != first.pid and "600" in one.cmdline()
-        )
+        # Both are still shells for a moment.
+        orphan, sleeper = eventually(lambda: _sleepers_below(first), within=60)
         worker_above(sleeper).kill()
         eventually(lambda: not sleeper.is_running(), within=60)
         assert orphan.is_running()

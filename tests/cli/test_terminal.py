@@ -104,27 +104,29 @@ def jobs(tmp_path: Path) -> Path:
 
 
 def test_a_table_that_follows_the_run(namespace: str, jobs: Path, tmp_path: Path) -> None:
-    jobs.write_text(f"echo one\nexit 3\n{waits(tmp_path)}; true\n")
+    # Of what ends before its first turn an agent is told without an injection, of the rest by one.
+    jobs.write_text("echo one\nexit 3\n" + f"{waits(tmp_path)}; true\n" * 2)
     with terminal(80, jobs, "--sessions", 2) as screen:
         eventually(lambda: screen.row("agent applied") == [1, 1, 2], within=60)
         assert screen.row("session") == []  # its heading ends in words
         assert "session                 1        2    all 2" in screen.text
-        assert screen.row("running") == [1, 0, 1]
+        assert screen.row("running") == [1, 1, 2]
         assert screen.row("completed") == [1, 0, 1]
         assert screen.row("failed") == [0, 1, 1]
-        eventually(lambda: screen.row("participants") == [4, 3, 7], within=60)
-        assert "2/3" in screen.text.splitlines()[-1]
+        eventually(lambda: screen.row("participants") == [4, 4, 8], within=60)
+        assert "2/4" in screen.text.splitlines()[-1]
         assert re.search(
             r"line 2 failed \(exit status 3 after \d+ ms\): exit 3 *$", screen.text, re.M
         )
-        waiting(tmp_path)[0].kill()
+        for waiter in waiting(tmp_path, 2):
+            waiter.kill()
         assert screen.status() == 1
-    assert screen.row("completed") == [2, 0, 2]
+    assert screen.row("completed") == [2, 1, 3]
     for name in ("watermark", "agent applied", "runtime observed", "runtime injected"):
-        assert screen.row(name) == [2, 1, 3]
+        assert screen.row(name) == [2, 2, 4]
     assert screen.row("lag") == [0, 0, 0]
-    assert "3/3" in screen.text.splitlines()[-2]
-    assert screen.text.splitlines()[-1].startswith("3 commands, 2 completed, 1 failed")
+    assert "4/4" in screen.text.splitlines()[-2]
+    assert screen.text.splitlines()[-1].startswith("4 commands, 3 completed, 1 failed")
     assert screen.sent.decode().endswith(screen.text.splitlines()[-1] + "\r\n")
     nothing_left(namespace)
 
