@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -263,22 +262,10 @@ class _Run:
         if self._store is None:
             self._end_sessions(adapter)
             return
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def leave() -> None:
-            try:
-                self._end_sessions(adapter)
-            except Exception as error:
-                loop.call_soon_threadsafe(ended.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(ended.set_result, None)
-
-        threading.Thread(target=leave, name="shmepoch-leave", daemon=True).start()
+        ended = asyncio.ensure_future(asyncio.to_thread(self._end_sessions, adapter))
         abandoned = asyncio.ensure_future(self._abandoned.wait())
         await asyncio.wait((ended, abandoned), return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            await asyncio.wait([ended], timeout=_ABANDONED_S)
+        await asyncio.wait([ended], timeout=_ABANDONED_S)
         abandoned.cancel()
         if not ended.done():
             self._end_at_once()
