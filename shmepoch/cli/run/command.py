@@ -23,10 +23,10 @@ from shmepoch.cli.run.children import Children
 from shmepoch.cli.run.inherited import leave_strangers
 from shmepoch.cli.run.interruptions import Interruptions
 from shmepoch.cli.run.jobs import Job
-from shmepoch.cli.run.kept import RunStore
 from shmepoch.cli.run.outcomes import TAIL_BYTES
 from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
+from shmepoch.cli.run.store import RunStore
 from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.terminal import leave_if_gone
 from shmepoch.cli.run.views import view_for
