@@ -68,12 +68,6 @@ def test_another_unicode_is_refused_with_what_to_do(file: Path, encoding: str) -
             read(file)
 
 
-def test_a_standard_input_that_is_closed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(JobsInvalid, match="standard input: it is closed"):
-        read(Path("-"))
-
-
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [

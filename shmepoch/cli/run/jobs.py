@@ -48,7 +48,7 @@ def read(path: Path) -> list[Job]:
     file that cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
-    data = _read_standard_input() if str(path) == "-" else path.read_bytes()
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     if b"\r" in data.strip() and b"\n" not in data:
         raise JobsInvalid(name, 1, "its lines end in CR alone; save it with LF or CRLF")
     jobs = []
@@ -66,12 +66,6 @@ def read(path: Path) -> list[Job]:
         raise JobsInvalid(name, None, "no commands in it; write one a line")
     _check_syntax(name, jobs)
     return jobs
-
-
-def _read_standard_input() -> bytes:
-    if sys.stdin is None:
-        raise JobsInvalid("standard input", None, "it is closed; name a file, or pipe one in")
-    return sys.stdin.buffer.read()
 
 
 def _decode(name: str, line: int, raw: bytes) -> str:
