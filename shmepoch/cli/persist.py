@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from shmepoch.cli.run.interruptions import on_interruption
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import ShmepochError, StoreWriteFailed
 from shmepoch.ids import SessionId
@@ -58,9 +58,7 @@ class _End:
         # Not an Event: a handler may run while its own thread holds the Event's lock.
         self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._numbers: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._ask)
+        on_interruption(self._ask)
 
     def asked_for_within(self, seconds: float) -> bool:
         """Wait so long for the first signal; whether it has come."""
@@ -83,7 +81,7 @@ class _Epochs:
         self._said: dict[str, str] = {}
 
     def look(self) -> None:
-        """Follow those that are new, and let go of those that have ended."""
+        """Follow those that are new, and leave those that have ended."""
         ended = [bindings for bindings in self._followed.values() if bindings.ended]
         patience = _LOOK_S
         for bindings in ended:

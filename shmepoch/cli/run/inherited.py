@@ -22,10 +22,7 @@ _OWNER: Final = 0o700
 
 
 def set_for_run() -> None:
-    """Set what a run needs; before its first child.
-
-    A SIGHUP that is ignored stays so for the run itself: that is how nohup asks for it.
-    """
+    """Set what a run needs; before its first child. What it hears is `on_interruption`'s to set."""
     # While it is ignored the kernel throws the status of every child away.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

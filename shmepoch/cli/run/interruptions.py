@@ -1,4 +1,4 @@
-"""The signals that end a run early, from before it begins until its process ends."""
+"""The signals that end a command early."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
-#: What ends a run early, and as if it had ended by it.
 INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def on_interruption(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle them from now on; but for a SIGHUP that is ignored, which is how nohup asks for it."""
+    for number in INTERRUPTIONS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 class Interruptions:
-    """Hears signals from now on, and passes them to an event loop once there is one.
+    """Hears them until the process ends, and passes them to an event loop once there is one.
 
     Not asyncio's own handlers: those are taken away with the loop, and after that a signal would
     change how a run ends that has ended.
@@ -23,9 +29,7 @@ class Interruptions:
     def __init__(self) -> None:
         self._early: list[int] = []
         self._pass_on = self._early.append
-        for number in INTERRUPTIONS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._hear)
+        on_interruption(self._hear)
 
     def pass_to(self, interrupt: Callable[[int], None]) -> None:
         """Have the running loop call `interrupt` with each signal, those before this as well."""
