@@ -8,7 +8,7 @@ SIGKILL within a tenth of a second; then the segments are removed. The next roun
 store. Workers write down each operation before they register it, and each that the store has
 acknowledged. In the end the drill holds the three records against each other.
 
-In some rounds the store fails for a while: its file is locked by somebody else, or the disk is full
+In some rounds the store fails for a while: another process locks its file, or the disk is full
 (a limit on the file's size). The epoch has to go on, and what was promised has to hold. In others
 the machine comes back with a store that is damaged, or in a folder that is read-only: the runtime
 has to refuse it, to say why, and to start nothing, until it is mended. As root, who may write
@@ -203,7 +203,7 @@ def attach(records: Records) -> SessionRuntimeBindings:
 
 
 def lock_store(records: Records, _: int) -> Callable[[], object]:
-    """Somebody else writes to the file and does not finish."""
+    """Another process writes to the file and does not finish."""
     other = sqlite3.connect(records.store, isolation_level=None, timeout=PATIENCE_S)
     other.execute("BEGIN IMMEDIATE")
     return other.close
@@ -370,7 +370,7 @@ def complaints(records: Records) -> list[str]:
     if lost := acknowledged - delivered:
         found.append(f"{len(lost)} acknowledged completions were never delivered")
     if invented := delivered - intended:
-        found.append(f"{len(invented)} operations were delivered that nobody had registered")
+        found.append(f"{len(invented)} operations were delivered that were never registered")
     if gaps := records.lines(records.gaps):
         found.append(f"{len(gaps)} gaps were shown where nothing was missing, first {gaps[0]!r}")
     meanings: dict[tuple[str, int], Told] = {}

@@ -131,7 +131,7 @@ def _print_tables(entries: Iterable[HistoryEntry]) -> None:
                 Text(visible(entry.display_name)),  # a command may look like markup
                 Text(visible(_how(entry.terminal_outcome))),
             )
-        with console.capture() as captured:  # rich itself would end the process if nobody reads
+        with console.capture() as captured:  # rich would end the process if the reader left
             console.print(table)
         print(captured.get(), end="")
 

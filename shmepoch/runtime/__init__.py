@@ -1,1 +1,1 @@
-"""Who drives an epoch: session adapter, agent factory and boundary, runtime loop, persistence."""
+"""What drives an epoch: session adapter, agent factory and boundary, runtime loop, persistence."""

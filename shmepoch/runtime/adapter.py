@@ -189,7 +189,7 @@ class RuntimeSessionAdapter:
     def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.
 
-        Who waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`. With a
+        What waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`. With a
         store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
         one; call it again, or `prepare_bindings`, which finishes it.
         """

@@ -26,7 +26,7 @@ class CursorsAhead:
             self._said.add(name)
             _log.warning(
                 "session %s: %s is %d, ahead of the feed, whose watermark is %d; completions up to "
-                "the cursor count as seen and wake nobody. Reset the session (reset_session) for "
+                "the cursor count as seen and wake no agent. Reset the session (reset_session) for "
                 "an epoch with fresh cursors, and advance cursors to a batch's watermark only",
                 self._bindings.session_id,
                 name,

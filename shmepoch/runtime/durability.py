@@ -83,7 +83,7 @@ class Durability:
         )
 
     def restore(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
-        """Continue a stored epoch in a segment that nobody has found yet.
+        """Continue a stored epoch in a segment that no process has found yet.
 
         Raises `StoreWriteFailed` if the store cannot reserve the sequences that this skips, and
         `StoreLoadFailed` if what is stored cannot be continued.
@@ -94,8 +94,8 @@ class Durability:
             raise StoreLoadFailed(segment.session_id, str(error)) from error
 
     def _continue(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
-        # Before anybody can see a sequence above them: a machine that goes down again at once, with
-        # nothing stored, must not hand out the same ones another time.
+        # Before any process sees a sequence above them: a machine that goes down again at once,
+        # with nothing stored, must not hand out the same ones another time.
         reserved = PersistedOpsSnapshot(
             epoch_id=stored.epoch_id, skipped=(stored.left_out(RECOVERY_SKIP),)
         )

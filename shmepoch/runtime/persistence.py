@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 
 #: How many seconds the completions of a channel may wait for others at most.
 MOST_DELAY_S: Final = 3600.0
-#: How often epochs are looked at for what wakes nobody: cursors, and operations that begin. Those
-#: that something was stored of since the last such look are looked at more often.
+#: How often epochs are looked at for what wakes no process: cursors, and operations that begin.
+#: Those that something was stored of since the last such look are looked at more often.
 _LOOK_S: Final = 1.0
 _WARM_LOOK_S: Final = 0.05
 #: How often completions that wait for `max_delay` to pass are counted: in tenths of it, but not
@@ -83,7 +83,7 @@ class PersistenceChannel:
 
     A completion is durable within `max_delay` seconds, as far as the store's speed allows, and
     sooner if `max_entries` of them wait; what came meanwhile, in every epoch, goes into the same
-    transaction. Cursors, and operations that begin, wake nobody: they are durable within about a
+    transaction. Cursors, and operations that begin, do not wake it: they are durable within about a
     second, and within about 50 ms if anything of the epoch was stored during the last second. A
     channel without work looks at its epochs once a second and does nothing else.
 
@@ -260,7 +260,7 @@ class PersistenceChannel:
         self.close()
 
     def _require_mine(self) -> None:
-        # Before any lock: in a forked child whoever held one does not exist.
+        # Before any lock: in a forked child, the thread that held one does not exist.
         if self._pid != os.getpid():
             raise ChannelClosed
 
@@ -319,7 +319,7 @@ class PersistenceChannel:
         retry_at, retry_s, tried, works = 0.0, _FIRST_RETRY_S, 0, True
         while not self._closed:
             await self._woken(pause)
-            # A flush that somebody waits for does not wait for the next try.
+            # A flush that a caller waits for does not wait for the next try.
             if not works and self._requested == tried and time.monotonic() < retry_at:
                 pause = retry_at - time.monotonic()
                 continue

@@ -286,7 +286,7 @@ class _Connection:
         return self._connection
 
     def _require_unchanged(self) -> None:
-        """What was read without locks is of one state only if nobody has written meanwhile."""
+        """What was read without locks is of one state only if no process has written meanwhile."""
         read_without_locks = self._found is not None and self._found.state is not None
         if read_without_locks and self.file.identify() != self._found:
             raise StoreUnusable(self.file.path, "it was changed while it was read; read it again")

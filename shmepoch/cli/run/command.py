@@ -171,7 +171,7 @@ class _Run:
         return int(any(s.undecided or s.not_completed for s in self._sessions)), summary
 
     def _listen(self) -> None:
-        """Hear of signals, of errors in callbacks, which nobody awaits, and of the store."""
+        """Hear of signals, of errors in callbacks, which nothing awaits, and of the store."""
         loop = asyncio.get_running_loop()
 
         def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def kill_children(*, keep: Set[int] = frozenset()) -> None:
     while others := children() - keep:
         for pid in others:
             try:
-                os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is nobody else's
+                os.kill(pid, signal.SIGKILL)  # not reaped yet, so no other process has its number
             except PermissionError:
                 keep |= {pid}
             else:

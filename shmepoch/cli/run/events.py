@@ -1,4 +1,4 @@
-"""What happens during a run, for whoever shows it."""
+"""What happens during a run, as a view hears of it."""
 
 from __future__ import annotations
 

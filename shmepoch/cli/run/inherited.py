@@ -80,7 +80,7 @@ def _stand_in_for(child: int, watched: set[signal.Signals]) -> NoReturn:
     while True:
         number = signal.sigwait(watched)
         if number != signal.SIGCHLD:
-            os.kill(child, number)  # not reaped yet, so the number is nobody else's
+            os.kill(child, number)  # not reaped yet, so no other process has its number
             continue
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
             if ended[0] == child:

@@ -1,8 +1,7 @@
-"""What killed runs left in shared memory: whose it is, and how it is removed.
+"""What killed runs left in shared memory: how it is told from the rest, and removed.
 
-A run without a store that was killed cannot be carried on with. Nothing tells its segments from
-those of a library's user, to whom they may be precious, but their names: the identifier of such a
-session says what it is.
+A run without a store that was killed cannot be carried on with. Other programs have segments in the
+same namespace, and may still need them. So the identifier of such a run's session says what it is.
 """
 
 from __future__ import annotations

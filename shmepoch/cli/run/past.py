@@ -42,7 +42,7 @@ def operation_id(session_id: SessionId, job: Job, attempt: int) -> OperationId:
     """The operation that an attempt at a command is; the first attempt is 0.
 
     It follows from what it names, so that a run that is resumed knows what has been done. It
-    begins with the line, for those who know nothing else of the operation.
+    begins with the line, since a completion says no more of its operation than the id.
     """
     name = f"{job.line} {attempt} {job.command}"
     digest = uuid.uuid5(session_id.uuid, name).bytes

@@ -30,7 +30,7 @@ MOST_UNTOLD: Final = 256
 
 
 class _Attempt(NamedTuple):
-    """One attempt at a command: the how manieth of all, and how often this run has tried again."""
+    """One attempt at a command: its number among all, and how often this run has tried again."""
 
     job: Job
     number: int
@@ -166,7 +166,7 @@ class SessionRun:
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def children(self) -> list[Child]:
-        """Who can be killed."""
+        """Those that can be killed."""
         return [*self._workers, *([self._agent] if self._agent else [])]
 
     # --- what a view shows --------------------------------------------------------------------

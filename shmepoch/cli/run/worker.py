@@ -30,7 +30,7 @@ from shmepoch.ids import OperationId
 _KEPT_BYTES: Final = TAIL_BYTES + 3
 #: Between two progress reports; a report tells how many lines there have been.
 _REPORT_EVERY_S: Final = 0.1
-#: How long a command that nobody wants any more has between SIGTERM and SIGKILL.
+#: How long a command that is not wanted any more has between SIGTERM and SIGKILL.
 _GRACE_S: Final = 2.0
 _CHUNK: Final = 1 << 16
 
@@ -57,7 +57,7 @@ def _assignments(pipe: Connection) -> Iterator[Assignment]:
 
 
 class _Unwanted(Exception):
-    """Nobody waits for the command any more: the runtime is gone, or ended the operation."""
+    """The command is not waited for any more: the runtime is gone, or ended the operation."""
 
 
 class _Command:
@@ -102,7 +102,7 @@ class _Command:
             self._end(process.wait(), round((time.monotonic() - started) * 1000))
         except (_Unwanted, InvalidTransition):
             _stop(process)
-            with contextlib.suppress(InvalidTransition):  # whoever ended it said so already
+            with contextlib.suppress(InvalidTransition):  # it has ended, and was reported
                 self._registry.cancel_operation(self._id, "its worker was told to end")
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
