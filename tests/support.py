@@ -15,7 +15,7 @@ from shmepoch.memory.segment import Lock, SharedSegment
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T], *, within: float = 20.0) -> T:
+def eventually(look: Callable[[], T | None], *, within: float = 20.0) -> T:
     """The first true answer of `look`; fails when there is none by the deadline."""
     deadline = time.monotonic() + within
     while not (answer := look()):
