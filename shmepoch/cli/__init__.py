@@ -27,6 +27,7 @@ def main() -> None:
     except BrokenPipeError:
         streams.reader_left()
     except OSError as error:
+        error.filename = error.filename or "standard output"  # the commands report all the rest
         streams.complain(error)
         streams.discard()
         sys.exit(1)

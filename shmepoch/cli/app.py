@@ -265,4 +265,5 @@ def _has_content(path: Path) -> bool:
 
 def _fail(status: int, error: Exception) -> NoReturn:
     streams.complain(error)
+    streams.discard()  # or the end of the process fails once more, with a status of its own
     sys.exit(status)

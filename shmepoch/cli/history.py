@@ -101,7 +101,7 @@ def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
     except FileNotFoundError:
         raise StoreUnusable(path, "there is no such file") from None
     except OSError as error:
-        raise StoreUnusable(path, str(error)) from error
+        raise StoreUnusable(path, error.strerror or str(error)) from error
     if size == 0:
         raise StoreUnusable(path, "it is empty, and no store")
     logging.getLogger("shmepoch.stores").setLevel(logging.WARNING)  # it names each damaged row

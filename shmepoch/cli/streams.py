@@ -44,7 +44,14 @@ def visible(text: object) -> str:
 def complain(error: object) -> None:
     """Say on standard error what went wrong, if that is still read."""
     with contextlib.suppress(OSError):
-        print(f"shmepoch: {visible(error)}", file=sys.stderr, flush=True)
+        print(f"shmepoch: {visible(_said(error))}", file=sys.stderr, flush=True)
+
+
+def _said(error: object) -> object:
+    """The error; one of the system without its number, which its text begins with."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return error
 
 
 def print_json(encoded: bytes) -> None:

@@ -221,14 +221,14 @@ def _may_unshare() -> bool:
     return tried.returncode == 0 and shutil.which("nsenter") is not None
 
 
-def _sleepers_below(first: psutil.Process) -> tuple[psutil.Process, psutil.Process] | None:
-    """What sleeps for long: the child of process 1, and that of a worker; None if not both do."""
+def _sleepers_below(first: psutil.Process) -> list[psutil.Process]:
+    """What sleeps for long: a child of process 1 and one of a worker; nothing until both do."""
     found: dict[bool, psutil.Process] = {}
     for one in first.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # other commands come and go
             if one.cmdline() == ["sleep", "600"]:
                 found[one.ppid() == first.pid] = one
-    return (found[True], found[False]) if len(found) == 2 else None
+    return [found[True], found[False]] if len(found) == 2 else []
 
 
 @pytest.mark.skipif(not _may_unshare(), reason="takes a pid namespace of its own, as a container")

@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
         (("run", "jobs", "--store", "stored", "--resume", *_TRANSCRIPT), "no unfinished run"),
         (("run", "jobs", "--store", "empty", "--resume", *_TRANSCRIPT), "no unfinished run"),
         (("run", "jobs", "--resume", *_TRANSCRIPT), "needs --store"),
-        (("run", "jobs", "--store", "new", "--transcript", "text"), "File exists: 'text'"),
+        (("run", "jobs", "--store", "new", "--transcript", "text"), "text: File exists"),
         (("run", "jobs", "--store", "new", "--transcript", "text/a"), "Not a directory"),
         (
             ("run", "jobs", "--store", "new", "--kill-every", "inf"),

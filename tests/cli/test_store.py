@@ -200,14 +200,17 @@ def test_a_run_that_is_ended_while_its_store_fails_leaves_what_it_lacks(
         holder.execute("BEGIN IMMEDIATE")
         command.kill()
         waiting(second)
+        err = ""
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            while "SIGTERM: " not in process.stderr.readline() and process.poll() is None:
-                pass
-        status, _, err = ended(process)
+            while "SIGTERM: " not in (line := process.stderr.readline()) and line:
+                err += line
+        status, _, rest = ended(process)
         holder.close()
+    err += rest
     assert (status, "Traceback" in err) == (143, False)
+    assert err.splitlines()[-1] == f"shmepoch: --store {store} --resume carries on with this run"
     eventually(lambda: not processes_in(namespace), within=30)
     assert segments_in(namespace)
     (tmp_path / "flag").touch()

@@ -83,23 +83,33 @@ def test_a_history_without_a_standard_stream(tmp_path: Path, closing: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("command", "status"), [("run", 3), ("history", 1), ("sessions", 1), ("help", 1)]
+    ("command", "status"),
+    [("run", 3), ("run --json", 3), ("history", 1), ("sessions", 1), ("help", 1)],
 )
 def test_a_device_that_is_full(
-    namespace: str, tmp_path: Path, jobs: Path, command: str, status: int
+    namespace: str,
+    tmp_path: Path,
+    jobs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    status: int,
 ) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered fails later
     with SqliteRuntimeStore(tmp_path / "store") as store:
         save(store, session_id := SessionId.new(), [completion(1)])
     stored = ("history", "--store", tmp_path / "store")
     arguments: dict[str, tuple[object, ...]] = {
         "run": ("run", jobs),
+        "run --json": ("run", jobs, "--json"),
         "history": (*stored, session_id),
         "sessions": stored,
         "help": ("--help",),
     }
     full = shell(">/dev/full", *arguments[command])
     assert full.returncode == status
-    assert full.stderr == "shmepoch: [Errno 28] No space left on device\n"
+    events, *said = full.stderr.partition("shmepoch: ")
+    assert "".join(said) == "shmepoch: standard output: No space left on device\n"
+    assert (events != "") == (command == "run --json")  # which has them on standard error
     nothing_left(namespace)
 
 

@@ -28,8 +28,9 @@ from shmepoch.cli.run.plan import KeptPlan, Plan
 from shmepoch.cli.run.session import MOST_UNTOLD, SessionRun
 from shmepoch.cli.run.store import RunStore
 from shmepoch.cli.run.summary import Notices, Summary
-from shmepoch.cli.run.terminal import leave_if_gone
+from shmepoch.cli.run.terminal import LastingStream, leave_if_gone
 from shmepoch.cli.run.views import view_for
+from shmepoch.cli.streams import complain
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreError
@@ -108,14 +109,18 @@ def execute(jobs: list[Job], options: Options) -> int:
             else:
                 kept = KeptPlan.begin(store, plan)
         status, summary = asyncio.run(_Run(plan, options, folder, store, kept, interruptions).run())
+    line = summary.line()
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(summary)).decode())
-    else:
-        print(summary.line())
+        line = msgspec.json.format(msgspec.json.encode(summary)).decode()
+    print(line, file=LastingStream(sys.stdout), flush=True)  # or the run has not said how it ended
     if options.store is not None and status >= _SIGNALLED:
-        how = f"--store {shlex.quote(str(options.store))} --resume carries on with this run"
-        print(f"shmepoch: {how}", file=sys.stderr)
+        _say_how_to_resume(options.store)
     return status
+
+
+def _say_how_to_resume(store: Path) -> None:
+    how = f"--store {shlex.quote(str(store))} --resume carries on with this run"
+    print(f"shmepoch: {how}", file=sys.stderr, flush=True)
 
 
 class _Run:
@@ -288,7 +293,9 @@ class _Run:
         """Wait for the store no longer; what it lacks is in shared memory."""
         if self._options.transcript is None:
             shutil.rmtree(self._transcripts, ignore_errors=True)
-        print(f"shmepoch: {self._store_behind()}", file=sys.stderr, flush=True)
+        complain(self._store_behind())
+        if self._options.store is not None:
+            _say_how_to_resume(self._options.store)
         os._exit(_SIGNALLED + (self._signal or signal.SIGINT))
 
     def _config(self) -> OpsLifecycleConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import termios
 from typing import Any, Final, TextIO
 
@@ -30,24 +31,30 @@ def _is_gone(fd: int) -> bool:
 
 
 class LastingStream:
-    """A stream that takes what is written to it though its terminal is gone."""
+    """A stream that takes what is written to it though its terminal is gone.
+
+    An `OSError` that it raises has its name.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._name = "standard error" if stream is sys.stderr else "standard output"
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
+        except OSError as error:
             if not leave_if_gone():
+                error.filename = self._name
                 raise
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
+        except OSError as error:
             if not leave_if_gone():
+                error.filename = self._name
                 raise
             self._stream.flush()  # what it still held
 

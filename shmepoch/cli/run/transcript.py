@@ -74,8 +74,12 @@ class Transcript:
         """Write notices and wait until they are on the disk."""
         for notice in notices:
             self._file.write(msgspec.json.encode(_line(str(epoch_id), notice)) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
     def __enter__(self) -> Self:
         return self
