@@ -373,28 +373,28 @@ def _wait_for_forks() -> None:
             pass
 
 
-def before_fork() -> None:
+def _before_fork() -> None:
     """Wait for the transactions of other threads, and close every connection."""
-    _do_all(_stop_others)
+    _until_done(_stop_others)
 
 
-def after_fork_in_parent() -> None:
+def _after_fork_in_parent() -> None:
     """Let the other threads go on."""
-    _do_all(_let_go_on)
+    _until_done(_let_go_on)
 
 
-def after_fork_in_child() -> None:
+def _after_fork_in_child() -> None:
     """Leave alone what is open: this thread's own transaction, which goes on in the parent."""
     for connection in list(_connections):
         if connection.inside and (found := connection.file.identify()):
             _inherited.add(found[:2])
-    _do_all(_let_go_on)
+    _until_done(_let_go_on)
 
 
-def _do_all(act: Callable[[], bool]) -> None:
+def _until_done(act: Callable[[], bool]) -> None:
     """Repeat `act` until it says that it is done, whatever a signal handler raises meanwhile.
 
-    CPython prints what a hook raises, and forks all the same.
+    What a hook raises does not stop the fork.
     """
     interrupt: BaseException | None = None
     done = False
@@ -438,7 +438,7 @@ def _is_owned(lock: threading.RLock) -> bool:
 
 on_fork(
     Part.STORES,
-    before=before_fork,
-    after_in_parent=after_fork_in_parent,
-    after_in_child=after_fork_in_child,
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
 )
