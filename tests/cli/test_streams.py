@@ -159,7 +159,7 @@ def test_a_name_in_no_encoding_is_shown(
     assert "Traceback" not in shown
 
 
-def test_a_run_may_be_shown_to_nobody(namespace: str, jobs: Path) -> None:
+def test_a_run_may_have_no_reader(namespace: str, jobs: Path) -> None:
     done = run(jobs, command=["setsid", "--wait", *COMMAND])
     assert done.returncode == 0
     nothing_left(namespace)

@@ -38,7 +38,7 @@ from tests.support import eventually
 EVERY: tuple[Callable[[RuntimeEpochId], Exception], ...] = (
     lambda id: StoreWriteFailed("no room for so much"),
     lambda id: OSError(errno.EIO, "a bad block"),
-    lambda id: RuntimeError("whatever a store of somebody's may raise"),
+    lambda id: RuntimeError("whatever a user's store may raise"),
     lambda id: ValueError("not a value of mine"),
     lambda id: OverflowError("too large to convert to SQLite INTEGER"),
     lambda id: TypeError("not a type of mine"),

@@ -74,7 +74,7 @@ def test_a_durable_completion_is_in_the_store_when_the_call_returns(
         assert stored(store, kept)[-1] == id
 
 
-def test_it_holds_up_nobody_while_it_waits(
+def test_it_holds_up_no_other_while_it_waits(
     store: WatchedStore, kept: SessionRuntimeBindings
 ) -> None:
     registry = kept.ops_lifecycle

@@ -366,7 +366,7 @@ def test_a_promise_is_good_for_growing_times(session: Session) -> None:
         assert good[0] < good[1] < good[6] == good[7] <= 60
         owed.examine(batch(2, CHILD))
         owed.promise(1)
-        assert owed.promised_for(), "what wakes nobody was not to be promised"
+        assert owed.promised_for(), "what wakes no agent was not to be promised"
         owed.examine(batch(3))
         assert owed.promised_for() == 0.0, "what came since was not promised"
         assert owed.promise(3) == good[0]

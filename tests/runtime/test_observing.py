@@ -369,7 +369,7 @@ def test_a_namespace_is_a_word(call: Callable[..., object]) -> None:
         call(SessionId.new(), namespace="../etc")
 
 
-def test_what_nobody_uses_is_removed_and_nothing_else(namespace: str) -> None:
+def test_what_no_process_uses_is_removed_and_nothing_else(namespace: str) -> None:
     session_id = SessionId.new()
     assert not remove_unused(session_id)
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:

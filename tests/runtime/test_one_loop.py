@@ -288,7 +288,7 @@ def test_a_task_that_was_cancelled_before_it_ran_the_loop(agent: Agent) -> None:
 
 
 class Later:
-    """What a coroutine function returns, without the warning that nobody awaited it."""
+    """What a coroutine function returns, without the warning that it was never awaited."""
 
     def __await__(self) -> Iterator[Any]:
         yield from ()

@@ -736,7 +736,7 @@ def test_a_close_that_was_interrupted_gives_up_the_sessions_all_the_same(
     adapter.close()
 
 
-# --- what somebody else did to the files ------------------------------------------------------
+# --- what another program did to the files ----------------------------------------------------
 
 
 def test_a_session_whose_name_is_gone_is_opened_anew(

@@ -292,7 +292,7 @@ def test_a_look_at_nothing_new_takes_no_lock(
         assert supervisor.look() == 0
 
 
-def test_a_look_at_an_epoch_that_nobody_else_joined_is_one_load(
+def test_a_look_at_an_epoch_that_no_other_process_joined_is_one_load(
     alone: SessionRuntimeBindings,
     worker: Callable[..., Worker],
     monkeypatch: pytest.MonkeyPatch,
