@@ -30,6 +30,25 @@ from tests.runtime.completions import TOOL, end
 from tests.support import eventually, segments_in
 
 
+def one_after_another(folder: Path) -> tuple[Path, Path, Path, str]:
+    """A store, the folders in which two commands wait, and the commands.
+
+    Once there is a file `flag` the second one does not wait.
+    """
+    first, second = folder / "first", folder / "second"
+    first.mkdir()
+    second.mkdir()
+    stdin = f"{waits(first)}; true\n[ -e {folder}/flag ] || {waits(second)}; true\n"
+    return folder / "store", first, second, stdin
+
+
+def locked(store: Path) -> sqlite3.Connection:
+    """A connection that keeps others from writing to the store."""
+    holder = sqlite3.connect(store, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    return holder
+
+
 def test_a_finished_run_leaves_its_history_and_room_for_the_next(
     namespace: str, tmp_path: Path
 ) -> None:
@@ -99,8 +118,7 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
     arguments = ("-", "--json", "--store", store, "--workers", 1)
     with started(*arguments, stdin=stdin) as process:
         (command,) = waiting(tmp_path)
-        holder = sqlite3.connect(store, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        holder = locked(store)
         command.kill()
         status, out, err = ended(process)
         holder.close()
@@ -121,14 +139,10 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
 
 def test_a_command_is_shown_as_completed_once_it_is_durable(namespace: str, tmp_path: Path) -> None:
     """Should the machine go down before that, the command runs again."""
-    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    stdin = f"{waits(first)}; true\n{waits(second)}; true\n"
+    store, first, second, stdin = one_after_another(tmp_path)
     with started("-", "--store", store, "--workers", 1, stdin=stdin) as process:
         (command,) = waiting(first)
-        holder = sqlite3.connect(store, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        holder = locked(store)
         command.kill()
         (command,) = waiting(second)  # so the first one has ended
         assert process.stdout is not None
@@ -160,15 +174,11 @@ if __name__ == "__main__":
 
 
 def test_what_finished_before_is_durable_before_it_is_shown(namespace: str, tmp_path: Path) -> None:
-    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    stdin = f"{waits(first)}; true\n[ -e {tmp_path}/flag ] || {waits(second)}; true\n"
+    store, first, second, stdin = one_after_another(tmp_path)
     arguments = ("-", "--store", store, "--workers", 1)
     with started(*arguments, stdin=stdin) as process:
         (command,) = waiting(first)
-        holder = sqlite3.connect(store, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        holder = locked(store)
         command.kill()
         waiting(second)
         kill_all(namespace)
@@ -189,15 +199,11 @@ def test_what_finished_before_is_durable_before_it_is_shown(namespace: str, tmp_
 def test_a_run_that_is_ended_while_its_store_fails_leaves_what_it_lacks(
     namespace: str, tmp_path: Path, signals: int
 ) -> None:
-    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    stdin = f"{waits(first)}; true\n[ -e {tmp_path}/flag ] || {waits(second)}; true\n"
+    store, first, second, stdin = one_after_another(tmp_path)
     arguments = ("-", "--json", "--store", store, "--workers", 1)
     with started(*arguments, stdin=stdin) as process:
         (command,) = waiting(first)
-        holder = sqlite3.connect(store, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        holder = locked(store)
         command.kill()
         waiting(second)
         err = ""

@@ -82,29 +82,33 @@ def test_a_history_without_a_standard_stream(tmp_path: Path, closing: str) -> No
     assert ("completed" in shown.stdout) == (">&-" not in closing.split())
 
 
+@pytest.fixture
+def arguments(tmp_path: Path, jobs: Path) -> dict[str, tuple[object, ...]]:
+    """Commands that print something, by name."""
+    with SqliteRuntimeStore(tmp_path / "store") as store:
+        save(store, session_id := SessionId.new(), [completion(1)])
+    stored = ("history", "--store", tmp_path / "store")
+    return {
+        "run": ("run", jobs),
+        "run --json": ("run", jobs, "--json"),
+        "history": (*stored, session_id),
+        "sessions": stored,
+        "--help": ("--help",),
+    }
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
-    [("run", 3), ("run --json", 3), ("history", 1), ("sessions", 1), ("help", 1)],
+    [("run", 3), ("run --json", 3), ("history", 1), ("sessions", 1), ("--help", 1)],
 )
 def test_a_device_that_is_full(
     namespace: str,
-    tmp_path: Path,
-    jobs: Path,
+    arguments: dict[str, tuple[object, ...]],
     monkeypatch: pytest.MonkeyPatch,
     command: str,
     status: int,
 ) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered fails later
-    with SqliteRuntimeStore(tmp_path / "store") as store:
-        save(store, session_id := SessionId.new(), [completion(1)])
-    stored = ("history", "--store", tmp_path / "store")
-    arguments: dict[str, tuple[object, ...]] = {
-        "run": ("run", jobs),
-        "run --json": ("run", jobs, "--json"),
-        "history": (*stored, session_id),
-        "sessions": stored,
-        "help": ("--help",),
-    }
     full = shell(">/dev/full", *arguments[command])
     assert full.returncode == status
     events, *said = full.stderr.partition("shmepoch: ")
@@ -118,21 +122,12 @@ def test_a_device_that_is_full(
     [("run", 141), ("run --json", 141), ("history", 141), ("sessions", 141), ("--help", 1)],
 )
 def test_a_pipe_that_is_read_no_more(
-    namespace: str, tmp_path: Path, jobs: Path, command: str, status: int
+    namespace: str, arguments: dict[str, tuple[object, ...]], command: str, status: int
 ) -> None:
-    with SqliteRuntimeStore(tmp_path / "store") as store:
-        save(store, session_id := SessionId.new(), [completion(1)])
-    stored = ("history", "--store", tmp_path / "store")
-    arguments: dict[str, tuple[object, ...]] = {
-        "run": ("run", jobs),
-        "run --json": ("run", jobs, "--json"),
-        "history": (*stored, session_id),
-        "sessions": stored,
-    }
     theirs, ours = os.pipe()
     os.close(theirs)
     left = subprocess.run(
-        [*COMMAND, *map(str, arguments.get(command, (command,)))],
+        [*COMMAND, *map(str, arguments[command])],
         stdout=ours,
         stderr=subprocess.PIPE,
         timeout=DEADLINE_S,
