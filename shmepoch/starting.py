@@ -35,7 +35,7 @@ def _handle(handler: signal._HANDLER) -> None:
 def imported() -> None:
     """The package is imported: in what may be another program, Ctrl-C does what it did before."""
     if _name == _SCRIPT and _before is not None:
-        importlib.import_module("shmepoch.cli")  # the script does next; now it finds it made
+        importlib.import_module("shmepoch.cli")  # the script does that next, and is quiet by then
         signal.signal(signal.SIGINT, _before)
 
 
