@@ -546,8 +546,9 @@ class SharedSegment(Segment):
 class ObservedSegment(SharedSegment):
     """A segment as an observer has it.
 
-    OBSERVE-1: every change goes through the writer lock or through a cell, and both of an
-    observer's refuse it. It is a participant if there is a free slot, and changes nothing else.
+    OBSERVE-1: every change of the memory goes through the writer lock or through a cell, and both
+    of an observer's refuse it. So do the calls that are a runtime's. It is a participant if there
+    is a free slot, and changes nothing else.
     """
 
     read_only = True
@@ -557,6 +558,12 @@ class ObservedSegment(SharedSegment):
         return _NoLock(self.epoch_id)
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
+        raise ObserverReadOnly(self.epoch_id)
+
+    def try_own(self) -> bool:
+        raise ObserverReadOnly(self.epoch_id)
+
+    def unlink(self) -> None:
         raise ObserverReadOnly(self.epoch_id)
 
     def cell(self, offset: int) -> ObservedCell:

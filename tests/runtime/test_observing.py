@@ -164,6 +164,8 @@ CHANGES: dict[str, Change] = {
     "advance back": lambda b, id: b.cursor_state.runtime_observed_seq.advance(0),
     "compare_and_swap": lambda b, id: b.cursor_state.agent_applied_cursor.compare_and_swap(0, 1),
     "seal": lambda b, id: b.shared_segment().seal(),
+    "unlink": lambda b, id: b.shared_segment().unlink(),
+    "try_own": lambda b, id: b.shared_segment().try_own(),
     "announce": lambda b, id: b.announce(Role.WORKER),
     "agent": lambda b, id: AgentFactory().build(b.session_id, SessionOwned(b)).drain().commit(),
 }
@@ -190,6 +192,7 @@ def test_an_observer_changes_nothing(
         change(observer, id)
     assert refused.value.epoch_id == bindings.epoch_id
     assert bytes(memoryview(bindings.shared_segment().memory)) == before
+    assert bindings.shared_segment().named
 
 
 @pytest.mark.parametrize("transfer", [pickle.dumps, SessionRuntimeBindings.to_token])
