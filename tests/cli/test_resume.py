@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -425,6 +427,30 @@ def test_what_does_not_go_with_the_store_is_refused(unfinished: Path, tmp_path: 
     assert "--store" in refusal("--resume", stdin=same)
     nothing = refusal("--store", tmp_path / "new", "--resume", stdin=same)
     assert "no unfinished run" in nothing
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("DELETE FROM entries", "0 entries stand where it should"),
+        ("UPDATE entries SET entry = 'x'", "malformed"),
+        ("UPDATE entries SET entry = replace(entry, 'jobs', 'soup')", "`jobs`"),
+    ],
+)
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_damaged_plan_is_refused(
+    unfinished: Path, tmp_path: Path, damage: str, why: str, resume: tuple[str, ...]
+) -> None:
+    with contextlib.closing(sqlite3.connect(unfinished, isolation_level=None)) as store:
+        plan = "(SELECT min(key) FROM epochs)"  # it was there before the first session
+        store.execute(f"{damage} WHERE epoch = {plan}")
+    stdin = f"{waits(tmp_path)}; true\ntrue\n"
+    refused = run("-", "--store", unfinished, "--sessions", 2, *resume, stdin=stdin)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("shmepoch: the plan of the run in the store cannot be read: ")
+    assert why in refused.stderr
+    assert "name another file with --store" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_an_operation_follows_from_what_it_runs() -> None:

@@ -13,7 +13,7 @@ from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, OperationKind, OperationResult
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.errors import ShmepochError
+from shmepoch.errors import RecordInvalid, ShmepochError, StoreLoadFailed
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores import EpochCapture, RuntimeStore
 
@@ -48,6 +48,19 @@ class NothingToResume(RunRefused):
         super().__init__(
             "the store holds no unfinished run; leave --resume away to begin one, or name the file "
             "of the run to carry on with"
+        )
+
+
+class PlanUnreadable(RunRefused):
+    """The store is damaged where it holds the plan of a run."""
+
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the plan of the run in the store cannot be read: {reason}; name another file with "
+            "--store (shmepoch history still shows how this one's commands ended)",
+            reason=reason,
         )
 
 
@@ -129,7 +142,7 @@ class KeptPlan:
 
     @classmethod
     def begin(cls, store: RuntimeStore, plan: Plan) -> Self:
-        """Keep the plan of a run that begins; `RunUnfinished`."""
+        """Keep the plan of a run that begins; `RunUnfinished`, `PlanUnreadable`."""
         unfinished = cls._find(store)
         if unfinished is not None:
             raise RunUnfinished(len(unfinished.plan.jobs), len(unfinished.plan.sessions))
@@ -149,7 +162,10 @@ class KeptPlan:
 
     @classmethod
     def resume(cls, store: RuntimeStore, jobs: Sequence[Job], sessions: int) -> Self:
-        """The unfinished run; `NothingToResume`, `CommandsDiffer`, `SessionsDiffer`."""
+        """The unfinished run.
+
+        Raises `NothingToResume`, `PlanUnreadable`, `CommandsDiffer` and `SessionsDiffer`.
+        """
         unfinished = cls._find(store)
         if unfinished is None:
             raise NothingToResume
@@ -162,12 +178,22 @@ class KeptPlan:
 
     @classmethod
     def _find(cls, store: RuntimeStore) -> Self | None:
-        current = store.load(RUNS)
+        try:
+            current = store.load(RUNS)
+        except StoreLoadFailed as error:
+            raise PlanUnreadable(error.reason) from error
         if current is None:
             return None
-        outcome = current.entries[0].terminal_outcome
-        assert isinstance(outcome, Completed)
-        return cls(store, current.epoch_id, Plan.from_json(outcome.result.content))
+        match current.entries:
+            case (CompletionEntry(terminal_outcome=Completed(result)),):
+                pass
+            case _:
+                raise PlanUnreadable(f"{len(current.entries)} entries stand where it should")
+        try:
+            plan = Plan.from_json(result.content)
+        except RecordInvalid as error:
+            raise PlanUnreadable(str(error)) from error
+        return cls(store, current.epoch_id, plan)
 
     def _save(self, *, entries: tuple[CompletionEntry, ...], finished: bool) -> None:
         snapshot = PersistedOpsSnapshot(epoch_id=self._epoch_id, entries=entries)
