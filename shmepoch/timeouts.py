@@ -1,9 +1,10 @@
-"""Numbers of seconds, as every call that waits takes them."""
+"""Seconds: how long a call waits at most, and how long between two looks."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Final, SupportsFloat, SupportsIndex, TypeAlias
 
 from shmepoch.arguments import described
@@ -43,6 +44,14 @@ def deadline_after(timeout: Seconds | None, call: str) -> float | None:
     """When a timeout that begins now ends on the monotonic clock; raises what `limit_s` does."""
     limit = limit_s(timeout, call)
     return None if limit is None else time.monotonic() + limit
+
+
+def pauses(first_s: float, longest_s: float) -> Iterator[float]:
+    """How long to pause between two looks: twice as long each time, up to the longest."""
+    pause_s = first_s
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, longest_s)
 
 
 def _limit_s(value: Seconds, setting: str) -> float | None:

@@ -16,6 +16,7 @@ from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
 from shmepoch.memory import layout as at
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.segment import Segment
+from shmepoch.timeouts import pauses
 
 #: The slot of an entry whose operation the table does not hold.
 NO_SLOT = 2**32 - 1
@@ -23,9 +24,8 @@ NO_SLOT = 2**32 - 1
 #: Far above any feed, and far below where a position and what is added to it overflow.
 _LAST_POSITION = 2**63
 
-#: Between two looks at how far a store has come, for one that must not block.
-_FIRST_PAUSE_S = 0.001
-_LAST_PAUSE_S = 0.02
+#: How long an event loop pauses, at first and at most, before it looks again how far a store is.
+_PAUSES_S = 0.001, 0.02
 
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
 
@@ -158,10 +158,10 @@ class SegmentFeed:
         """Like `wait_durable`, without blocking the event loop."""
         seq = require_position(seq, "durable", "seq")
         # A store comes further a few times a second; no bell is rung for that.
-        pause = _FIRST_PAUSE_S
-        while self.durable_through() < seq and not self._segment.ended:
+        for pause in pauses(*_PAUSES_S):
+            if self.durable_through() >= seq or self._segment.ended:
+                break
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE_S)
         self._require_durable(seq)
 
     def _require_durable(self, seq: CompletionSeq) -> None:
@@ -243,7 +243,7 @@ class SegmentFeed:
             raise self._corrupted(first, "decodable entries", str(error)) from error
 
     def _corrupted(self, seq: int, expected: object, actual: object) -> SegmentCorrupted:
-        return SegmentCorrupted(self._segment.name, f"feed[{seq}]", expected, actual)
+        return self._corrupted_word(f"feed[{seq}]", expected, actual)
 
     def _corrupted_word(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
         return SegmentCorrupted(self._segment.name, field, expected, actual)

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
 from shmepoch.errors import DuplicateWaitOperation, WaitAlreadyActive
 from shmepoch.ids import OperationId, RunId, WaitRequestId
-from shmepoch.timeouts import deadline_after
+from shmepoch.timeouts import deadline_after, pauses
 
 if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -156,7 +156,7 @@ class WaitAll:
         try:
             self._begin(turn)
             with _Watched(registry, ids) as watched:
-                for pause in _pauses():
+                for pause in pauses(*_PAUSES_S):
                     if watched.watch():
                         break
                     if _remaining(deadline) == 0:
@@ -176,7 +176,7 @@ class WaitAll:
         try:
             self._begin(turn)
             with _Watched(registry, ids) as watched:
-                for pause in _pauses():
+                for pause in pauses(*_PAUSES_S):
                     if watched.watch():
                         break
                     await asyncio.sleep(pause)
@@ -241,13 +241,6 @@ def _satisfied(
             wait_request_id=WaitRequestId.new(), run_id=run_id, operation_ids=tuple(ids)
         ),
     )
-
-
-def _pauses() -> Iterator[float]:
-    pause, longest = _PAUSES_S
-    while True:
-        yield pause
-        pause = min(2 * pause, longest)
 
 
 def _remaining(deadline: float | None) -> float | None:
