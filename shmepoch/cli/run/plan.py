@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from typing import Final, Self
@@ -15,6 +14,7 @@ from shmepoch.epoch.operations import Completed, OperationKind, OperationResult
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import RecordInvalid, ShmepochError, StoreLoadFailed
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
+from shmepoch.memory.clock import wall_ms
 from shmepoch.stores import EpochCapture, RuntimeStore
 
 #: The session whose epochs are the runs of a store, one after the other; the current one is the run
@@ -155,7 +155,7 @@ class KeptPlan:
             kind=OperationKind.BACKGROUND_TOOL_OP,
             display_name="the plan of a run",
             terminal_outcome=Completed(OperationResult(id=id, content=content, duration_ms=0)),
-            completed_at_ms=time.time_ns() // 1_000_000,
+            completed_at_ms=wall_ms(),
         )
         kept._save(entries=(entry,), finished=False)
         return kept
