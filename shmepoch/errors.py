@@ -575,7 +575,7 @@ class SegmentForeign(ShmepochError, PermissionError):
     def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
         super().__init__(
             f"segment {name!r} is not this user's alone: its {field} is {actual}, not {expected}; "
-            "it was not made by shmepoch for this user, or somebody changed it",
+            "it was not made by shmepoch for this user, or was changed since",
             name=name,
             field=field,
             expected=expected,

@@ -1,6 +1,6 @@
 """Identifiers: typed, time-ordered names for sessions, epochs, operations, runs and waits.
 
-An identifier keeps the sixteen bytes of its UUID: that is what lies in shared memory. The text and
+An identifier keeps the sixteen bytes of its UUID: that is what shared memory holds. The text and
 the `uuid.UUID` are made on request. In JSON it is the plain text, written by
 `msgspec.json.encode(value, enc_hook=enc_hook)` or `json.dumps(value, default=str)`, and read by
 `msgspec.json.decode(data, type=..., dec_hook=dec_hook)` or `SessionId.parse(text)`; alone or as

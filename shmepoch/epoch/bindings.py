@@ -191,7 +191,7 @@ class SessionRuntimeBindings:
     def standalone(
         cls, session_id: SessionId, config: OpsLifecycleConfig | None = None
     ) -> SessionRuntimeBindings:
-        """Local-only bindings, for a standalone build: nobody else will ever share them."""
+        """Local-only bindings, for a standalone build: no other process ever shares them."""
         require(SessionId, session_id, "SessionRuntimeBindings.standalone", "session_id")
         require(OpsLifecycleConfig | None, config, "SessionRuntimeBindings.standalone", "config")
         return cls(Segment.private(config or OpsLifecycleConfig(), session_id=session_id))
@@ -348,7 +348,7 @@ class SessionRuntimeBindings:
         return others[0].pid
 
     def shared_segment(self) -> SharedSegment:
-        """The segment, for who drives the epoch; `BindingsNotTransferable` for private memory."""
+        """The segment, for the epoch's runtime; `BindingsNotTransferable` for private memory."""
         if not isinstance(self._segment, SharedSegment):
             raise BindingsNotTransferable
         return self._segment

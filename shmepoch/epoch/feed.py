@@ -139,7 +139,7 @@ class SegmentFeed:
 
     def mark_durable(self, seq: CompletionSeq) -> None:
         """A store has taken everything up to `seq`; writers that wait for it go on."""
-        with contextlib.suppress(EpochSealed, EpochGone):  # nobody waits for it any more
+        with contextlib.suppress(EpochSealed, EpochGone):  # then no writer waits any more
             self._segment.cell(at.DURABLE_AT).advance(seq)
             self._segment.waiters.wake_writers()
 

@@ -22,7 +22,7 @@ class OperationKind(StrEnum):
     """What sort of work an operation is."""
 
     MOB_MEMBER_CHILD = "mob_member_child"
-    """A child agent; it may hand over a peer channel, and its end wakes nobody."""
+    """A child agent; it may hand over a peer channel, and its end wakes no agent."""
     BACKGROUND_TOOL_OP = "background_tool_op"
     """A tool that runs in the background; the agent is told of its end."""
 
@@ -119,7 +119,7 @@ class Aborted(Record, frozen=True, tag_field="outcome_type", tag="aborted"):
 
 
 class Cancelled(Record, frozen=True, tag_field="outcome_type", tag="cancelled"):
-    """Somebody no longer wanted the operation."""
+    """The operation was no longer wanted."""
 
     reason: str | None = None
 

@@ -1,4 +1,4 @@
-"""Recovery: laying a stored epoch's completions into fresh memory that nobody uses yet."""
+"""Recovery: what is recovered of a stored epoch, and its completions laid into fresh memory."""
 
 from __future__ import annotations
 

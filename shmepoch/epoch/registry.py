@@ -104,8 +104,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     OPS-4: a transition becomes true by exactly one atomic store: of the watermark for those that
     end operations, of `registrations` for a registration, of the slot's word for the rest. The
-    first two prepare several words; an intent word says so, and whoever takes the writer lock and
-    finds it undoes what was not committed.
+    first two prepare several words; an intent word says so. The next writer that finds it
+    undoes what was not committed.
     """
 
     def __init__(self, segment: Segment | None = None) -> None:
@@ -350,8 +350,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self, ended: Callable[[int], bool], reason: str, *, dead: Iterable[int] = ()
     ) -> int:
         """End, as `Terminated` and in one commit, the operations that have not ended and whose
-        participant `ended` says so of, and forget what the `dead` participants watched; how many
-        operations there were.
+        participant has: `ended` says so of its key. Forget what the `dead` participants watched.
+        How many operations there were.
 
         It waits for nothing: it raises `WriterBusy` while another transition is in progress, and
         `StoreBehind` where others would wait for the store.
@@ -430,8 +430,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """End, in one commit, what `find` finds under the writer lock, and do `then` before it is
         released; how many there were.
 
-        DURABLE-1: nobody waits for a store with the writer lock held, so that others go on; what
-        was found is found anew afterwards.
+        DURABLE-1: no wait for a store holds the writer lock, so that others go on; what was found
+        is found anew afterwards.
         """
         segment = self._segment
         wait_ms = self._config.store_wait_ms if waits else 0
@@ -632,7 +632,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     @property
     def participant(self) -> int:
-        """Who this process is in the epoch, or 0."""
+        """This process's participant key in the epoch, or 0."""
         return self._segment.participant
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
@@ -783,7 +783,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def restore(
         self, snapshot: PersistedOpsSnapshot, *, skip: int = 0, unfinished: bool = False
     ) -> None:
-        """Continue a stored epoch in this fresh one, which nobody else uses yet.
+        """Continue a stored epoch in this fresh one, which is in no other use yet.
 
         `skip` leaves out that many sequences. With `unfinished`, operations that had not ended are
         entered as running, for the caller to end; without, they are dropped. Raises

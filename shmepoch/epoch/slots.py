@@ -1,4 +1,4 @@
-"""What lies in an operation's slot: its words, its spec and its detail, and their encoding."""
+"""What an operation's slot holds: its words, its spec and its detail, and their encoding."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) 
 
 
 def _invalid(record: msgspec.Struct, kind: Any, reason: str) -> RecordInvalid:
-    """Why `record` cannot be held, in the terms of who made it and not of its encoding."""
+    """Why `record` cannot be held, in the terms of its caller and not of its encoding."""
     if not isinstance(record, kind):
         return RecordInvalid(named(kind), f"it is {described(record)}")
     found = _WRONG_TYPE.fullmatch(reason)

@@ -370,7 +370,7 @@ class OperationTable:
         )
         free = self._free(len(others))
         if len(free) < len(others):
-            return  # the table is full: whoever watches this finds it gone
+            return  # the table is full: its watchers find the outcome gone
         fingerprint = memory.load(layout.fingerprint(slot.number))
         for number, (index, piece) in enumerate(zip(free, others, strict=True), 1):
             offset = layout.slot(index)

@@ -32,9 +32,9 @@ _ALLOWED: Final = {
 class CommonTransitions:
     """Registering, starting and ending one operation, each in one or two native calls.
 
-    Under the writer lock. What returns False has stored nothing: something is out of the ordinary,
-    and the registry goes about it word by word, which repairs what is to be repaired and raises
-    what is to be raised. The two make the same stores in the same order.
+    Under the writer lock. What returns False has stored nothing: it is not the common case. Then
+    the registry does the transition word by word, repairs what has to be repaired, and raises what
+    has to be raised. The two make the same stores in the same order.
     """
 
     def __init__(self, segment: Segment, table: OperationTable) -> None:

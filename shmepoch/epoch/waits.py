@@ -138,8 +138,8 @@ class _Turn:
 
 
 class WaitAll:
-    """The one barrier of a registry handle, which it does not hold: a handle that is let go of
-    goes at once, with the mapping that it keeps."""
+    """The one barrier of a registry handle. It has no reference to the handle, which is freed with
+    its last user, and with it the mapping that it keeps."""
 
     def __init__(self) -> None:
         # In the order of their arrival: the first one waits, and others are refused and leave.

@@ -25,7 +25,7 @@ _BESIDES: Final = struct.Struct(
 class Words(msgspec.Struct, frozen=True, gc=False):
     """What an epoch had committed when they were read.
 
-    Under the writer lock nobody but its holder changes them, so a transition reads them once.
+    Under the writer lock only its holder changes them, so a transition reads them once.
     """
 
     registrations: int
@@ -46,8 +46,8 @@ class Words(msgspec.Struct, frozen=True, gc=False):
         may be of different moments, and are held against each other by `check`.
 
         OPS-5: loaded before the slots that are held against them. What a killed writer had prepared
-        is undone before its birth or sequence is committed for another operation; so who sees that
-        commit first cannot see the leftover any more.
+        is undone before its birth or sequence is committed for another operation; so a reader that
+        sees that commit cannot see the leftover any more.
         """
         words = cls(
             memory.load(at.REGISTRATIONS_AT),

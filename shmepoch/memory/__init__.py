@@ -1,1 +1,1 @@
-"""Bytes shared by processes; nothing in this package knows what a session is."""
+"""Memory that processes share: segments, their locks, participants, waiters and bells."""

@@ -1,6 +1,6 @@
 /* The native edge of shmepoch: atomics, ring copies, futexes and record locks on mapped memory.
  *
- * Nothing here knows what lies in the memory. A caller names byte offsets; every function checks
+ * Nothing here knows what the memory holds. A caller names byte offsets; every function checks
  * that they are inside the mapping and aligned before it touches a byte, then does one thing.
  *
  *   Memory     a mapping, shared (of a descriptor) or private, with atomic access to its words
@@ -9,16 +9,18 @@
  *   Transitions   the common case of an epoch's most frequent transitions, each in one call
  *   Descriptor a descriptor that is closed with its object, and known to a forked child
  *   WriterLock a thread lock and an open-file-description lock, taken together
+ *   IfFree     the same lock, as a context whose entry waits for nothing
  *   try_lock, unlock, is_locked   single open-file-description byte locks
+ *   leave_inherited   closes, in a forked child, the descriptors of its parent
  *
  * Memory order. Words that publish are stored with release and read with acquire. Bytes that may be
  * overwritten while they are copied (ring entries, slots) are copied with relaxed word accesses, so
  * that the race is defined behaviour, between fences that make the validation around the copy sound:
- * `write` begins with a release fence, so whoever sees a byte of it also sees the words stored
+ * `write` begins with a release fence, so a reader that sees a byte of it sees the words stored
  * before (the invalidation); `read` ends with an acquire fence, so words loaded after it (the
  * validation) are at least as new as every byte it copied.
  *
- * The standard library's mmap is not used because it is a buffer that anybody may write to with
+ * The standard library's mmap is not used because it is a buffer that all code may write to with
  * plain stores; a Memory is read-only to Python but for its atomic methods.
  */
 
@@ -58,8 +60,8 @@ _Static_assert(ATOMIC_INT_LOCK_FREE == 2, "32-bit atomics are lock-free, always"
 
 typedef _Atomic uint64_t word_t;
 
-/* A sleeping waiter looks again after this long: whoever was to wake it may have been killed
- * between its store and its wake call, and the 32-bit event count may have come round. */
+/* A sleeping waiter looks again after this long: the process that was to wake it may have been
+ * killed between its store and its wake call, and the 32-bit event count may have come round. */
 static const int64_t RECHECK_NS = 250 * 1000 * 1000;
 /* A wait in the main thread looks for signals that came just before it slept after this long. */
 static const int64_t SIGNALS_NS = 50 * 1000 * 1000;
@@ -260,7 +262,7 @@ memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return self;
 }
 
-/* Mapped anew, through a description of its own and where it was, so that what lies in it stays where
+/* Mapped anew, through a description of its own and where it was, so that its bytes stay where
  * it is. For a forked child whose memory was mapped through the description of `fd`, which it shares
  * with its parent. False with an error set: it is mapped as before. */
 static bool
@@ -329,7 +331,7 @@ memory_length(PyObject *object)
 /* --- Memory: single words ---------------------------------------------------------------------- */
 
 /* Acquire; pairs with the release in `store` and in the read-modify-writes: what was written before
- * a word was published is seen by whoever reads the word. */
+ * a word was published is seen by every reader of the word. */
 static PyObject *
 memory_load(PyObject *object, PyObject *offset_object)
 {
@@ -466,9 +468,9 @@ load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t
 }
 
 /* The index of the first of `count` words, `stride` apart, from the one with index `start` on, that
- * holds `value`, or -1. Relaxed: what is found is locked or verified by who looks for it. Where it
- * lies is loaded once: the compiler would load it again beside each atomic load. Inline, so that the
- * stride of those that lie side by side is a constant. */
+ * holds `value`, or -1. Relaxed: the caller locks or verifies what is found. Where it lies is loaded
+ * once: the compiler would load it again beside each atomic load. Inline, so that the stride of those
+ * that lie side by side is a constant. */
 static inline Py_ssize_t
 find_word(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
           uint64_t value, Py_ssize_t start)
@@ -867,9 +869,9 @@ memory_ring_gather(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 
 /* --- Memory: waiting ----------------------------------------------------------------------------
  *
- * An event is one word: a 32-bit count that is the futex, and a 32-bit flag that says somebody may
- * sleep on it. The flag is set by whoever is about to sleep and taken by whoever wakes, so a killed
- * sleeper costs one superfluous wake call and nothing after that.
+ * An event is one word: a 32-bit count that is the futex, and a 32-bit flag that says that a waiter
+ * may sleep on it. A waiter sets the flag before it sleeps and a waker takes it, so a killed sleeper
+ * costs one superfluous wake call and nothing after that.
  */
 
 typedef struct {
@@ -1073,7 +1075,7 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
 }
 
-/* wake(event) -> whether anybody may have slept. Called after the store that they wait for. The
+/* wake(event) -> whether a waiter may have slept. Called after the store that they wait for. The
  * fence at the end orders it before whatever the caller looks at next (the bells). */
 static PyObject *
 memory_wake(PyObject *object, PyObject *offset_object)
@@ -1247,7 +1249,7 @@ cell_load(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t nargs)
 }
 
 /* CURSOR-1: max(cell, value). Lock-free: an exchange fails only because another one succeeded.
- * Acquire-release, so that what this process did before it advanced is seen by whoever reads the
+ * Acquire-release, so that what this process did before it advanced is seen by every reader of the
  * new position. */
 static PyObject *
 cell_advance(PyObject *object, PyObject *value_object)
@@ -1332,12 +1334,12 @@ static PyType_Spec cell_spec = {
  *
  * The transitions that every operation goes through, each as one call, under the writer lock. They
  * do what the Python code of the registry does, store for store and in the same order, for the
- * common case only: where anything is out of the ordinary (a sealed epoch, a transition that was
- * broken off, words that contradict each other, an operation that is not there or not in the right
- * status, a full table) they store nothing and return None, and the Python code decides.
+ * common case only. In every other case (a sealed epoch, a transition that was broken off, words
+ * that contradict each other, an operation that is not there or not in the right status, a full
+ * table) they store nothing and return None, and the Python code decides.
  *
  * Each store of a word publishes what was written before it, so it is a release. Loads need no more
- * than relaxed: the writer lock orders them after the stores of whoever held it before.
+ * than relaxed: the writer lock orders them after the stores of its holders before.
  */
 
 #define KEY_SIZE 16
@@ -1361,7 +1363,7 @@ typedef struct {
         reclaimed;
     /* slots, and the column of their fingerprints */
     Py_ssize_t fingerprints, slots, slots_at, slot_size;
-    /* what lies where in a slot */
+    /* offsets within a slot */
     Py_ssize_t birth, terminal_seq, id, participant, created_ms, created_mono, elapsed_ms,
         spec_length, detail_length, watchers, lanes, spec, detail, detail_limit;
     Py_ssize_t max_operations, max_completed;
@@ -1588,7 +1590,7 @@ is_sound(const Transitions *self, Py_ssize_t at)
            && word_of(self, at + self->detail_length + WORD) <= limit;
 }
 
-/* Whether somebody waits for the outcome of the operation in a slot. */
+/* Whether the operation in a slot has a watcher. */
 static bool
 is_watched(const Transitions *self, Py_ssize_t at)
 {
@@ -1921,8 +1923,8 @@ parse_ending(const Transitions *self, PyObject *slot, PyObject *elapsed_ms, PyOb
     return true;
 }
 
-/* Whether somebody still waits for an outcome that only an entry above the first sequence and through
- * the second has. */
+/* Whether a watcher still waits for an outcome that only an entry above the first sequence and
+ * through the second has. */
 static bool
 is_any_watched(const Transitions *self, uint64_t after, uint64_t through)
 {
@@ -1941,8 +1943,8 @@ is_any_watched(const Transitions *self, uint64_t after, uint64_t through)
 }
 
 /* Where the entries of all of them begin, after the watermark, and through which sequence older ones
- * have to be dropped for them; false if the ring cannot hold them together, or if somebody waits for
- * what would be dropped. */
+ * have to be dropped for them; false if the ring cannot hold them together, or if a watcher waits
+ * for what would be dropped. */
 static bool
 find_room(const Transitions *self, const Words *words, const Ending *endings, Py_ssize_t count,
           uint64_t *position, uint64_t *dropped)
@@ -3116,8 +3118,8 @@ writer_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UN
 
 /* after_fork() -> whether the thread that forked was inside
  *
- * In a forked child, where no other thread of the parent is: free, whoever held it. But for private
- * memory, of which the child has a copy, the thread that forked is inside still. */
+ * In a forked child, where no other thread of the parent is: free. But of private memory the child
+ * has a copy, and the thread that forked is inside still. */
 static PyObject *
 writer_after_fork(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -3150,9 +3152,9 @@ writer_leave_to_last(WriterLock *self, PyObject *on_left)
 
 /* retire(on_closed[, timeout_ns[, on_left]]) -> whether no thread of the process is inside
  *
- * Every entry from now on is refused, those that wait included. For whoever is about to close the
- * descriptor, which gives the lock up in the middle of a transition as well: after True it may. After
- * False, and where a signal handler raises, `on_left` is called by the last thread out. */
+ * Every entry from now on is refused, those that wait included. For a caller that is about to close
+ * the descriptor, which gives the lock up in the middle of a transition as well: after True it may.
+ * After False, and where a signal handler raises, `on_left` is called by the last thread out. */
 static PyObject *
 writer_retire(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -184,7 +184,7 @@ class WriterLock:
         traceback: TracebackType | None,
         /,
     ) -> None: ...
-    # In a forked child: free, whoever held it, unless it is private memory's and this thread's.
+    # In a forked child: free, unless it is private memory's and this thread holds it.
     # Whether this thread held it.
     def after_fork(self) -> bool: ...
     # The lock as a context whose entry waits for nothing, and raises what `on_busy` makes where it

@@ -110,7 +110,7 @@ class Bells:
             wait.resolve()
 
     def discard(self, wait: AsyncWait) -> None:
-        """Nobody waits for this any more."""
+        """Forget a wait that is over."""
         self._waits.discard(wait)
 
     def stop(self) -> None:
@@ -196,7 +196,7 @@ class Bells:
         return self._fd is not None and os.fstat(self._fd.fileno()).st_nlink > 0
 
     def _join_listeners(self) -> Memory:
-        """The page to listen on; memory that nobody rings if there is none to be had now."""
+        """The page to listen on; memory that no writer rings if there is none to be had now."""
         page = None
         try:
             for _ in range(_ATTEMPTS):
@@ -292,7 +292,7 @@ def _retire(page: Memory | None, fd: Descriptor, path: Path) -> None:
 
 
 def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
-    # An exclusive lock replaces this description's shared one only if nobody else has one.
+    # An exclusive lock replaces this description's shared one only if no other has one.
     if try_lock(fd, _LISTENERS_BYTE, False):
         _retire(page, fd, path)
 
@@ -324,7 +324,7 @@ class SharedWaits:
 
     @lazy
     def _bells(self) -> Bells:
-        return Bells.of(self._namespace)  # not before somebody waits: most never do
+        return Bells.of(self._namespace)  # at the first wait: most segments never have one
 
     def add(self, wait: AsyncWait, /) -> None:
         self._bells.add(wait)

@@ -1,8 +1,8 @@
 """Files in /dev/shm: made whole, opened only if they are this user's alone.
 
 POSIX shared memory on Linux is a file in /dev/shm (shm_overview(7)). It is opened as one here, so
-that it can be made without a name (O_TMPFILE), filled, and only then linked: whoever opens the name
-finds it whole, and a creator that is killed leaves nothing.
+that it can be made without a name (O_TMPFILE), filled, and only then linked: a process that opens
+the name finds it whole, and a creator that is killed leaves nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def is_same(fd: Descriptor, path: str | Path) -> bool:
 
 
 def open_owned(path: str | Path) -> Descriptor:
-    """Open a file of this user's that nobody else may open.
+    """Open a file of this user's that no other user may open.
 
     Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
     """
@@ -126,7 +126,7 @@ def open_held(
         whole = Descriptor.open_held(path, byte, _OWNED, length, mapped)
         if whole is not None:
             return whole
-        # Something is out of the ordinary: it is done step by step, which says what it is.
+        # Not the common case: done step by step, which says what is wrong.
         opened = open_owned(path)
         try:
             held, found = try_lock(opened, byte, True), os.fstat(opened.fileno())
@@ -143,7 +143,7 @@ def open_held(
 
 
 def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:
-    """Why this is no file of this user's that nobody else may open."""
+    """Why this is no file of this user's that no other user may open."""
     if not stat.S_ISREG(mode):
         return _foreign(path, "type", "regular file", "other")
     if uid != os.geteuid():

@@ -7,7 +7,7 @@ A segment is, from its first byte on:
     cursors       3 x 128                                     one cursor a line
     feed line     128                                         what waiters look at
     writer line   128                                         what only the writer's side changes
-    participants  max_participants x 32                       who is attached
+    participants  max_participants x 32                       the attached processes
     fingerprints  slots x 8                                   the column that ids are searched in
     slots         slots x 2048                                one operation each
     index ring    entries x 24                                where each completion lies
@@ -25,7 +25,7 @@ processors fetch pairs of them.
          0  magic                 creator           release   stored last: the header is whole
          8  version               creator                     of this table
         16  size                  creator                     of the segment, in bytes
-        24  state                 adapter           release   0 open, 1 sealed: the cells' gate
+        24  state                 adapter           release   0 open, 1 sealed, 2 gone: a gate
         32  epoch id (16)         creator
         48  session id (16)       creator
         64  witness key (16)      creator                     a handle must carry it
@@ -51,7 +51,7 @@ processors fetch pairs of them.
        784  registrations         writer            release   THE commit of a registration
        792  collected_through     writer            release   drained by collect_completed
        800  reclaimed_through     writer            release   slots of completions given back
-       808  joined                anybody           seq_cst   participants that ever joined
+       808  joined                participants      seq_cst   participants that ever joined
        816  durable_seq           persistence       release   what a store holds
 
 A participant, every 32 bytes:
@@ -66,7 +66,7 @@ A slot, every 2048 bytes; it holds an operation if 0 < birth <= registrations:
          8  birth                 writer            release   its registration's number
         16  terminal_seq          writer            release   terminal if 0 < it <= watermark
         24  operation id (16)     writer
-        40  participant           writer                      number << 8 | slot of who runs it
+        40  participant           writer                      number << 8 | slot of its runner
         48  created_at_ms         writer                      wall clock
         56  created_mono_ns       writer                      CLOCK_MONOTONIC
         64  elapsed_ms            writer                      from registration to the end
@@ -89,7 +89,7 @@ Locks are open-file-description locks on single bytes; they need no byte to exis
       byte  held                  by
          0  during a transition   the writer
          1  while it lives        the session's runtime
-         2  while attached        every attachment, shared; exclusive: who removes the segment
+         2  while attached        every attachment, shared; exclusive: a removal of the file
          3  until it is closed    the session's agent; shared: agents that agreed to share
          4  while it runs         the runtime loop
      5 + i  while it lives        the participant in slot i
@@ -189,7 +189,7 @@ MAX_PARTICIPANTS: Final = (SLOT_SPEC - SLOT_WATCHERS) // 2
 # --- index ring ---
 INDEX_SIZE: Final = 24
 MIN_FEED_ENTRIES: Final = 1024
-#: An hour: whoever has waited longer for a store needs to be told.
+#: An hour: a writer that has waited longer for a store needs to be told.
 MAX_STORE_WAIT_MS: Final = 3_600_000
 #: RECOVERY-2: how many sequences recovery skips after a reboot. What was committed and not yet
 #: stored is gone, but its sequences may have been seen, and must not come again as something else.

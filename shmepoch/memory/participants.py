@@ -1,8 +1,8 @@
-"""Participants: who is attached to a segment, and who of them is still alive.
+"""Participants: the processes attached to a segment, and which of them are still alive.
 
 A participant holds the lock byte of its slot for as long as it lives. The kernel drops the lock
-with the process, however it died and in whatever container, so nobody needs a heartbeat, a PID or a
-clock. A number that is never used twice tells a slot's present holder from those before it.
+with the process, however it died and in whatever container: no heartbeat, PID or clock is
+needed. A number that is never used twice tells a slot's present holder from those before it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Participants:
         self._memory.store(Layout.participant(slot_of(key)), 0)
 
     def list(self, *, me: int = 0) -> list[Participant]:
-        """Everybody who holds a slot and everybody who died in one; `me` is this attachment."""
+        """The holders of slots, dead ones included; `me` is this attachment."""
         found = []
         for slot, word in enumerate(self._words()):
             if word == 0:
@@ -153,7 +153,7 @@ class Participants:
         return self._memory.load(at.JOINED_AT)
 
     def clear(self, dead: Participant) -> None:
-        """Free the slot of a participant that died, unless somebody has taken it since."""
+        """Free the slot of a participant that died, unless another has taken it since."""
         if not try_lock(self._fd, at.PARTICIPANT_BYTE + dead.slot, False):
             return
         offset = Layout.participant(dead.slot)

@@ -150,7 +150,7 @@ class Segment:
     carrier: Descriptor | None = None
     #: Whether this is an observer's, which changes nothing.
     read_only: bool = False
-    #: Who this process is in the slots it writes; private memory has nobody else.
+    #: This process's participant key, in the slots it writes; private memory has no other process.
     participant: int = 0
     writer: Lock
     waiters: Waiters
@@ -209,12 +209,12 @@ class Segment:
         return self._closed_error_maker()()
 
     def _closed_error_maker(self) -> Callable[[], EpochSealed | EpochGone]:
-        """`closed_error` for who must not hold the segment: one that is dropped goes at once, with
-        its mapping and its locks, and not when the garbage collector comes by."""
+        """`closed_error` without a reference to the segment: one that is dropped is freed at once,
+        with its mapping and its locks, and not by the garbage collector later."""
         return partial(_ended_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def seal(self) -> None:
-        """End the epoch for good and wake everybody who waits for it."""
+        """End the epoch for good and wake every waiter."""
         with self.writer:
             self.seal_held()
         self.waiters.notify()
@@ -288,7 +288,7 @@ class SharedSegment(Segment):
         session_id: SessionId,
         epoch_id: RuntimeEpochId,
     ) -> SharedSegment:
-        """A whole segment that has no name yet: nobody finds it before `publish`.
+        """A whole segment that has no name yet: no process finds it before `publish`.
 
         Raises `SharedMemoryExhausted` where /dev/shm has not enough room: all pages are reserved
         now, because a write to a page that tmpfs cannot provide later is a SIGBUS.
@@ -367,12 +367,12 @@ class SharedSegment(Segment):
 
     @lazy
     def waiters(self) -> Waiters:
-        """Whoever waits for the epoch: they are in its memory, and in the namespace's bells."""
+        """The epoch's waiters: they are in its memory, and in the namespace's bells."""
         return self._make_waiters(SharedWaits(self.memory, self.namespace))
 
     @property
     def participants(self) -> Participants:
-        """Who is attached, as seen through this attachment; `BindingsClosed` once it has left."""
+        """The attached processes, as seen from this one; `BindingsClosed` once it has left."""
         self.ensure_attached()
         self._descriptor.fileno()  # raises that this attachment has left
         return self._participants_of(self._descriptor)
@@ -452,11 +452,11 @@ class SharedSegment(Segment):
     def require_name(self) -> None:
         """Raise `EpochGone` if the file has lost its name, and not by the end of its epoch.
 
-        GONE-1: then no process can attach any more, and what is committed here is heard of by none
-        but those that are attached. Whichever of them notices says so in the memory that they
-        share, so that all of them hear of it, and those that wait come free.
+        GONE-1: then no process can attach any more, and only those that are attached hear of what
+        is committed here. The first of them that notices says so in the memory that they share, so
+        that all of them hear of it, and those that wait come free.
         """
-        # The name first: who takes it away in good order has sealed the epoch before.
+        # The name first: a removal in good order has sealed the epoch before.
         nameless = self._published and os.fstat(self.fd).st_nlink == 0
         if nameless and not self.ended:
             self.memory.store(at.STATE_AT, at.GONE)
@@ -469,7 +469,7 @@ class SharedSegment(Segment):
 
     def close(self) -> bool:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        to whoever still holds a cursor of it. Interrupted, it may be called again.
+        through the cursors that still have it. Interrupted, it may be called again.
 
         Waits a second for a transition of another thread. False: it takes longer, or it is one of
         this thread's, that a signal handler interrupted; then it leaves the epoch when it is done.
@@ -491,7 +491,7 @@ class SharedSegment(Segment):
         return partial(_left_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def _after_fork(self) -> None:
-        """In a forked child, whose descriptors of its parent's are closed: be nobody yet.
+        """In a forked child, whose descriptors of its parent's are closed: be no participant yet.
 
         What the memory holds stays readable, and cursors stay usable.
         """
@@ -535,7 +535,7 @@ class SharedSegment(Segment):
         participants = self._participants_of(opened)
         participant = self._take_slot(participants, self.role)
         # A signal handler may have attached meanwhile; from the look on, none comes between. This
-        # process is somebody before it is attached, so that it never writes as nobody.
+        # process has its key before it is attached, so that it never writes without one.
         if self._descriptor.inherited:
             self.participant = participant
             self._descriptor.take(opened)

@@ -55,7 +55,7 @@ class AsyncWait:
 
     def resolve(self) -> None:
         """Let the coroutine go on; from any thread."""
-        with contextlib.suppress(RuntimeError):  # its loop was closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # its loop was closed, and the wait with it
             self._loop.call_soon_threadsafe(self._finish)
 
     def look_by_itself(self) -> None:
@@ -91,7 +91,7 @@ class AsyncWaits(Protocol):
         ...
 
     def discard(self, wait: AsyncWait, /) -> None:
-        """Nobody waits for this any more, or it was never added."""
+        """Forget a wait that is over, or that was never added."""
         ...
 
     def notify(self) -> None:
@@ -100,7 +100,7 @@ class AsyncWaits(Protocol):
 
 
 class LocalWaits:
-    """The coroutines that wait for private memory: whoever commits is in the same process."""
+    """The coroutines that wait for private memory: its writers are in the same process."""
 
     def __init__(self) -> None:
         self.after_fork()
@@ -127,7 +127,7 @@ class LocalWaits:
 
 
 class Waiters:
-    """Everybody who waits for one epoch's watermark, or for the epoch's end."""
+    """The waiters for one epoch's watermark, or for the epoch's end."""
 
     def __init__(
         self, memory: Memory, closed_error: Callable[[], Exception], waits: AsyncWaits
@@ -137,7 +137,7 @@ class Waiters:
         self._waits = waits
 
     def notify(self) -> None:
-        """Wake everybody; after the store that they wait for. No system call if nobody sleeps.
+        """Wake every waiter, after the store that they wait for; no system call if none sleeps.
 
         WAIT-1: what was committed stands, so nothing that fails here is raised. A sleeper that was
         not woken looks by itself before long.
@@ -166,7 +166,7 @@ class Waiters:
             raise TimeoutError(f"the store did not have {seq} within {timeout} s")
 
     def wake_writers(self) -> None:
-        """Wake those who wait for the store; after it has said how far it has come."""
+        """Wake the writers that wait for the store, after it has said how far it has come."""
         self._memory.wake(at.EVENT_AT)
 
     async def above(self, after: int) -> int:
