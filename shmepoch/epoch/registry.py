@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +12,8 @@ import msgspec
 
 from shmepoch.arguments import described, require, require_each
 from shmepoch.epoch.codec import cut, wire_decoder
-from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
-from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
+from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
+from shmepoch.epoch.cursors import CursorState, EpochCursorState
 from shmepoch.epoch.feed import SegmentFeed, encode_entry
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
@@ -38,6 +37,7 @@ from shmepoch.epoch.operations import (
     status_of,
 )
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.epoch.reading import OperationReader
 from shmepoch.epoch.recovery import (
     require_room,
     restore_completions,
@@ -83,8 +83,6 @@ from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import limit_s
 
-_log = logging.getLogger(__name__)
-
 _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wire_decoder(
     OperationTerminalOutcome  # type: ignore[arg-type] # a union is no class
 )
@@ -123,7 +121,6 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._feed = SegmentFeed(segment)
         self._table = OperationTable(segment, self._feed)
         self._wait_all = WaitAll()
-        self._told_of_cursors = False
         #: Watches that are over and still counted.
         self._unwatched: deque[Watching] = deque()
 
@@ -559,49 +556,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     # --- reading, without a lock --------------------------------------------------------------
 
+    @lazy
+    def _reader(self) -> OperationReader:
+        return OperationReader(self._segment, self._table, self._feed)
+
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
         require(OperationId, id, "snapshot", "id")
         slot = self._table.find(id)
-        return self._snapshot(slot) if slot else None
+        return self._reader.snapshot(slot) if slot else None
 
     def list_operations(self) -> list[OperationLifecycleSnapshot]:
-        found = (self._snapshot(slot) for slot in self._table.held())
-        return sorted(
-            (snapshot for snapshot in found if snapshot is not None),
-            key=lambda snapshot: (snapshot.display_name, snapshot.id),
-        )
-
-    def _snapshot(self, slot: Slot) -> OperationLifecycleSnapshot | None:
-        view = self._table.view(slot)
-        if view is None:
-            return None
-        entry = None
-        if view.slot.terminal_seq:
-            entry = self._feed.entry(view.slot.terminal_seq)
-            if entry is None:
-                return None  # dropped from the feed since, and with it from the registry
-        return self._described(view, entry)
-
-    def _described(
-        self, view: OperationView, entry: CompletionEntry | None
-    ) -> OperationLifecycleSnapshot:
-        return OperationLifecycleSnapshot(
-            id=view.spec.id,
-            kind=view.spec.kind,
-            display_name=view.spec.display_name,
-            status=status_of(entry.terminal_outcome) if entry else view.slot.status,
-            peer_ready=view.detail.peer_handle is not None,
-            progress_count=view.detail.progress_count,
-            watcher_count=0 if entry else self._table.watchers(view.slot),
-            last_progress=view.detail.last_progress,
-            terminal_outcome=entry.terminal_outcome if entry else None,
-            child_session_id=view.spec.child_session_id,
-            peer_handle=view.detail.peer_handle,
-            created_at_ms=view.slot.created_at_ms,
-            started_at_ms=view.detail.started_at_ms,
-            completed_at_ms=entry.completed_at_ms if entry else None,
-            elapsed_ms=view.slot.elapsed_ms if entry else None,
-        )
+        return self._reader.list()
 
     def active_count(self) -> int:
         """How many operations have not ended."""
@@ -745,40 +710,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self, epoch_id: RuntimeEpochId, cursor_state: CursorState, after_seq: CompletionSeq
     ) -> tuple[PersistedOpsSnapshot, CompletionBatch]:
         """What `capture_persistence_snapshot` gives, and the batch that its entries came in."""
-        # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
-        # above an entry that was not, and that completion would never be delivered.
-        cursors = self._continuable(cursor_state)
-        slots = (s for s in self._table.held() if not 0 < s.terminal_seq <= after_seq)
-        views = [view for slot in slots if (view := self._table.view(slot))]
-        views.sort(key=lambda view: view.slot.birth)
-        # After the operations: one that has ended has its entry here, unless it was dropped since.
-        batch = self._feed.list_since(after_seq)
-        entries = {entry.seq: entry for entry in batch.entries}
-        held = [v for v in views if not v.slot.terminal_seq or v.slot.terminal_seq in entries]
-        snapshot = PersistedOpsSnapshot(
-            epoch_id=epoch_id,
-            operations=tuple(self._described(v, entries.get(v.slot.terminal_seq)) for v in held),
-            specs=tuple(view.spec for view in held),
-            entries=batch.entries,
-            cursors=cursors,
-        )
-        return snapshot, batch
-
-    def _continuable(self, cursor_state: CursorState) -> EpochCursorSnapshot:
-        """The cursors for a store, which keeps the highest it is given: one that it could not be
-        continued from would hide where the consumer really is for good."""
-        cursors = cursor_state.snapshot()
-        stored = cursors.continuable(self._feed.watermark())
-        if stored != cursors and not self._told_of_cursors:
-            self._told_of_cursors = True
-            _log.warning(
-                "epoch %s: no store takes %s, since a cursor may be at 2**62 at most; it is given "
-                "%s",
-                self._segment.epoch_id,
-                cursors,
-                stored,
-            )
-        return stored
+        return self._reader.capture(epoch_id, cursor_state, after_seq)
 
     def restore(
         self, snapshot: PersistedOpsSnapshot, *, skip: int = 0, unfinished: bool = False
