@@ -29,7 +29,7 @@ def require(
 ) -> None:
     """Raise `ArgumentInvalid` unless `value` is an instance of `kind`; `hint` says what to write.
 
-    A class has everything that a protocol asks of its instances, and is none.
+    A class is refused: it has the methods that a protocol asks for, and is no instance of it.
     """
     if not isinstance(value, kind) or isinstance(value, type):
         raise ArgumentInvalid(call, argument, named(kind), described(value), hint)

@@ -1,7 +1,8 @@
 """Forks: what each part of the library does around one, in one stated order.
 
-A forked child has one thread, and everything that its parent had: descriptors, mappings, and locks
-that another thread may have held, for ever. What is the parent's alone is left to it here.
+A forked child has one thread, and everything that its parent had: descriptors, mappings, and locks.
+A lock that another thread of the parent held is held for ever in the child. Each part gives up in
+the child what is the parent's alone.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def on_fork(
     after_in_parent: Hook | None = None,
     after_in_child: Hook | None = None,
 ) -> None:
-    """Have these called around every fork, in the place of `part`, which has them once."""
+    """Have these called around every fork, in the order of the parts; once for each part."""
     if part in _parts:
         raise ValueError(f"{part!r} has its hooks already")
     _parts[part] = _Hooks(before, after_in_parent, after_in_child)
@@ -65,8 +66,8 @@ def _after_in_child() -> None:
 
 
 def _call(hooks: Iterable[Hook | None]) -> None:
-    """Call every hook. One that fails keeps none of the others from what only they can do; an
-    exception would not stop the fork in any case."""
+    """Call every hook. One that fails does not keep the others from being called: an exception
+    would not stop the fork."""
     for hook in hooks:
         if hook is not None:
             try:

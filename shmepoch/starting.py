@@ -1,4 +1,4 @@
-"""What Ctrl-C does while the `shmepoch` command starts: it ends it, for nothing has begun yet.
+"""Ctrl-C while the `shmepoch` command starts: it ends the process, for nothing has begun yet.
 
 Most of the start is the import of this package, which therefore imports this module first. In every
 other program that changes nothing.

@@ -20,7 +20,7 @@ Seconds: TypeAlias = SupportsFloat | SupportsIndex
 def limit_s(timeout: Seconds | None, call: str) -> float | None:
     """How many seconds `call` waits at most; None for as long as it takes.
 
-    Infinity and what no clock holds is no limit, less than nothing is nothing. Raises
+    Infinity, and more than a clock can hold, is no limit; a negative number is 0. Raises
     `ArgumentInvalid` for what is no number and `ConfigInvalid` for NaN.
     """
     if timeout is None:
@@ -33,7 +33,7 @@ def limit_s(timeout: Seconds | None, call: str) -> float | None:
 
 
 def setting_s(value: Seconds, setting: str) -> float | None:
-    """How many seconds a setting says; None for no limit. `ConfigInvalid` for anything else."""
+    """A setting in seconds; None for no limit. `ConfigInvalid` for what is no number."""
     try:
         return _limit_s(value, setting)
     except TypeError:

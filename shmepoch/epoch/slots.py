@@ -95,7 +95,7 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
         return self
 
     def out_of_bounds(self, max_participants: int) -> tuple[str, int, int] | None:
-        """A word that no writer has stored so, if there is one: its name, its bound and itself."""
+        """A word beyond its bound, if there is one: its name, the bound and the word."""
         participant = slot_of(self.participant)
         if not (
             self.word & _SPARE_BITS
@@ -137,7 +137,7 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the slot passes to something else; it is then of no moment."""
+        """Whether the slot passes to something else; what is read of it is of no one moment."""
         return self.is_emptied and self.buffer == 0
 
     @property
@@ -198,8 +198,8 @@ def encode_peer_handle(handle: OperationPeerHandle) -> None:
 
 
 def encode_detail(detail: Detail) -> bytes:
-    """A detail for its slot. What a peer handle leaves is the last progress message's, which is cut
-    to that."""
+    """A detail for its slot. The last progress message is cut to the room that a peer handle
+    leaves."""
     data = to_wire(detail)
     excess, progress = len(data) - at.DETAIL_LIMIT, detail.last_progress
     if excess > 0 and progress is not None:

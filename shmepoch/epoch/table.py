@@ -226,8 +226,8 @@ class OperationTable:
     def free_slots(self, count: int) -> list[int]:
         """The indices of so many slots that hold nothing.
 
-        There always are: whatever was admitted, and whatever is retained besides, has its slot, and
-        what is kept for watchers besides those gives way (OPS-6).
+        There always are: the table has a slot for each operation that is admitted and for each that
+        is retained. What is kept for watchers in more slots than that gives way (OPS-6).
         """
         free = self._free(count)
         if len(free) < count:

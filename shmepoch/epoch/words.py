@@ -15,7 +15,7 @@ from shmepoch.memory.layout import Layout
 #: Far above any feed, and far below where a sequence and what is added to it overflow.
 LAST_WATERMARK: Final = 2**63 + 2**62
 
-#: From `origin` to `reclaimed_through`, without what this is not about.
+#: From `origin` to `reclaimed_through`, without the words in between that are not read here.
 _BESIDES: Final = struct.Struct(
     f"=Q{at.SKIPPED_AT - at.CREATED_AT}xQQ{at.DROPPED_AT - at.SKIPPED_AT - 2 * at.WORD}x"
     f"QQ{at.COLLECTED_AT - at.REGISTRATIONS_AT}xQQ"

@@ -135,7 +135,7 @@ def open_held(
         except BaseException:
             opened.close()
             raise
-        # Not granted while a process removes it: look again.
+        # A process removes the file, and holds the lock alone while it does: look again.
         opened.close()
         if time.monotonic() > began + _REMOVAL_S:
             raise SegmentInRemoval(os.path.basename(path), _REMOVAL_S)

@@ -25,7 +25,7 @@ _reported: Final[set[tuple[object, ...]]] = set()
 
 
 def report_once(what: str, error: Exception) -> None:
-    """Log a trouble that is made up for, the first time that it has this cause."""
+    """Log a failure that costs time and loses nothing, once for each cause."""
     cause = (what, type(error), getattr(error, "errno", None))
     if cause not in _reported:
         _reported.add(cause)
