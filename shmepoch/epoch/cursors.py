@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 #: begins above every cursor, and needs room there.
 LAST_CONTINUABLE: Final = 2**62
 
-
-_Position: TypeAlias = Annotated[int, Meta(ge=0)]
+Position: TypeAlias = Annotated[int, Meta(ge=0)]
+"""A sequence of the feed as a record has it; 0 is before the first."""
 
 
 class EpochCursorSnapshot(Record, frozen=True, gc=False):
@@ -35,9 +35,9 @@ class EpochCursorSnapshot(Record, frozen=True, gc=False):
     all three, each from 0 to 2**64-1.
     """
 
-    agent_applied_cursor: _Position = 0
-    runtime_observed_seq: _Position = 0
-    runtime_last_injected_seq: _Position = 0
+    agent_applied_cursor: Position = 0
+    runtime_observed_seq: Position = 0
+    runtime_last_injected_seq: Position = 0
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
@@ -59,9 +59,9 @@ class WrittenCursors(Struct):
     """What the JSON of an `EpochCursorSnapshot` has to have: one that was cut must not be read as a
     position of 0."""
 
-    agent_applied_cursor: _Position
-    runtime_observed_seq: _Position
-    runtime_last_injected_seq: _Position
+    agent_applied_cursor: Position
+    runtime_observed_seq: Position
+    runtime_last_injected_seq: Position
 
     def __post_init__(self) -> None:
         for name, position in asdict(self).items():

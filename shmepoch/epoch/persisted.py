@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import msgspec
 
 from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
-from shmepoch.epoch.cursors import EpochCursorSnapshot, WrittenCursors
+from shmepoch.epoch.cursors import EpochCursorSnapshot, Position, WrittenCursors
 from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec
 from shmepoch.ids import RuntimeEpochId
 
-_Position: TypeAlias = Annotated[CompletionSeq, msgspec.Meta(ge=0)]
-SkippedRange: TypeAlias = tuple[_Position, _Position]
+SkippedRange: TypeAlias = tuple[Position, Position]
 """Sequences that a recovery left out: those above the first, through the second. No completion has
 one of them, and none ever will."""
 
