@@ -275,8 +275,11 @@ class observe_on:
         self.bindings.close()
 
 
-def look(bindings: None, test: Channel, session_id: SessionId) -> tuple[int, list[Role]]:
-    observer = observe_session(session_id)
+def look(
+    bindings: None, test: Channel, session_id: SessionId, namespace: str
+) -> tuple[int, list[Role]]:
+    # By name: a fork server has the environment of the test that started it.
+    observer = observe_session(session_id, namespace=namespace)
     with pytest.raises(ObserverReadOnly):
         observer.ops_lifecycle.register_operation(spec())
     roles = [one.role for one in observer.participants()]
@@ -286,9 +289,11 @@ def look(bindings: None, test: Channel, session_id: SessionId) -> tuple[int, lis
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_observer_in_another_process(bindings: SessionRuntimeBindings, method: str) -> None:
+def test_an_observer_in_another_process(
+    bindings: SessionRuntimeBindings, namespace: str, method: str
+) -> None:
     end(bindings, TOOL)
-    with start(look, None, bindings.session_id, method=method) as child:
+    with start(look, None, bindings.session_id, namespace, method=method) as child:
         assert child.result() == (1, [Role.RUNTIME, Role.OBSERVER])
 
 
