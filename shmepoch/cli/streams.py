@@ -41,14 +41,19 @@ def visible(text: object) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of them, as people write it: `1 command`, `2 commands`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def complain(error: object) -> None:
     """Say on standard error what went wrong, if that is still read."""
     with contextlib.suppress(OSError):
-        print(f"shmepoch: {visible(_said(error))}", file=sys.stderr, flush=True)
+        print(f"shmepoch: {visible(said(error))}", file=sys.stderr, flush=True)
 
 
-def _said(error: object) -> object:
-    """The error; one of the system without its number, which its text begins with."""
+def said(error: object) -> object:
+    """What to say of an error; one of the system without its number, with which its text begins."""
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return error

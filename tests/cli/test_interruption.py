@@ -119,7 +119,7 @@ def test_a_signal_that_comes_before_the_first_session(namespace: str, tmp_path: 
         holder.close()
         status, out, _ = ended(process)
     assert status == 143
-    assert "SIGTERM: 0 commands are ended while they run, 1 are not run" in out
+    assert "SIGTERM: 0 commands ended while running, 1 not run" in out
     nothing_left(namespace)
     assert run("-", "--store", store, "--resume", stdin="true\n").returncode == 0
 
@@ -148,7 +148,7 @@ def test_what_is_not_run_is_said(namespace: str, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         status, out, err = ended(process)
     assert (status, err) == (130, "")
-    assert "SIGINT: 2 commands are ended while they run, 3 are not run; a second signal" in out
+    assert "SIGINT: 2 commands ended while running, 3 not run; a second signal" in out
     nothing_left(namespace)
 
 

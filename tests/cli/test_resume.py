@@ -212,7 +212,7 @@ def test_an_ended_run_leaves_nothing_in_memory_that_its_store_has(
         process.send_signal(number)
         status, _, err = ended(process)
     assert status == 128 + number
-    assert f"{number.name}: 1 commands are ended while they run, 1 are not run" in err
+    assert f"{number.name}: 1 command ended while running, 1 not run" in err
     assert err.splitlines()[-1] == f"shmepoch: --store {store} --resume carries on with this run"
     nothing_left(namespace)
     assert sorted(with_status(store, *_FINISHED)) == sorted(jobs[:5])
@@ -244,7 +244,7 @@ def test_a_run_that_waits_for_children_of_another_is_ended_by_a_signal(
         process.send_signal(signal.SIGINT)
         status, out, err = ended(process)
     assert (status, "Traceback" in err) == (130, False)
-    assert "0 commands are ended while they run, 1 are not run" in out
+    assert "0 commands ended while running, 1 not run" in out
     assert len(segments_in(namespace)) == 1  # the agent has it
     agent.kill()
     eventually(lambda: not processes_in(namespace), within=30)

@@ -125,7 +125,7 @@ def test_one_line_for_each_event() -> None:
     done = run("-", stdin="# a comment\necho hello\nexit 3\n")
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert lines[0] == "2 commands in 1 sessions"
+    assert lines[0] == "2 commands in 1 session"
     assert "session 1: started    line 2: echo hello" in lines
     assert "session 1: started    line 3: exit 3" in lines
     assert any(re.fullmatch(r"session 1: completed  line 2 in \d+ ms", line) for line in lines)

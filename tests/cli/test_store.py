@@ -191,7 +191,7 @@ def test_what_finished_before_is_durable_before_it_is_shown(namespace: str, tmp_
     (tmp_path / "flag").touch()
     done = run(*arguments, "--resume", stdin=stdin)
     assert done.returncode == 0, done.stderr
-    assert "2 commands in 1 sessions, 1 of them finished before" in done.stdout
+    assert "2 commands in 1 session, 1 of them finished before" in done.stdout
     nothing_left(namespace)
 
 

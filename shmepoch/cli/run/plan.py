@@ -8,6 +8,7 @@ from typing import Final, Self
 
 from shmepoch.cli.run import leftovers
 from shmepoch.cli.run.jobs import Job
+from shmepoch.cli.streams import counted
 from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, OperationKind, OperationResult
@@ -34,7 +35,8 @@ class RunUnfinished(RunRefused):
 
     def __init__(self, commands: int, sessions: int) -> None:
         super().__init__(
-            f"the store holds an unfinished run of {commands} commands in {sessions} sessions; "
+            f"the store holds an unfinished run of {counted(commands, 'command')} in "
+            f"{counted(sessions, 'session')}; "
             "carry on with it with --resume, or name another file with --store",
             commands=commands,
             sessions=sessions,
@@ -72,7 +74,7 @@ class SessionsDiffer(RunRefused):
 
     def __init__(self, begun: int, asked: int) -> None:
         super().__init__(
-            f"the run in the store has {begun} sessions and this one would have {asked}; "
+            f"the run in the store has {counted(begun, 'session')}, this one would have {asked}; "
             f"resume it with --sessions {begun}",
             begun=begun,
             asked=asked,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from shmepoch.cli.streams import counted
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 
 
@@ -51,8 +52,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     def line(self) -> str:
         """The figures in one line."""
         return (
-            f"{self.commands} commands, {self.completed} completed, {self.failed} failed, "
-            f"{self.terminated} terminated, {self.cancelled} cancelled, {self.retried} run again; "
-            f"{self.notices.delivered} notices delivered, {self.notices.duplicates} duplicates, "
-            f"{self.notices.lost} lost; {self.kills} kills, {self.duration_s:.1f} s"
+            f"{counted(self.commands, 'command')}, {self.completed} completed, "
+            f"{self.failed} failed, {self.terminated} terminated, {self.cancelled} cancelled, "
+            f"{self.retried} run again; "
+            f"{counted(self.notices.delivered, 'notice')} delivered, "
+            f"{counted(self.notices.duplicates, 'duplicate')}, {self.notices.lost} lost; "
+            f"{counted(self.kills, 'kill')}, {self.duration_s:.1f} s"
         )

@@ -16,7 +16,7 @@ from shmepoch.cli.run.events import Standing, View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.outcomes import ending
 from shmepoch.cli.run.terminal import LastingStream
-from shmepoch.cli.streams import visible
+from shmepoch.cli.streams import counted, visible
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
 
@@ -49,7 +49,8 @@ class LineView:
     def began(self, sessions: Sequence[Standing], commands: int) -> None:
         before = sum(session.decided for session in sessions)
         finished = f", {before} of them finished before" if before else ""
-        self._say(f"{commands} commands in {len(sessions)} sessions{finished}")
+        where = counted(len(sessions), "session")
+        self._say(f"{counted(commands, 'command')} in {where}{finished}")
 
     def assigned(self, session: Standing, job: Job) -> None:
         self._say(f"session {session.number}: started    line {job.line}: {job.command}")
@@ -61,7 +62,8 @@ class LineView:
             self._say(line)
 
     def told(self, session: Standing, through: int) -> None:
-        self._say(f"session {session.number}: agent has been told of {through} completions")
+        told = counted(through, "completion")
+        self._say(f"session {session.number}: agent has been told of {told}")
 
     def lost_child(self, session: Standing, child: Child) -> None:
         self._say(f"session {session.number}: {_loss(child)}")
@@ -211,6 +213,6 @@ def _loss(child: Child) -> str:
 
 def _interruption(name: str, running: int, waiting: int) -> str:
     return (
-        f"{name}: {running} commands are ended while they run, {waiting} are not run; "
+        f"{name}: {counted(running, 'command')} ended while running, {waiting} not run; "
         "a second signal kills what still runs"
     )
