@@ -85,10 +85,27 @@ main()
 """
 
 
-def test_a_run_that_cannot_begin_leaves_nothing_to_resume(namespace: str, tmp_path: Path) -> None:
+_NO_PROCESS = """
+from multiprocessing import resource_tracker
+from shmepoch.cli import main
+
+
+def none_left():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+resource_tracker.ensure_running = none_left
+main()
+"""
+
+
+@pytest.mark.parametrize("cannot", [_CANNOT_OPEN, _NO_PROCESS])
+def test_a_run_that_cannot_begin_leaves_nothing_to_resume(
+    namespace: str, tmp_path: Path, cannot: str
+) -> None:
     store, stdin = tmp_path / "store", "true\ntrue\n"
     arguments = ("-", "--store", store, "--sessions", 2)
-    failed = run(*arguments, stdin=stdin, command=(sys.executable, "-c", _CANNOT_OPEN))
+    failed = run(*arguments, stdin=stdin, command=(sys.executable, "-c", cannot))
     assert failed.returncode == 3
     assert "Traceback" not in failed.stderr
     nothing_left(namespace)
@@ -123,7 +140,9 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
         status, out, err = ended(process)
         holder.close()
     assert (status, out) == (3, "")
-    assert "the store did not take a write" in err.splitlines()[-1]
+    *_, how, why = err.splitlines()
+    assert how == f"shmepoch: --store {store} --resume carries on with this run"
+    assert "the store did not take a write" in why
     assert "Traceback" not in err
     eventually(lambda: not processes_in(namespace), within=30)
     assert len(segments_in(namespace)) == 1

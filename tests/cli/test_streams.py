@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ from typing import Final
 
 import pytest
 
-from shmepoch import SessionId, SqliteRuntimeStore
+from shmepoch import RuntimeEpochId, SessionId, SqliteRuntimeStore
+from shmepoch.cli import streams
+from shmepoch.cli.run.transcript import Transcript
 from tests.cli.running import COMMAND, DEADLINE_S, nothing_left, run
 from tests.cli.stored import sessions
 from tests.cli.test_history import save
@@ -152,6 +155,20 @@ def test_a_name_in_no_encoding_is_shown(
     shown = refused.stderr.decode(encoding)
     assert "\\udcff" in shown
     assert "Traceback" not in shown
+
+
+def test_a_transcript_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "told.jsonl"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with Transcript(path) as written, pytest.raises(OSError) as failed:
+        written.append(RuntimeEpochId.new(), ())
+    assert streams.said(failed.value) == f"{path}: No space left on device"
 
 
 def test_a_run_may_have_no_reader(namespace: str, jobs: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shmepoch.cli.run.descendants import adopt_orphans, children, kill_children
 from shmepoch.cli.run.inherited import set_for_commands, take_all_descriptors
-from shmepoch.cli.streams import complain
+from shmepoch.cli.streams import complain, said
 from shmepoch.errors import ShmepochError
 
 _context = multiprocessing.get_context("spawn")
@@ -180,5 +180,5 @@ def _main(
     try:
         main(pipe, *args)
     except (ShmepochError, OSError) as error:
-        complain(f"{role} process {os.getpid()}: {error}")
+        complain(f"{role} process {os.getpid()}: {said(error)}")
         sys.exit(1)

@@ -93,6 +93,7 @@ def execute(jobs: list[Job], options: Options) -> int:
     """
     leave_strangers()
     interruptions = Interruptions()
+    children = Children()  # before a plan is kept, for it takes a process
     with contextlib.ExitStack() as stack:
         stack.callback(interruptions.end)
         folder = options.transcript
@@ -108,7 +109,13 @@ def execute(jobs: list[Job], options: Options) -> int:
                 plan = kept.plan
             else:
                 kept = KeptPlan.begin(store, plan)
-        status, summary = asyncio.run(_Run(plan, options, folder, store, kept, interruptions).run())
+        running = _Run(plan, options, folder, store, kept, interruptions, children)
+        try:
+            status, summary = asyncio.run(running.run())
+        except StoreError:
+            if options.store is not None and running.resumable:
+                _say_how_to_resume(options.store)
+            raise
     line = summary.line()
     if options.json:
         line = msgspec.json.format(msgspec.json.encode(summary)).decode()
@@ -132,6 +139,7 @@ class _Run:
         store: RunStore | None,
         kept: KeptPlan | None,
         interruptions: Interruptions,
+        children: Children,
     ) -> None:
         self._plan = plan
         self._options = options
@@ -139,9 +147,10 @@ class _Run:
         self._store = store
         self._kept = kept
         self._interruptions = interruptions
-        self._resumable = options.resume
+        #: Whether what it leaves can be carried on with.
+        self.resumable = options.resume
         self._view = view_for(sys.stderr if options.json else sys.stdout)
-        self._children = Children()
+        self._children = children
         self._sessions: list[SessionRun] = []
         self._kills = 0
         self._signal: int | None = None
@@ -159,7 +168,7 @@ class _Run:
         try:
             with contextlib.ExitStack() as stack:
                 await self._open(adapter)
-                self._resumable = self._kept is not None
+                self.resumable = self._kept is not None
                 stack.callback(self._view.close)
                 self._view.began(self._sessions, len(self._plan.jobs))
                 try:
@@ -167,7 +176,7 @@ class _Run:
                 finally:
                     await asyncio.gather(*(session.end() for session in self._sessions))
                 interrupted = self._signal
-                self._resumable = self._resumable and interrupted is not None
+                self.resumable = self.resumable and interrupted is not None
                 summary = self._summary(time.monotonic() - began)
         finally:
             await self._leave(adapter)
@@ -278,13 +287,13 @@ class _Run:
 
     def _end_sessions(self, adapter: RuntimeSessionAdapter) -> None:
         with adapter:  # closing it brings the store up to date
-            if not self._resumable:
+            if not self.resumable:
                 for id in self._plan.sessions:
                     if adapter.contains_session(id):
                         adapter.unregister_session(id)
                 if self._kept is not None:
                     self._kept.finish()
-        if self._resumable:
+        if self.resumable:
             for session in self._sessions:
                 if session.stored:
                     remove_unused(self._plan.namespace, session.bindings.session_id)

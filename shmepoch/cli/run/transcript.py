@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -72,20 +73,27 @@ class Transcript:
 
     def append(self, epoch_id: RuntimeEpochId, notices: Iterable[Notice]) -> None:
         """Write notices and wait until they are on the disk."""
-        for notice in notices:
-            self._file.write(msgspec.json.encode(_line(str(epoch_id), notice)) + b"\n")
-        try:
+        with self._named():
+            for notice in notices:
+                self._file.write(msgspec.json.encode(_line(str(epoch_id), notice)) + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            error.filename = self._file.name
-            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An `OSError` in here has the name of the file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
 
 def read(path: Path) -> list[Line]:
