@@ -152,8 +152,8 @@ class RuntimeSessionAdapter:
     def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
         """The bindings of a session, registering it first if need be: the same ones every time.
 
-        Others once the epoch has ended, or the session's name has gone. Raises what
-        `register_session` does.
+        Others once the epoch has ended, the session's name has gone or they were closed. Raises
+        what `register_session` does.
         """
         require(SessionId, session_id, "prepare_bindings", "session_id")
         self._check_open()
@@ -293,7 +293,8 @@ class RuntimeSessionAdapter:
         self._supervise()  # before anything is owned: there may be no thread to be had
         if session.owned is not None:
             old = session.owned.bindings
-            if old.shared_segment().named:
+            segment = old.shared_segment()
+            if segment.attached and segment.named:
                 session.owned.lost = False  # or it was, for a while
                 return self._renew(session, old) if old.ended else old
             self._forget(session, old)
@@ -326,8 +327,8 @@ class RuntimeSessionAdapter:
             bindings.shared_segment().seal()
 
     def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:
-        """Own an epoch no longer whose segment has lost its name."""
-        if old.sealed:  # and was replaced, by a call that failed after that
+        """Own an epoch no longer whose segment has lost its name, or whose bindings were closed."""
+        if old.sealed:  # and perhaps replaced, by a call that failed after that
             if self._durability is not None:
                 self._durability.end(old)
             old.close()
@@ -337,14 +338,14 @@ class RuntimeSessionAdapter:
         session.owned = None
 
     def _require(self, session: _Session) -> SessionRuntimeBindings:
-        if session.owned is None or session.owned.lost:
+        if session.owned is None or session.owned.out_of_reach:
             raise SessionNotRegistered(session.id)
         return session.owned.bindings
 
     def _owned(self, session_id: SessionId) -> EpochSupervisor | None:
         session = self._sessions.get(session_id)
         owned = None if session is None else session.owned
-        return None if owned is None or owned.lost else owned
+        return None if owned is None or owned.out_of_reach else owned
 
     def _check_open(self) -> None:
         # Before any lock: in a forked child, the thread that held one does not exist.

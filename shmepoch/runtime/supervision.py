@@ -43,6 +43,12 @@ class EpochSupervisor:
         self._known: object = None
         self._alone_since = -1
 
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether its adapter owns it no longer: the name was taken away, or code of this process,
+        where all bindings of an epoch are one object, has closed them."""
+        return self.lost or not self.bindings.shared_segment().attached
+
     def look(self) -> int:
         """Look once; how many operations were ended.
 

@@ -22,6 +22,7 @@ from shmepoch import (
     EpochSealed,
     InMemoryRuntimeStore,
     OperationId,
+    OperationStatus,
     OpsLifecycleConfig,
     ParticipantsExhausted,
     PersistedOpsSnapshot,
@@ -734,6 +735,69 @@ def test_a_close_that_was_interrupted_gives_up_the_sessions_all_the_same(
         works(second, session_id)
         second.unregister_session(session_id)
     adapter.close()
+
+
+# --- bindings that their own process closed ---------------------------------------------------
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_session_whose_bindings_were_closed_is_owned_again(namespace: str, durable: bool) -> None:
+    """A worker in the runtime's process has the runtime's bindings, and may close them."""
+    session_id, store = SessionId.new(), InMemoryRuntimeStore()
+    with adapter_of(namespace, store if durable else None) as adapter:
+        closed = adapter.prepare_bindings(session_id)
+        end(closed, TOOL)
+        running = spec()
+        closed.ops_lifecycle.register_operation(running)
+        SessionRuntimeBindings.from_token(closed.to_token()).close()
+        assert not adapter.contains_session(session_id)
+        for call in (
+            adapter.reset_session,
+            adapter.unregister_session,
+            adapter.ops_lifecycle_registry,
+        ):
+            with pytest.raises(SessionNotRegistered):
+                call(session_id)
+        again = works(adapter, session_id)
+        assert again is not closed
+        assert again.epoch_id == closed.epoch_id
+        found = again.ops_lifecycle.snapshot(running.id)
+        assert found is not None
+        assert found.status is OperationStatus.TERMINATED
+        if durable:
+            again.ops_lifecycle.completion_feed().wait_durable(3, timeout=DEADLINE_S)
+        assert adapter.reset_session(session_id).epoch_id != closed.epoch_id
+        adapter.unregister_session(session_id)
+    assert not files(namespace)
+
+
+@pytest.mark.parametrize("end_of_epoch", ["reset_session", "unregister_session"])
+def test_an_epoch_that_was_sealed_and_closed_is_finished(
+    namespace: str, end_of_epoch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id, store = SessionId.new(), InMemoryRuntimeStore()
+    with adapter_of(namespace, store) as adapter:
+        closed = adapter.prepare_bindings(session_id)
+        with monkeypatch.context() as patch:
+            patch.setattr(Durability, "end", refuse_to_end)
+            with pytest.raises(StoreWriteFailed):
+                getattr(adapter, end_of_epoch)(session_id)
+        assert closed.sealed
+        closed.close()
+        again = works(adapter, session_id)
+        assert again.epoch_id != closed.epoch_id
+        adapter.unregister_session(session_id)
+    assert not files(namespace)
+
+
+def refuse_to_end(*_: object) -> None:
+    raise no_write()
+
+
+def adapter_of(namespace: str, store: InMemoryRuntimeStore | None) -> RuntimeSessionAdapter:
+    if store is None:
+        return RuntimeSessionAdapter.ephemeral(namespace=namespace)
+    return RuntimeSessionAdapter.persistent(store, namespace=namespace)
 
 
 # --- what another program did to the files ----------------------------------------------------
