@@ -33,8 +33,8 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)  # there only where pytest-xdist is
 def pytest_xdist_auto_num_workers() -> int:
-    """Two for each processor: much of what the tests do is to wait for other processes."""
-    return 2 * len(os.sched_getaffinity(0))
+    """Three for each processor: much of what the tests do is to wait for other processes."""
+    return 3 * len(os.sched_getaffinity(0))
 
 
 def pytest_report_header() -> list[str]:

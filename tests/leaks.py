@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import psutil
 _SHM = Path("/dev/shm")
 #: multiprocessing keeps these open for its own Values and Arrays, for the life of the process.
 _ARENA = f"{_SHM}/pym-"
+#: What ran before the tests is none of theirs. To look at all of it takes longer than most tests.
+_OTHERS = frozenset(psutil.pids()) - {os.getpid()}
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,35 @@ def _processes(namespace: str) -> frozenset[psutil.Process]:
     An orphan is nobody's descendant any more, but a program it runs inherited the test's
     environment. One that was forked without running a program of its own is not found.
     """
-    me = psutil.Process()
     mark = f"SHMEPOCH_NAMESPACE={namespace}\0".encode()
-    helpers = _helper_pids()
-    found = {child for child in me.children(recursive=True) if child.pid not in helpers}
-    for pid in set(psutil.pids()) - helpers - {me.pid}:
-        with contextlib.suppress(OSError, psutil.NoSuchProcess):  # ended, or another user's
-            if mark in Path(f"/proc/{pid}/environ").read_bytes():
-                found.add(psutil.Process(pid))
-    return frozenset(found)
+    helpers, parents, found = _helper_pids(), dict[int, int](), set[int]()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or (pid := int(entry)) in _OTHERS:
+            continue
+        with contextlib.suppress(OSError):  # ended, or another user's
+            # The name, in parentheses, may hold anything.
+            parents[pid] = int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
+            if mark in _read(f"/proc/{pid}/environ"):
+                found.add(pid)
+    found |= {pid for pid in parents if _descends(pid, parents)}
+    processes = set()
+    for pid in found - helpers - {os.getpid()}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.add(psutil.Process(pid))
+    return frozenset(processes)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _descends(pid: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == os.getpid():
+            return True
+    return False
 
 
 def _helper_pids() -> set[int]:
