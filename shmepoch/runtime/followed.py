@@ -110,14 +110,11 @@ class Followed:
             self._position = through if after <= last < through else last
 
     def read(self) -> Reading:
-        """What the store does not have yet; it was located before.
-
-        PERSIST-1: cursors before operations before entries. So no cursor is stored without the
-        entries below it, and an operation that ended meanwhile has its entry with it.
-        """
+        """What the store does not have yet; it was located before."""
         bindings = self.bindings
         assert self._position is not None
         standing = self._standing()
+        # `capture_news` keeps PERSIST-1: an operation that ended meanwhile has its entry with it.
         snapshot, batch = bindings.ops_lifecycle.capture_news(
             bindings.epoch_id, bindings.cursor_state, self._position
         )
