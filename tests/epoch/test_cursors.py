@@ -62,7 +62,7 @@ def test_fresh_cursors_need_no_segment() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "snapshot", "values", "other"])
 def test_a_cursor_is_advanced_and_not_assigned(cursors: EpochCursorState, name: str) -> None:
-    """What was assigned would be seen by nobody else."""
+    """No other process would see an assigned value."""
     with pytest.raises(AttributeError, match=rf"{name}.*advance\(position\)"):
         setattr(cursors, name, 5)
     assert cursors.snapshot() == EpochCursorSnapshot()

@@ -289,7 +289,7 @@ def test_what_is_closed_is_not_kept(make_epoch: MakeEpoch) -> None:
 
 
 def test_registrations_come_before_what_is_kept(make_epoch: MakeEpoch) -> None:
-    """A process that never looks holds nobody up; the oldest outcomes go first."""
+    """A process that never reads its outcomes delays no registration; the oldest go first."""
     registry = make_epoch(**SMALL).registry
     ids, watches = [], []
     for turn in range(30):

@@ -1037,7 +1037,7 @@ def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> 
     assert os.listdir("/proc/self/fd") == before
     fd, _ = held(path)
     assert try_lock(fd, 5, False)
-    assert Descriptor.open_held(path, 5, OWNED, 3, True) is None, "somebody has the lock alone"
+    assert Descriptor.open_held(path, 5, OWNED, 3, True) is None, "it is locked"
     other_byte = Descriptor.open_held(path, 4, OWNED, 3, True)
     assert other_byte is not None
 

@@ -1,8 +1,8 @@
 """A child is forked while another thread of its parent is at each moment inside the library.
 
-The thread does not exist in the child: what it had locked stays locked there, and what it had just
-opened is nobody's. A process stops one of its threads at such a moment, forks a child, goes on, and
-is killed.
+The thread does not exist in the child. Its locks stay locked there, and no thread closes the
+descriptors that it had just opened. Here a process stops one of its threads at such a moment, forks
+a child, goes on, and is killed.
 """
 
 from __future__ import annotations
