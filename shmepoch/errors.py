@@ -68,6 +68,20 @@ class NotFound(ShmepochError, LookupError):
         )
 
 
+class OutcomeDropped(NotFound):
+    """The operation ended, and nothing holds its outcome any more: the feed dropped its entry, and
+    it was not kept for this watcher."""
+
+    def __init__(self, id: OperationId) -> None:
+        ShmepochError.__init__(
+            self,
+            f"operation {id} ended, and its outcome is gone: the feed dropped it, and the epoch "
+            "had no room to keep it for its watchers, or this watcher was closed; read it from the "
+            "store, or create the epoch with a larger max_operations or feed_bytes",
+            id=id,
+        )
+
+
 class InvalidTransition(ShmepochError):
     """The operation's status does not allow this action."""
 

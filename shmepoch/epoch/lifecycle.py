@@ -138,8 +138,9 @@ class OpsLifecycleRegistry(Protocol):
     ) -> WaitAllResult:
         """Block until all of `ids` have ended.
 
-        Raises `DuplicateWaitOperation`, `NotFound`, `WaitAlreadyActive`, and `TimeoutError` after
-        `timeout` seconds; whatever it raises frees the handle for another wait.
+        Raises `DuplicateWaitOperation`, `NotFound`, `OutcomeDropped`, `WaitAlreadyActive`, and
+        `TimeoutError` after `timeout` seconds; whatever it raises frees the handle for another
+        wait.
         """
         ...
 

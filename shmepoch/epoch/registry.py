@@ -67,6 +67,7 @@ from shmepoch.errors import (
     InvalidTransition,
     MaxConcurrentExceeded,
     NotFound,
+    OutcomeDropped,
     PayloadTooLarge,
     PeerNotExpected,
     RecordInvalid,
@@ -674,8 +675,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """How the operation that lay in `slot` ended, or None while it has not.
 
         `since` is a watermark at which it had not ended: should its slot have passed to another
-        operation, its entry is looked for in the feed from there. Raises `NotFound` if retention
-        has dropped that, too.
+        operation, its entry is looked for in the feed from there. Raises `OutcomeDropped` if
+        retention has dropped that, too.
         """
         while True:
             now = self._table.whole(slot.number)
@@ -691,7 +692,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         for entry in self._feed.list_since(since).entries:
             if entry.operation_id.bytes == slot.id:
                 return entry.terminal_outcome
-        raise NotFound(OperationId.from_bytes(slot.id))
+        raise OutcomeDropped(OperationId.from_bytes(slot.id))
 
     # --- persistence --------------------------------------------------------------------------
 

@@ -84,8 +84,8 @@ class OperationCompletionWatch:
         """Block until the operation has ended; its outcome.
 
         Raises `TimeoutError` after `timeout` seconds and `EpochSealed` when the epoch ends. Raises
-        `NotFound` if so many operations ran that the table had no room for the outcome of this one,
-        or if it was closed before and retention has dropped the outcome.
+        `OutcomeDropped` if so many operations ran that the epoch had no room to keep the outcome of
+        this one, or if the watch was closed before and retention has dropped the outcome.
         """
         deadline = deadline_after(timeout, "OperationCompletionWatch.wait")
         if self._outcome is None:

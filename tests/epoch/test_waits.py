@@ -6,6 +6,7 @@ import asyncio
 import linecache
 import math
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from shmepoch.errors import (
     EpochSealed,
     InvalidTransition,
     NotFound,
+    OutcomeDropped,
     WaitAlreadyActive,
 )
 from shmepoch.ids import OperationId, RunId
@@ -280,7 +282,7 @@ def test_what_is_closed_is_not_kept(make_epoch: MakeEpoch) -> None:
     turn_over(registry)
     watches[2].close()
     for watch in watches[:3]:
-        with pytest.raises(NotFound) as gone:
+        with pytest.raises(OutcomeDropped) as gone:
             watch.wait(0)
         assert gone.value.id == watch.id
     registry.cancel_operation(ids[3])
@@ -301,11 +303,32 @@ def test_registrations_come_before_what_is_kept(make_epoch: MakeEpoch) -> None:
     for watch in watches:
         try:
             outcomes.append(watch.wait(0))
-        except NotFound:
+        except OutcomeDropped:
             assert not outcomes, "an older one was there"
     assert outcomes == [Cancelled(f"{turn}") for turn in range(30 - len(outcomes), 30)]
     assert len(outcomes) >= 8
     fill_the_table(registry)
+
+
+def test_an_outcome_without_room_is_said_to_be_dropped(make_epoch: MakeEpoch) -> None:
+    """More than the memory of an epoch holds: its watchers hear that it ended, at once."""
+    registry = make_epoch(**SMALL).registry
+    ids = [running(registry) for _ in range(4)]
+    watches = [registry.register_watcher(id) for id in ids]
+    for id in ids:
+        registry.cancel_operation(id, "r" * 6000)
+    turn_over(registry)
+    dropped = []
+    for watch in watches:
+        try:
+            assert watch.wait(0) == Cancelled("r" * 6000)
+        except OutcomeDropped as error:
+            assert "ended" in str(error)
+            assert pickle.loads(pickle.dumps(error)).id == watch.id
+            dropped.append(watch)
+    assert dropped
+    with pytest.raises(OutcomeDropped):
+        run(_await(dropped[0]))
 
 
 def forget_watchers(registry: RuntimeOpsLifecycleRegistry, participant: int) -> None:
