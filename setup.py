@@ -5,6 +5,7 @@ so there the module is built for exactly that interpreter.
 """
 
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -24,16 +25,18 @@ COMPILE_ARGS = [
 
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
+NATIVE = Path("shmepoch/native")
+
 setup(
     ext_modules=[
         Extension(
-            name,
-            [name.replace(".", "/") + ".c"],
+            "shmepoch._native",
+            sorted(str(path) for path in NATIVE.glob("*.c")),
+            depends=sorted(str(path) for path in NATIVE.glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=STABLE_ABI,
         )
-        for name in ("shmepoch.memory._native", "shmepoch._identifier")
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
 )

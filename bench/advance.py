@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from bench.loops import FIRST
 
-SOURCE: Final = Path(__file__).parent.parent / "shmepoch" / "memory" / "_native.c"
+SOURCES: Final = sorted((Path(__file__).parent.parent / "shmepoch" / "native").glob("*.c"))
 ROUNDS: Final = 51
 CALLS: Final = 100_000
 
@@ -34,9 +34,9 @@ def build(folder: Path) -> Any:
     optimisation = sysconfig.get_config_var("OPT").split()
     options = ["-std=c11", "-fPIC", "-shared", "-fvisibility=hidden", "-DSHMEPOCH_BENCH"]
     limited = ["-DPy_LIMITED_API=0x030B0000", f"-I{sysconfig.get_path('include')}"]
-    files = [str(SOURCE), "-o", str(target)]
+    files = [*map(str, SOURCES), "-o", str(target)]
     subprocess.run([*compiler, *optimisation, *options, *limited, *files], check=True)
-    spec = importlib.util.spec_from_file_location("shmepoch.memory._native", target)
+    spec = importlib.util.spec_from_file_location("shmepoch._native", target)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,7 @@
 """shmepoch: one runtime epoch, shared by the processes of an agent deployment."""
 
 from shmepoch import starting  # first of all: its import sees to a Ctrl-C during the others
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import (
     EpochHandle,
     RuntimeBuildMode,
@@ -104,7 +105,6 @@ from shmepoch.ids import (
     dec_hook,
     enc_hook,
 )
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.boundary import AgentBoundary, Drain, Notice

@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from uuid_utils import uuid7
 
-from shmepoch._identifier import Identifier, encode
+from shmepoch._native import Identifier, encode
 
 __all__ = [
     "OperationId",

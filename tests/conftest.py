@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
-from shmepoch.memory import _native
+from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings, _native
 from tests.leaks import Held, left_behind
 
 #: How long what a test has told to end may take; threads that listen end within a second.

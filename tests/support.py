@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from shmepoch import _native as at
+from shmepoch._native import Descriptor, is_locked, try_lock
 from shmepoch.epoch.operations import OperationKind, OperationResult, OperationSpec
 from shmepoch.ids import OperationId
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.segment import Lock, SharedSegment
+from shmepoch.memory.segment import Segment, SharedSegment
 
 T = TypeVar("T")
 
@@ -60,15 +64,29 @@ def spec(
     )
 
 
+def damage_record(segment: Segment, seq: int) -> None:
+    """Overwrite a word of a record: its checksum does not match any more."""
+    position = segment.memory.load(segment.layout.index_word(seq)) & ~1
+    word = (position + at.RECORD_SIZE) % segment.layout.feed_bytes
+    segment.memory.store(segment.layout.records + word, 2**63)
+
+
 def result(id: OperationId, content: str = "done") -> OperationResult:
     """A result for an operation."""
     return OperationResult(id=id, content=content, duration_ms=1)
 
 
-def is_free(writer: Lock) -> bool:
-    """Whether the writer lock could be taken without waiting."""
+@contextmanager
+def held_writer(segment: SharedSegment) -> Iterator[None]:
+    """Hold an epoch's writer lock, as another process does that is stopped in a transition."""
+    descriptor = Descriptor.open(segment.path, os.O_RDWR)
     try:
-        with writer.if_free(BlockingIOError):
-            return True
-    except BlockingIOError:
-        return False
+        eventually(lambda: try_lock(descriptor, at.WRITER_BYTE, False))
+        yield
+    finally:
+        descriptor.close()
+
+
+def is_free(segment: SharedSegment) -> bool:
+    """Whether the writer lock could be taken without waiting."""
+    return not is_locked(segment.fd, at.WRITER_BYTE)

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from msgspec import Raw
-
 from bench.contestants import BATCH, SHMEPOCH, TOGETHER
 from bench.harness import Contestant, Measure
 from bench.loops import Timed, calls
@@ -24,11 +22,10 @@ from shmepoch import (
     OpsLifecycleConfig,
     SessionRuntimeBindings,
 )
+from shmepoch._native import WRITER_BYTE, try_lock, unlock
 from shmepoch.epoch.codec import to_wire, wire_decoder
-from shmepoch.epoch.feed import encode_entry
-from shmepoch.epoch.slots import encode_checked, encode_spec
+from shmepoch.epoch.encoding import encode_outcome, encode_spec
 
-_outcome_decoder: Final = wire_decoder(Completed)
 #: A batch of the largest is in the feed at once.
 _ROOM: Final = OpsLifecycleConfig(feed_bytes=16 * 1024 * 1024)
 
@@ -69,7 +66,7 @@ def _together(bindings: SessionRuntimeBindings, content: str, count: int) -> Tim
 
 def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
     """What three transitions need at least: the kernel's lock, an encoded spec and an entry."""
-    id, writer = OperationId.new(), bindings.shared_segment().writer
+    id, fd = OperationId.new(), bindings.shared_segment().fd
     spec = specified(id, bindings)
     to_wire(spec)
     entry = CompletionEntry(
@@ -82,18 +79,16 @@ def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
     )
     to_wire(entry)
     for _ in range(3):
-        with writer:
-            pass
+        try_lock(fd, WRITER_BYTE, False)
+        unlock(fd, WRITER_BYTE)
 
 
 def _make_records(bindings: SessionRuntimeBindings, content: str) -> None:
     """What an operation's three records take before shared memory is touched: made, held against
     what will be read of them, and encoded."""
     id = OperationId.new()
-    spec = encode_spec(specified(id, bindings), bindings.session_id).spec
-    completed = Completed(OperationResult(id=id, content=content))
-    outcome, _ = encode_checked(completed, _outcome_decoder)
-    encode_entry(1, spec, Raw(outcome), 1)
+    encode_spec(specified(id, bindings), bindings.session_id)
+    encode_outcome(Completed(OperationResult(id=id, content=content)))
 
 
 def _insert(database: sqlite3.Connection, content: str) -> None:

@@ -23,7 +23,7 @@ from bench.loops import calls
 from bench.processes import APART, TOGETHER, meeting, together
 from bench.servers import ServerMissing, nats, redis
 from shmepoch import RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
+from shmepoch import _native as at
 from shmepoch.memory.segment import SharedSegment
 
 #: Long enough for any wait to have gone to sleep: longer than the longest spin.

@@ -17,7 +17,9 @@ from typing import Annotated, Final, Protocol, Self, TypeAlias, runtime_checkabl
 
 import msgspec
 
+from shmepoch._native import ID_SIZE
 from shmepoch.arguments import require
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
@@ -28,7 +30,6 @@ from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory.claims import Claim
-from shmepoch.memory.layout import ID_SIZE, OpsLifecycleConfig
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.memory.segment import Segment, SharedSegment, resolve_namespace
 

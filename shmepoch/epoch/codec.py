@@ -10,7 +10,7 @@ from typing import Final, Self, TypeVar
 
 import msgspec
 
-from shmepoch._identifier import decode, encode
+from shmepoch._native import decode, encode
 from shmepoch.errors import RecordInvalid
 from shmepoch.ids import dec_hook, enc_hook
 

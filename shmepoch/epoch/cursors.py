@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol, Self, TypeAlias, r
 from msgspec import Meta, Struct
 from msgspec.structs import asdict, astuple
 
+from shmepoch import _native as at
+from shmepoch._native import Memory
 from shmepoch.arguments import require
 from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.lazy import lazy
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
 

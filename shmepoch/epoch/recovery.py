@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import count, pairwise
+from typing import TypeAlias
 
 from msgspec.structs import asdict, replace
 
-from shmepoch.epoch.codec import to_wire
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig, least_feed_bytes
 from shmepoch.epoch.completions import CompletionEntry
-from shmepoch.epoch.feed import NO_SLOT, SegmentFeed
-from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec, OperationStatus
+from shmepoch.epoch.encoding import Detail, encode_detail, encode_head, encode_outcome, encode_spec
+from shmepoch.epoch.operations import LAST_COUNT, OperationLifecycleSnapshot, OperationSpec
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
-from shmepoch.epoch.slots import Detail, encode_spec
-from shmepoch.epoch.table import OperationTable
 from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
-from shmepoch.ids import OperationId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.ids import OperationId
 from shmepoch.memory.segment import Segment
 
 _log = logging.getLogger(__name__)
+
+RestoredRecord: TypeAlias = tuple[
+    int, int, int, int, int, int, OperationId, bytes, bytes, bytes, bytes
+]
 
 #: Sequences grow from where recovery puts them; half of the range is left for that.
 _LAST_SEQ_LIMIT = 2**63
@@ -86,16 +88,19 @@ def room_for(
     require_consistent(snapshot)
     operations = len(unfinished_operations(snapshot)) if unfinished else 0
     max_operations = max(config.max_operations, operations)
-    largest = max((len(to_wire(entry)) for entry in snapshot.entries), default=0) + 2 * at.WORD
+    largest = max(map(_record_size, snapshot.entries), default=0)
     return replace(
         config,
         max_operations=max_operations,
-        feed_bytes=max(
-            config.feed_bytes,
-            at.least_feed_bytes(max_operations),
-            largest // at.WORD * at.WORD,
-        ),
+        feed_bytes=max(config.feed_bytes, least_feed_bytes(max_operations), largest),
     )
+
+
+def _record_size(entry: CompletionEntry) -> int:
+    """What a record of an entry takes at most."""
+    first = encode_head(entry.kind, entry.display_name) + encode_outcome(entry.terminal_outcome)
+    longest = at.RECORD_SIZE + len(first) + at.SPEC_LIMIT + at.DETAIL_LIMIT
+    return (longest // at.WORD + 1) * at.WORD
 
 
 def require_room(
@@ -108,14 +113,7 @@ def require_room(
             raise RecoveryNeedsRoom(snapshot.epoch_id, setting, needed[setting], given)
 
 
-def restore_completions(
-    segment: Segment,
-    feed: SegmentFeed,
-    table: OperationTable,
-    snapshot: PersistedOpsSnapshot,
-    *,
-    skip: int,
-) -> None:
+def restore_completions(segment: Segment, snapshot: PersistedOpsSnapshot, *, skip: int) -> None:
     """Lay in the entries and the terminal operations, and set the next sequence (RECOVERY-1).
 
     The newest entries are kept, as many as the feed holds. Sequences that have no entry, because
@@ -132,63 +130,87 @@ def restore_completions(
             snapshot.cursors,
             snapshot.recovered_cursors,
         )
-    capacity, budget = segment.layout.ring[1], segment.layout.ring[3]
-    kept: dict[int, tuple[CompletionEntry, bytes]] = {}
-    for entry in reversed(snapshot.entries):
-        data = to_wire(entry)
-        budget -= len(data) + at.WORD
-        if budget < 0 or last - entry.seq >= capacity:
-            break
-        kept[entry.seq] = entry, data
-    dropped = min(kept, default=last + 1) - 1
-
-    operations = {operation.id: operation for operation in snapshot.operations}
-    specs = {spec.id: spec for spec in snapshot.specs}
-    memory, position = segment.memory, 0
-    retained: list[int] = []
     assert segment.layout.config is not None
     floor = newest - segment.layout.config.max_completed
-    for seq in range(dropped + 1, last + 1):
-        slot = NO_SLOT
-        if seq in kept:
-            entry, data = kept[seq]
-            operation = operations.get(entry.operation_id)
-            if seq > floor and operation is not None:
-                spec = specs.get(entry.operation_id) or _spec_of(operation, segment)
-                retained.append(seq)
-                birth, session_id = len(retained), segment.session_id
-                slot = _restore_operation(table, operation, spec, birth, seq, session_id)
-                memory.store(at.REGISTRATIONS_AT, len(retained))
-        else:
-            data = b""
-        position = feed.put(seq, position, data, slot)
-    memory.store(at.DROPPED_AT, dropped)
-    memory.store(at.COLLECTED_AT, min(retained, default=last + 1) - 1)
-    memory.store(at.ORIGIN_AT, last - len(retained))
-    memory.store(at.WATERMARK_AT, last)
-    memory.store(at.SKIPPED_AT, newest)
-    memory.store(at.SKIPPED_AT + at.WORD, last)
-    memory.store(at.RECLAIMED_AT, max(0, table.floor(table.words())))
+    operations = {operation.id: operation for operation in snapshot.operations}
+    specs = {spec.id: spec for spec in snapshot.specs}
+    room, records = segment.layout.feed_bytes, list[_Record]()
+    for entry in reversed(snapshot.entries):
+        operation = operations.get(entry.operation_id) if entry.seq > floor else None
+        spec = specs.get(entry.operation_id)
+        record = _Record(entry, operation, spec or _spec_of(operation, segment), segment)
+        room -= record.size
+        if room < 0 or last - entry.seq >= segment.layout.entries:
+            break
+        records.append(record)
+    records.reverse()
+    births = count(1)
+    segment.epoch.restore(
+        tuple([record.at_birth(next(births) if record.held else 0) for record in records]),
+        records[0].seq - 1 if records else last,
+        last,
+        newest,
+    )
 
 
-def _restore_operation(
-    table: OperationTable,
-    operation: OperationLifecycleSnapshot,
-    spec: OperationSpec,
-    birth: int,
-    seq: int,
-    session_id: SessionId,
-) -> int:
-    [index] = table.free_slots(1)
-    encoded = encode_spec(spec, session_id)
-    table.fill(index, birth, encoded, operation.created_at_ms, 0)
-    slot = table.slot(index)
-    table.change(slot, OperationStatus.RUNNING, Detail.of(operation))
-    table.end(slot, seq, operation.elapsed_ms or 0)
-    return index
+class _Record:
+    """A completion as it is laid in, with what is known of its operation if that is retained."""
+
+    def __init__(
+        self,
+        entry: CompletionEntry,
+        operation: OperationLifecycleSnapshot | None,
+        spec: OperationSpec | None,
+        segment: Segment,
+    ) -> None:
+        self.seq = entry.seq
+        self.held = operation is not None
+        self._id = entry.operation_id
+        self._completed_ms = entry.completed_at_ms
+        self._created_ms = self._started = self._elapsed_ms = 0
+        self._head = encode_head(entry.kind, entry.display_name)
+        self._outcome = encode_outcome(entry.terminal_outcome)
+        self._rest = self._detail = b""
+        if len(self._head) > at.HEAD_LIMIT:
+            raise _invalid(f"the display_name of operation {entry.operation_id} is too long")
+        if entry.completed_at_ms > LAST_COUNT:
+            raise _invalid(f"operation {entry.operation_id} ended at {entry.completed_at_ms}")
+        if operation is not None and spec is not None:
+            self._rest = encode_spec(spec, segment.session_id).rest
+            self._detail = encode_detail(Detail.of(operation))
+            self._created_ms = operation.created_at_ms
+            self._started = 0 if operation.started_at_ms is None else operation.started_at_ms + 1
+            self._elapsed_ms = operation.elapsed_ms or 0
+
+    @property
+    def size(self) -> int:
+        """What it takes of the feed."""
+        parts = self._head + self._outcome, self._rest + self._detail
+        return at.RECORD_SIZE + sum(-(-len(part) // at.WORD) * at.WORD for part in parts)
+
+    def at_birth(self, birth: int) -> RestoredRecord:
+        """It, as the native module takes it."""
+        return (
+            self.seq,
+            birth,
+            self._created_ms,
+            self._started,
+            self._completed_ms,
+            self._elapsed_ms,
+            self._id,
+            self._head,
+            self._outcome,
+            self._rest,
+            self._detail,
+        )
 
 
-def _spec_of(operation: OperationLifecycleSnapshot, segment: Segment) -> OperationSpec:
+def _spec_of(
+    operation: OperationLifecycleSnapshot | None, segment: Segment
+) -> OperationSpec | None:
+    """The spec of a terminal operation that a store kept without it."""
+    if operation is None:
+        return None
     return OperationSpec(
         id=operation.id,
         kind=operation.kind,

@@ -1,20 +1,32 @@
-"""The operation registry over an epoch's memory: every transition of every operation."""
+"""The operation registry over an epoch's memory: every verb of every operation."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Self, TypeAlias
+from typing import Final, Self
 
 import msgspec
 
+from shmepoch._native import SPEC_LIMIT, Refused
 from shmepoch.arguments import described, require, require_each
-from shmepoch.epoch.codec import cut, wire_decoder
+from shmepoch.config import RECORD_ROOM, OpsLifecycleConfig
+from shmepoch.epoch.audit import Audit
+from shmepoch.epoch.codec import cut
 from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorState
-from shmepoch.epoch.feed import SegmentFeed, encode_entry
+from shmepoch.epoch.encoding import (
+    Detail,
+    EncodedSpec,
+    check_peer_handle,
+    check_progress,
+    decode_outcome,
+    encode_detail,
+    encode_outcome,
+    encode_spec,
+)
+from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
     TRANSITIONS,
@@ -34,7 +46,6 @@ from shmepoch.epoch.operations import (
     Retired,
     Terminated,
     WaitAllResult,
-    status_of,
 )
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.reading import OperationReader
@@ -44,19 +55,8 @@ from shmepoch.epoch.recovery import (
     room_for,
     unfinished_operations,
 )
-from shmepoch.epoch.slots import (
-    Detail,
-    EncodedSpec,
-    OperationView,
-    Slot,
-    encode_checked,
-    encode_peer_handle,
-    encode_spec,
-)
-from shmepoch.epoch.table import OperationTable
-from shmepoch.epoch.transitions import CommonTransitions
-from shmepoch.epoch.waits import OperationCompletionWatch, WaitAll, Watching
-from shmepoch.epoch.words import Words
+from shmepoch.epoch.table import STATUSES, OperationTable, OperationView
+from shmepoch.epoch.waits import OperationCompletionWatch, Pending, Place, WaitAll, Watching
 from shmepoch.errors import (
     AlreadyPeerReady,
     AlreadyRegistered,
@@ -73,38 +73,28 @@ from shmepoch.errors import (
     RecordInvalid,
     ShmepochError,
     StoreBehind,
-    WriterBusy,
 )
 from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 from shmepoch.lazy import lazy
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory
 from shmepoch.memory.clock import wall_ms
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import limit_s
 
-_outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wire_decoder(
-    OperationTerminalOutcome  # type: ignore[arg-type] # a union is no class
-)
-#: An operation that is to end, and the outcome that it is to have.
-_Ending: TypeAlias = tuple[OperationView, msgspec.Raw]
-#: What an entry takes at most besides what its operation's spec takes, and its reason.
-_ENTRY_ROOM: Final = 64
-_progress_decoder: Final = wire_decoder(OperationProgressUpdate)
-
-
-def _nothing_more() -> None:
-    pass
+#: For each action, the statuses it is allowed in, as bits.
+_ALLOWED: Final = {
+    action: sum(1 << STATUSES.index(status) for status in allowed)
+    for action, (allowed, _) in TRANSITIONS.items()
+}
+_PROVISIONING: Final = STATUSES.index(OperationStatus.PROVISIONING)
+_RUNNING: Final = STATUSES.index(OperationStatus.RUNNING)
+_SAME_STATUS: Final = 0
 
 
 class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     """The `OpsLifecycleRegistry` of one segment, shared or private.
 
-    OPS-4: a transition becomes true by exactly one atomic store: of the watermark for those that
-    end operations, of `registrations` for a registration, of the slot's word for the rest. The
-    first two prepare several words; an intent word says so. The next writer that finds it
-    undoes what was not committed.
+    Each transition is one call of the native `Epoch`, which takes the writer lock itself. What
+    it takes is encoded before, and what it refuses becomes an error after.
     """
 
     def __init__(self, segment: Segment | None = None) -> None:
@@ -117,10 +107,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         if segment.layout.config is None:
             raise CursorsOnly
         self._segment = segment
-        self._memory = segment.memory
+        self._epoch = segment.epoch
         self._config = segment.layout.config
         self._feed = SegmentFeed(segment)
-        self._table = OperationTable(segment, self._feed)
+        self._table = OperationTable(segment)
         self._wait_all = WaitAll()
         #: Watches that are over and still counted.
         self._unwatched: deque[Watching] = deque()
@@ -154,19 +144,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- registration -------------------------------------------------------------------------
 
     def register_operation(self, spec: OperationSpec) -> None:
-        encoded = self._encode(spec)
-        with self._segment.writer:
-            if self._is_native and self._common.register(encoded):
-                return
-            self._register([encoded])
+        self._register([self._encode(spec)], wall_ms())
 
     def register_operations(self, specs: Iterable[OperationSpec]) -> None:
         require(Iterable, specs, "register_operations", "specs")
-        encoded = [self._encode(spec) for spec in specs]
-        with self._segment.writer:
-            if self._is_native and self._common.register_all(encoded):
-                return
-            self._register(encoded)
+        self._register([self._encode(spec) for spec in specs], wall_ms())
 
     def _encode(self, spec: OperationSpec) -> EncodedSpec:
         session_id = self._segment.session_id
@@ -176,89 +158,91 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             raise BindingsMismatch(owner, session_id, registering=spec.id)
         return encoded
 
-    def _register(self, encoded: Sequence[EncodedSpec]) -> None:
-        words = self._begin()
-        seen: set[OperationId] = set()
-        for each in encoded:
-            id = each.spec.id
-            if id in seen or self._table.find(id, words) is not None:
-                raise AlreadyRegistered(id)
-            seen.add(id)
-        self._admit(words.active, len(encoded))
-        self._enter(encoded, words, wall_ms())
-
-    def _admit(self, active: int, entering: int) -> None:
-        config = self._config
-        for setting, limit in (
-            ("max_concurrent", config.max_concurrent),
-            ("max_operations", config.max_operations),
-        ):
-            if limit is not None and active + entering > limit:
-                raise MaxConcurrentExceeded(limit, active, entering=entering, setting=setting)
-
-    def _enter(self, encoded: Sequence[EncodedSpec], words: Words, created_ms: int) -> None:
-        memory, births, now_ns = self._memory, words.registrations, time.monotonic_ns()
-        self._table.reclaim(words)
-        slots = self._table.free_slots(len(encoded))
-        memory.store(at.INTENT_AT, 1)
-        for birth, (slot, each) in enumerate(zip(slots, encoded, strict=True), births + 1):
-            self._table.fill(slot, birth, each, created_ms, now_ns)
-        memory.store(at.REGISTRATIONS_AT, births + len(encoded))
-        memory.store(at.INTENT_AT, 0)
-        for birth, each in enumerate(encoded, births + 1):
+    def _register(self, encoded: Sequence[EncodedSpec], created_ms: int) -> None:
+        entrants = tuple([(each.spec.id, each.head, each.rest) for each in encoded])
+        try:
+            first = self._epoch.register(entrants, created_ms, time.monotonic_ns())
+        except Refused as refused:
+            reason, _, index, _, _, actual = refused.args
+            if reason == "already_registered":
+                raise AlreadyRegistered(encoded[index].spec.id) from None
+            if reason == "limit":
+                raise self._too_many(actual, len(encoded)) from None
+            raise self._segment.refusal(refused) from None
+        for birth, each in enumerate(encoded, first):
             self._table.remember(birth, each.spec)
+
+    def _too_many(self, active: int, entering: int) -> MaxConcurrentExceeded:
+        limit, setting = self._config.max_concurrent, "max_concurrent"
+        if limit is None or active + entering <= limit:
+            limit, setting = self._config.max_operations, "max_operations"
+        return MaxConcurrentExceeded(limit, active, entering=entering, setting=setting)
 
     # --- transitions that do not end an operation ---------------------------------------------
 
     def provisioning_succeeded(self, id: OperationId) -> None:
         if not isinstance(id, OperationId):
             require(OperationId, id, "provisioning_succeeded", "id")
-        with self._segment.writer:
-            if self._is_native and self._common.start(id):
-                return
-        self._change(id, Action.PROVISIONING_SUCCEEDED, _started)
+        self._start((id,))
 
     def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
-        action = Action.PROVISIONING_SUCCEEDED
-        ids = require_each(OperationId, ids, "provisionings_succeeded", "ids")
-        with self._segment.writer:
-            if self._is_native and self._common.start_all(ids):
-                return
-            for view in self._require_all(ids, action, self._begin()):
-                self._table.change(view.slot, OperationStatus.RUNNING, _started(view))
+        self._start(tuple(require_each(OperationId, ids, "provisionings_succeeded", "ids")))
+
+    def _start(self, ids: tuple[OperationId, ...]) -> None:
+        try:
+            self._epoch.start(ids, wall_ms())
+        except Refused as refused:
+            raise self._refusal(refused, ids, Action.PROVISIONING_SUCCEEDED) from None
 
     def peer_ready(self, id: OperationId, handle: OperationPeerHandle) -> None:
-        encode_peer_handle(handle)
+        check_peer_handle(handle)
 
         def ready(view: OperationView) -> Detail:
             if view.detail.peer_handle is not None:
                 raise AlreadyPeerReady(id)
             return msgspec.structs.replace(view.detail, peer_handle=handle)
 
-        self._change(id, Action.PEER_READY, ready)
+        self._change_detail(id, Action.PEER_READY, ready)
 
     def report_progress(self, id: OperationId, update: OperationProgressUpdate) -> None:
-        encode_checked(update, _progress_decoder)
+        check_progress(update)
 
         def reported(view: OperationView) -> Detail:
             count = view.detail.progress_count + 1
             return msgspec.structs.replace(view.detail, progress_count=count, last_progress=update)
 
-        self._change(id, Action.REPORT_PROGRESS, reported)
+        self._change_detail(id, Action.REPORT_PROGRESS, reported)
 
     def request_retire(self, id: OperationId) -> None:
-        self._change(id, Action.REQUEST_RETIRE, lambda view: view.detail)
-
-    def _change(
-        self, id: OperationId, action: Action, detail: Callable[[OperationView], Detail]
-    ) -> None:
+        action = Action.REQUEST_RETIRE
         require(OperationId, id, action, "id")
-        with self._segment.writer:
-            view = self._require(id, self._begin())
+        _, target = TRANSITIONS[action]
+        assert target is not None
+        try:
+            self._epoch.change(id, _ALLOWED[action], STATUSES.index(target), 0, None)
+        except Refused as refused:
+            raise self._refusal(refused, (id,), action) from None
+
+    def _change_detail(
+        self, id: OperationId, action: Action, make: Callable[[OperationView], Detail]
+    ) -> None:
+        """Replace a detail by what is made of it. Where another one was faster, it is made anew."""
+        require(OperationId, id, action, "id")
+        while True:
+            self._segment.require_writable()
+            view = self._require(id)
             if action is Action.PEER_READY and view.spec.kind is not OperationKind.MOB_MEMBER_CHILD:
                 raise PeerNotExpected(id)
-            status = self._guard(view, action)
-            self._table.change(view.slot, status or view.slot.status, detail(view))
+            allowed, _ = TRANSITIONS[action]
+            if view.status not in allowed:
+                raise InvalidTransition(id, view.status, action)
+            detail = encode_detail(make(view))
+            try:
+                self._epoch.change(id, _ALLOWED[action], _SAME_STATUS, view.word, detail)
+                return
+            except Refused as refused:
+                if refused.args[0] != "changed":
+                    raise self._refusal(refused, (id,), action) from None
 
     # --- transitions that end operations ------------------------------------------------------
 
@@ -282,16 +266,13 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             raise RecordInvalid(
                 "OperationResult", f"its id is {result.id} and the operation's is {id}"
             )
-        self._end(id, Action.COMPLETE_OPERATION, outcome)
+        seq = self._end(id, Action.COMPLETE_OPERATION, outcome)
         if durable:
-            self._await_durable(id, limit)
+            self._await_durable(seq, limit)
 
-    def _await_durable(self, id: OperationId, limit: float | None) -> None:
-        """Wait, with no lock, until a store has the completion that was just committed."""
+    def _await_durable(self, seq: CompletionSeq, limit: float | None) -> None:
+        """Wait until a store has the completion that was just committed."""
         began = time.monotonic()
-        slot = self._table.find(id)
-        # One that is not retained any more is below the watermark.
-        seq = (slot and slot.terminal_seq) or self._feed.watermark()
         try:
             self._feed.wait_durable(seq, limit)
         except (TimeoutError, EpochSealed) as error:
@@ -311,17 +292,12 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         )
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:
-        action = Action.COMPLETE_OPERATION
         require(Iterable, results, "complete_operations", "results")
         completed = [_completed(result) for result in results]
-        outcomes = [(outcome.result.id, _encode_outcome(outcome)) for outcome in completed]
-        if self._is_native and not self._config.store_wait_ms:
-            with self._segment.writer:
-                ended = self._common.end_all(outcomes, action)
-            if ended:
-                self._segment.waiters.notify()
-                return
-        self._end_those(outcomes, action)
+        self._end_all(
+            tuple([(outcome.result.id, encode_outcome(outcome)) for outcome in completed]),
+            Action.COMPLETE_OPERATION,
+        )
 
     def fail_operation(self, id: OperationId, error: str) -> None:
         self._end(id, Action.FAIL_OPERATION, Failed(error))
@@ -333,7 +309,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         self._end(id, Action.MARK_RETIRED, Retired())
 
     def terminate_owner(self, reason: str) -> None:
-        self._terminate(lambda _: True, reason)
+        self._terminate(reason, None)
 
     def terminate_and_seal(self, reason: str) -> None:
         """End every operation as `terminate_owner` does, and then the epoch, under one hold of the
@@ -342,7 +318,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         A process that is killed between the two leaves an open epoch in which every operation has
         ended. The next runtime goes on with it, and the call may be made again.
         """
-        self._terminate(lambda _: True, reason, then=self._segment.seal_held)
+        self._terminate(reason, None, seal=True)
 
     def terminate_where(
         self, ended: Callable[[int], bool], reason: str, *, dead: Iterable[int] = ()
@@ -354,206 +330,123 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         It waits for nothing: it raises `WriterBusy` while another transition is in progress, and
         `StoreBehind` where others would wait for the store.
         """
-
-        def forget_watchers() -> None:
-            for participant in dead:
-                self._table.forget_watchers(participant)
-
-        return self._terminate(ended, reason, then=forget_watchers, waits=False)
+        runners = {view.participant for view in self._table.live()}
+        gone = tuple(runner for runner in runners if ended(runner))
+        return self._terminate(reason, gone, dead=tuple(dead), waits=False)
 
     def _terminate(
         self,
-        whose: Callable[[int], bool],
         reason: str,
+        participants: tuple[int, ...] | None,
         *,
-        then: Callable[[], None] = _nothing_more,
+        dead: tuple[int, ...] = (),
+        seal: bool = False,
         waits: bool = True,
     ) -> int:
-        _encode_outcome(Terminated(reason))  # refuses what is no reason, before the lock is taken
+        encode_outcome(Terminated(reason))  # refuses what is no reason
+        room = self._reason_room(1)
 
-        def find(words: Words) -> list[_Ending]:
-            live = self._live(words, whose)
-            if not live:
-                return []
-            outcome = _encode_outcome(Terminated(cut(reason, self._reason_room(len(live)))))
-            return [(view, outcome) for view in live]
+        def terminate(waits_for_store: bool) -> int:
+            outcome = encode_outcome(Terminated(cut(reason, room)))
+            now_ms, now_ns = wall_ms(), time.monotonic_ns()
+            return self._epoch.terminate(
+                outcome, participants, dead, now_ms, now_ns, waits_for_store, seal, waits
+            )
 
-        return self._end_all(find, then=then, waits=waits)
+        while True:
+            try:
+                ended = self._with_store(terminate, waits)
+                break
+            except Refused as refused:
+                why, _, together, *_ = refused.args
+                if why != "too_large" or self._reason_room(together) >= room:
+                    raise self._segment.refusal(refused) from None
+                room = self._reason_room(together)
+        if ended or seal:
+            self._segment.waiters.notify()
+        return ended
 
     def _reason_room(self, operations: int) -> int:
         """FEED-3: how long a reason may be that so many operations end with in one commit.
 
-        A configuration gives each operation of a full table at least two specs' room in the feed,
-        and an entry without its reason takes little more than one.
+        A configuration gives each operation of a full table two specs' room in the feed, and a
+        record without its detail and its reason takes little more than one.
         """
-        return self._feed.payload_limit // operations - at.WORD - at.SPEC_LIMIT - _ENTRY_ROOM
+        return self._config.feed_bytes // operations - SPEC_LIMIT - RECORD_ROOM
 
-    def _live(self, words: Words, whose: Callable[[int], bool]) -> list[OperationView]:
-        live = [
-            slot
-            for slot in self._table.held(words)
-            if not slot.terminal_seq and whose(slot.participant)
-        ]
-        live.sort(key=lambda slot: slot.birth)
-        return [self._table.view_locked(slot) for slot in live]
-
-    def _end(self, id: OperationId, action: Action, outcome: OperationTerminalOutcome) -> None:
+    def _end(
+        self, id: OperationId, action: Action, outcome: OperationTerminalOutcome
+    ) -> CompletionSeq:
         if not isinstance(id, OperationId):
             require(OperationId, id, action, "id")
-        encoded = _encode_outcome(outcome)
-        if self._is_native and not self._config.store_wait_ms:
-            with self._segment.writer:
-                ended = self._common.end(id, action, encoded)
-            if ended:
-                self._segment.waiters.notify()
-                return
-        self._end_those([(id, encoded)], action)
-
-    def _end_those(
-        self, outcomes: Sequence[tuple[OperationId, msgspec.Raw]], action: Action
-    ) -> None:
-        def allowed(words: Words) -> list[_Ending]:
-            views = self._require_all([id for id, _ in outcomes], action, words)
-            return [(view, outcome) for view, (_, outcome) in zip(views, outcomes, strict=True)]
-
-        self._end_all(allowed)
+        return self._end_all(((id, encode_outcome(outcome)),), action)
 
     def _end_all(
-        self,
-        find: Callable[[Words], Sequence[_Ending]],
-        *,
-        then: Callable[[], None] = _nothing_more,
-        waits: bool = True,
-    ) -> int:
-        """End, in one commit, what `find` finds under the writer lock, and do `then` before it is
-        released; how many there were.
+        self, endings: tuple[tuple[OperationId, bytes], ...], action: Action
+    ) -> CompletionSeq:
+        """End them in one commit; the sequence of the first."""
+        allowed = _ALLOWED[action]
 
-        DURABLE-1: no wait for a store holds the writer lock, so that others go on; what was found
-        is found anew afterwards.
+        def end(waits_for_store: bool) -> CompletionSeq:
+            now_ms, now_ns = wall_ms(), time.monotonic_ns()
+            return self._epoch.end(endings, allowed, now_ms, now_ns, waits_for_store)
+
+        try:
+            first = self._with_store(end, True) if self._config.store_wait_ms else end(False)
+        except Refused as refused:
+            raise self._refusal(refused, [id for id, _ in endings], action) from None
+        if endings:
+            self._segment.waiters.notify()
+        return first
+
+    def _with_store(self, transition: Callable[[bool], int], waits: bool) -> int:
+        """Make a transition, after a store has what it would drop, in an epoch whose writers wait
+        for that.
+
+        DURABLE-1: no wait for a store holds the writer lock, so that others go on.
         """
-        segment = self._segment
         wait_ms = self._config.store_wait_ms if waits else 0
         deadline = time.monotonic() + wait_ms / 1000
         while True:
-            with segment.writer if waits else segment.writer_if_free():
-                words = self._begin()
-                endings = find(words)
-                awaited = self._commit(endings, words)
-                if not awaited:
-                    then()
-            if not awaited:
-                break
-            self._await_store(awaited, deadline, wait_ms)
-        if endings or segment.sealed:
-            segment.waiters.notify()
-        return len(endings)
+            try:
+                return transition(self._config.store_wait_ms > 0)
+            except Refused as refused:
+                reason, *_, awaited = refused.args
+                if reason != "store_behind":
+                    raise
+            try:
+                self._feed.wait_durable(awaited, deadline - time.monotonic())
+            except TimeoutError:
+                raise self._store_behind(awaited, wait_ms) from None
 
-    def _await_store(self, seq: CompletionSeq, deadline: float, wait_ms: int) -> None:
-        try:
-            self._feed.wait_durable(seq, deadline - time.monotonic())
-        except TimeoutError:
-            raise self._store_behind(seq, wait_ms) from None
+    # --- what was refused ---------------------------------------------------------------------
 
-    def _commit(self, endings: Sequence[_Ending], words: Words) -> CompletionSeq:
-        """End all of `endings` by one store of the watermark: 0. Or else, with nothing done, the
-        sequence up to which a store has to come first."""
-        if not endings:
-            return 0
-        memory, now_ns = self._memory, time.monotonic_ns()
-        first, last = words.watermark + 1, words.watermark + len(endings)
-        encoded = [
-            encode_entry(
-                seq, view.spec, outcome, view.detail.started_at_ms or view.slot.created_at_ms
+    def _refusal(self, refused: Refused, ids: Sequence[OperationId], action: Action) -> Exception:
+        """The error of a refused transition of these operations."""
+        reason, _, index, _, _, actual = refused.args
+        if reason == "too_large":
+            together = f" of {len(ids)} operations together" if len(ids) > 1 else ""
+            return PayloadTooLarge(
+                actual, self._config.feed_bytes, what=f"the outcome{together}", setting="feed_bytes"
             )
-            for seq, (view, outcome) in enumerate(endings, first)
-        ]
-        size = sum(map(len, encoded)) + len(encoded) * at.WORD
-        if size > self._feed.payload_limit:
-            together = f" of {len(endings)} operations together" if len(endings) > 1 else ""
-            raise PayloadTooLarge(
-                size, self._feed.payload_limit, what=f"the outcome{together}", setting="feed_bytes"
-            )
-        position, dropped = self._feed.find_room([len(data) for data in encoded])
-        if self._config.store_wait_ms:
-            awaited = self._awaited(dropped, last, words)
-            if awaited > self._feed.durable_through():
-                return awaited
-        if self._table.is_any_watched(words.dropped, dropped):
-            memory.store(at.INTENT_AT, 1)
-            self._table.keep(words.dropped, dropped)
-        self._feed.drop_through(dropped)
-        memory.store(at.INTENT_AT, 1)
-        for seq, ((view, _), data) in enumerate(zip(endings, encoded, strict=True), first):
-            position = self._feed.put(seq, position, data, view.slot.number)
-            elapsed_ns = max(0, now_ns - view.slot.created_mono_ns)
-            self._table.end(view.slot, seq, elapsed_ns // 1_000_000)
-        memory.store(at.WATERMARK_AT, last)
-        memory.store(at.INTENT_AT, 0)
-        return 0
+        if reason not in ("not_found", "has_ended", "wrong_status", "twice"):
+            return self._segment.refusal(refused)
+        id = ids[index]
+        if reason == "not_found":
+            return NotFound(id)
+        if reason == "wrong_status":
+            return InvalidTransition(id, STATUSES[actual], action)
+        if reason == "twice":
+            _, target = TRANSITIONS[action]
+            return InvalidTransition(id, target or OperationStatus.ABSENT, action)
+        view = self._table.in_record(actual)
+        return InvalidTransition(id, view.status, action) if view else NotFound(id)
 
-    @staticmethod
-    def _awaited(dropped: CompletionSeq, last: CompletionSeq, words: Words) -> CompletionSeq:
-        """What a store has to have before a commit that ends at `last` and drops up to `dropped`.
-
-        DURABLE-2: nothing is dropped that no store has, and no more is committed beyond the store
-        than a recovery leaves out, so that no sequence comes again after a reboot.
-        """
-        ahead = min(last - at.RECOVERY_SKIP, words.watermark)
-        return max(ahead, dropped if dropped > words.dropped else 0)
-
-    @lazy
-    def _common(self) -> CommonTransitions:
-        return CommonTransitions(self._segment, self._table)
-
-    @property
-    def _is_native(self) -> bool:
-        """Not for a stand-in of the memory, which sees every store of a transition."""
-        return isinstance(self._memory, Memory)
-
-    # --- guards, under the writer lock --------------------------------------------------------
-
-    def _begin(self) -> Words:
-        """What every transition does first: nothing on a sealed epoch, and repair before all."""
-        if self._segment.ended:
-            raise self._segment.closed_error()
-        return self._repair()
-
-    def _repair(self) -> Words:
-        words = self._table.words()
-        words.check(self._segment.layout, self._segment.name)
-        if words.intent:
-            self._table.repair(words)
-            self._memory.store(at.INTENT_AT, 0)
-            words = self._table.words()
-        return words
-
-    def _require(self, id: OperationId, words: Words) -> OperationView:
-        return self._table.view_locked(self.locate(id, words))
-
-    def _require_all(
-        self, ids: Sequence[OperationId], action: Action, words: Words
-    ) -> list[OperationView]:
-        """Several that `action` is allowed for, before any is changed."""
-        views: dict[OperationId, OperationView] = {}
-        for id in ids:
-            view = self._require(id, words)
-            target = self._guard(view, action)
-            if id in views:  # refused as if the first time had been done already
-                raise InvalidTransition(id, target or view.slot.status, action)
-            views[id] = view
-        return list(views.values())
-
-    def _guard(self, view: OperationView, action: Action) -> OperationStatus | None:
-        """OPS-1: the status that `action` leads to; `InvalidTransition` where it is not allowed."""
-        allowed, target = TRANSITIONS[action]
-        if view.slot.terminal_seq:
-            entry = self._feed.entry(view.slot.terminal_seq)
-            status = status_of(entry.terminal_outcome) if entry else OperationStatus.ABSENT
-        else:
-            status = view.slot.status
-        if status not in allowed:
-            raise InvalidTransition(view.spec.id, status, action)
-        return target
+    def _require(self, id: OperationId) -> OperationView:
+        view = self._table.find(id)
+        if view is None:
+            raise NotFound(id)
+        return view
 
     # --- reading, without a lock --------------------------------------------------------------
 
@@ -563,36 +456,37 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
         require(OperationId, id, "snapshot", "id")
-        slot = self._table.find(id)
-        return self._reader.snapshot(slot) if slot else None
+        return self._reader.snapshot(id)
 
     def list_operations(self) -> list[OperationLifecycleSnapshot]:
         return self._reader.list()
 
     def active_count(self) -> int:
         """How many operations have not ended."""
-        while True:
-            words = self._table.words()
-            # Else some may have been registered and have ended since that was read.
-            if self._memory.load(at.REGISTRATIONS_AT) == words.registrations:
-                words.check_active(self._segment.layout, self._segment.name)
-                return words.active
+        try:
+            return self._epoch.active()
+        except Refused as refused:
+            raise self._segment.refusal(refused) from None
 
     def completion_feed(self) -> SegmentFeed:
         return self._feed
 
     def collect_completed(self) -> list[tuple[OperationId, OperationTerminalOutcome]]:
-        with self._segment.writer:
-            words = self._begin()
-            floor = self._table.floor(words)
-            retained = {slot.terminal_seq for slot in self._table.held(words)}
-            batch = self._feed.list_since(floor)
-            self._memory.store(at.COLLECTED_AT, batch.watermark)
-        return [
-            (entry.operation_id, entry.terminal_outcome)
-            for entry in batch.entries
-            if entry.seq in retained
-        ]
+        while True:
+            self._segment.require_writable()
+            words = self._table.words()
+            views = list(self._table.retained())
+            try:
+                self._epoch.collect(words.collected, words.watermark)
+            except Refused as refused:
+                if refused.args[0] != "changed":
+                    raise self._segment.refusal(refused) from None
+                continue
+            return [
+                (view.spec.id, view.entry.terminal_outcome)
+                for view in views
+                if view.entry is not None and view.entry.seq <= words.watermark
+            ]
 
     # --- waiting ------------------------------------------------------------------------------
 
@@ -604,35 +498,28 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
         require(OperationId, id, "register_watcher", "id")
         if self._segment.read_only:  # an observer watches without being counted
-            since = self._feed.watermark()
-            slot = self.locate(id)
-            return OperationCompletionWatch(self, id, slot, since, self.outcome_at(slot, since))
-        with self._segment.writer:
-            words = self._begin()
-            view = self._require(id, words)
-            since = words.watermark
-            outcome = self.outcome_at(view.slot, since)
-            if outcome is None:
-                self._table.count_watcher(view.slot, self._segment.participant, 1)
-        return OperationCompletionWatch(self, id, view.slot, since, outcome)
+            return OperationCompletionWatch(self, self.locate(id))
+        try:
+            slot, birth, since = self._epoch.watch(id)
+        except Refused as refused:
+            if refused.args[0] != "has_ended":
+                raise self._refusal(refused, (id,), Action.COMPLETE_OPERATION) from None
+            return OperationCompletionWatch(self, self.locate(id))
+        return OperationCompletionWatch(self, Pending(self, id, (slot, birth), since))
 
-    def try_watch(self, slots: Iterable[Slot]) -> list[Watching] | None:
-        """Watch those operations in `slots` that have not ended; None if that has to wait for a
-        transition, which an event loop must not. An observer watches without being counted."""
+    def try_watch(self, places: Sequence[Place]) -> list[Watching] | None:
+        """Watch those operations that have not ended; None if that has to wait for a transition,
+        which an event loop must not. An observer watches without being counted."""
         if self._segment.read_only:
             return []
-        watched = list[Watching]()
         try:
-            with self._segment.writer_if_free():
-                words = self._begin()
-                for slot in slots:
-                    now = self._table.slot(slot.number, words)
-                    if now.birth == slot.birth and not now.terminal_seq:
-                        self._table.count_watcher(now, self._segment.participant, 1)
-                        watched.append((now, self._segment.participant))
-        except WriterBusy:
-            return None
-        return watched
+            counted = self._epoch.watch_each(tuple(places), True)
+        except Refused as refused:
+            if refused.args[0] == "busy":
+                return None
+            raise self._segment.refusal(refused) from None
+        mine = self._segment.participant
+        return [(place, mine) for place, watched in zip(places, counted, strict=True) if watched]
 
     def unwatch(self, watched: Iterable[Watching]) -> None:
         """Watch these no longer. Never waits, and never fails: what cannot be done at once is done
@@ -641,16 +528,19 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             return
         mine = self._segment.participant  # a forked child inherits those of its parent
         self._unwatched.extend(watching for watching in watched if watching[1] == mine)
-        if not self._unwatched:
+        over = []
+        while self._unwatched:
+            over.append(self._unwatched.popleft())
+        places = tuple([place for place, participant in over if participant == mine])
+        if not places:
             return
-        with contextlib.suppress(ShmepochError, OSError), self._segment.writer_if_free():
-            words = self._repair()
-            self._memory.store(at.INTENT_AT, 1)
-            while self._unwatched:
-                slot, participant = self._unwatched.popleft()
-                if participant == self._segment.participant:
-                    self._table.unwatch(slot, participant, words)
-            self._memory.store(at.INTENT_AT, 0)
+        try:
+            self._epoch.watch_each(places, False)
+        except Refused as refused:
+            if refused.args[0] == "busy":
+                self._unwatched.extend(over)
+        except (ShmepochError, OSError):
+            pass
 
     def wait_all(
         self, run_id: RunId, ids: Sequence[OperationId], timeout: float | None = None
@@ -664,35 +554,31 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         ids = require_each(OperationId, ids, "all_ended", "ids")
         return await self._wait_all.wait_async(self, run_id, ids)
 
-    def locate(self, id: OperationId, words: Words | None = None) -> Slot:
-        """Where an operation lies; `NotFound` if the registry does not hold it."""
-        slot = self._table.find(id, words)
-        if slot is None:
-            raise NotFound(id)
-        return slot
+    def locate(self, id: OperationId) -> Pending:
+        """An operation to be waited for; `NotFound` if the registry does not hold it."""
+        since = self._feed.watermark()  # before the look: if it has not ended then, nor had it here
+        view = self._require(id)
+        outcome = None if view.entry is None else view.entry.terminal_outcome
+        return Pending(self, id, (view.slot, view.birth), since, outcome)
 
-    def outcome_at(self, slot: Slot, since: int) -> OperationTerminalOutcome | None:
-        """How the operation that lay in `slot` ended, or None while it has not.
+    def outcome_at(
+        self, id: OperationId, place: Place, since: CompletionSeq
+    ) -> OperationTerminalOutcome | None:
+        """How the operation that was registered in a place ended, or None while it has not.
 
-        `since` is a watermark at which it had not ended: should its slot have passed to another
-        operation, its entry is looked for in the feed from there. Raises `OutcomeDropped` if
-        retention has dropped that, too.
+        `since` is a watermark at which it had not ended. Raises `OutcomeDropped` if retention has
+        dropped its entry, and it was not kept.
         """
-        while True:
-            now = self._table.whole(slot.number)
-            if now.birth != slot.birth or now.is_passing:
-                break
-            if not now.terminal_seq:
-                return None
-            entry = self._feed.entry(now.terminal_seq) or self._table.kept(now)
-            if entry is not None:
-                return entry.terminal_outcome
-            if self._table.whole(slot.number).word == now.word:
-                break
-        for entry in self._feed.list_since(since).entries:
-            if entry.operation_id.bytes == slot.id:
-                return entry.terminal_outcome
-        raise OutcomeDropped(OperationId.from_bytes(slot.id))
+        slot, birth = place
+        try:
+            data = self._epoch.outcome(slot, birth, since)
+        except Refused as refused:
+            if refused.args[0] == "dropped":
+                raise OutcomeDropped(id) from None
+            raise self._segment.refusal(refused) from None
+        if data is None:
+            return None
+        return self._table.decode(f"slot[{slot}].outcome", decode_outcome, data)
 
     # --- persistence --------------------------------------------------------------------------
 
@@ -723,13 +609,17 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         `RecoveryNeedsRoom` and `RecordInvalid`.
         """
         require_room(snapshot, self._config, unfinished=unfinished)
-        restore_completions(self._segment, self._feed, self._table, snapshot, skip=skip)
+        restore_completions(self._segment, snapshot, skip=skip)
         if not unfinished:
             return
         for operation, spec in unfinished_operations(snapshot):
-            encoded = encode_spec(spec, self._segment.session_id)
-            self._enter([encoded], self._table.words(), operation.created_at_ms)
-            self._table.change(self.locate(spec.id), OperationStatus.RUNNING, Detail.of(operation))
+            self._register([encode_spec(spec, self._segment.session_id)], operation.created_at_ms)
+            if operation.started_at_ms is not None:
+                self._epoch.start((spec.id,), operation.started_at_ms)
+            view = self._require(spec.id)
+            statuses = 1 << _PROVISIONING | 1 << _RUNNING
+            detail = encode_detail(Detail.of(operation))
+            self._epoch.change(spec.id, statuses, _RUNNING, view.word, detail)
 
     # --- audit --------------------------------------------------------------------------------
 
@@ -737,32 +627,24 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         """Verify every invariant of the epoch's memory against the others; what is no damage and
         yet needs a look.
 
-        Takes the writer lock, and repairs first, as any transition would. Raises
+        Takes the writer lock for a copy, and repairs first, as any transition would. Raises
         `SegmentCorrupted` that names what is wrong.
         """
-        with self._segment.writer:
-            cursors = EpochCursorState(self._segment).snapshot()
-            words = self._repair()
-            self._feed.check()
-            self._table.check()
+        try:
+            segment = self._segment.copy()
+        except Refused as refused:
+            raise self._segment.refusal(refused) from None
+        cursors = EpochCursorState(segment).snapshot()
+        watermark = SegmentFeed(segment).watermark()
+        Audit(segment).check()
         return tuple(
-            CursorAhead(self._segment.epoch_id, cursor, position, words.watermark)
+            CursorAhead(self._segment.epoch_id, cursor, position, watermark)
             for cursor, position in msgspec.structs.asdict(cursors).items()
-            if position > words.watermark
+            if position > watermark
         )
-
-
-def _started(view: OperationView) -> Detail:
-    started_at_ms = max(wall_ms(), view.slot.created_at_ms)
-    return msgspec.structs.replace(view.detail, started_at_ms=started_at_ms)
 
 
 def _completed(result: OperationResult) -> Completed:
     if not isinstance(result, OperationResult):
         raise RecordInvalid("OperationResult", f"it is {described(result)}")
     return Completed(result)
-
-
-def _encode_outcome(outcome: OperationTerminalOutcome) -> msgspec.Raw:
-    data, _ = encode_checked(outcome, _outcome_decoder)
-    return msgspec.Raw(data)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
@@ -16,29 +17,39 @@ from shmepoch.timeouts import deadline_after, pauses
 
 if TYPE_CHECKING:
     from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-    from shmepoch.epoch.slots import Slot
 
+#: Where an operation that is watched is registered: its slot, and the number of its registration.
+Place: TypeAlias = tuple[int, int]
 #: An operation that is watched, and the participant that does.
-Watching: TypeAlias = "tuple[Slot, int]"
+Watching: TypeAlias = tuple[Place, int]
 
 #: How long a barrier pauses, at first and at most, before it looks again whether a transition is
 #: over: that takes microseconds, unless its process was stopped.
 _PAUSES_S: Final = 0.001, 0.05
 
 
-class _Pending:
-    """An operation that had not ended when the feed stood at `since`."""
+class Pending:
+    """An operation that had not ended when the feed stood at `since`, unless its `outcome` says
+    how it had."""
 
-    def __init__(self, registry: RuntimeOpsLifecycleRegistry, slot: Slot, since: int) -> None:
+    def __init__(
+        self,
+        registry: RuntimeOpsLifecycleRegistry,
+        id: OperationId,
+        place: Place,
+        since: int,
+        outcome: OperationTerminalOutcome | None = None,
+    ) -> None:
+        self.id = id
+        self.place = place
+        self.outcome = outcome
         self._registry = registry
         self._feed = registry.completion_feed()
-        self.slot = slot
         self._since = since
-        self.outcome: OperationTerminalOutcome | None = None
 
     def look(self) -> OperationTerminalOutcome | None:
         if self.outcome is None:
-            self.outcome = self._registry.outcome_at(self.slot, self._since)
+            self.outcome = self._registry.outcome_at(self.id, self.place, self._since)
         return self.outcome
 
     def wait(self, deadline: float | None) -> OperationTerminalOutcome:
@@ -65,20 +76,13 @@ class OperationCompletionWatch:
     It counts as a watcher until it is resolved or closed, or its process ends.
     """
 
-    def __init__(
-        self,
-        registry: RuntimeOpsLifecycleRegistry,
-        id: OperationId,
-        slot: Slot,
-        since: int,
-        outcome: OperationTerminalOutcome | None,
-    ) -> None:
-        self.id = id
+    def __init__(self, registry: RuntimeOpsLifecycleRegistry, pending: Pending) -> None:
+        self.id = pending.id
         self._registry = registry
-        watching: Watching = slot, registry.participant
-        self._watching = [watching] if outcome is None else []
-        self._pending = _Pending(registry, slot, since)
-        self._outcome = outcome
+        self._outcome = pending.outcome
+        watching: Watching = pending.place, registry.participant
+        self._watching = [watching] if self._outcome is None else []
+        self._pending = pending
 
     def wait(self, timeout: float | None = None) -> OperationTerminalOutcome:
         """Block until the operation has ended; its outcome.
@@ -124,8 +128,7 @@ class OperationCompletionWatch:
 class _Turn:
     """One wait at a barrier. A forked child does not have its parent's.
 
-    It is ended by the first instruction of a `finally`, a plain store: the exception of a signal
-    handler comes with the calls before it, and does not keep it from being executed.
+    Its call alone has it. So it is over once that has ended it, in whatever way the call is left.
     """
 
     def __init__(self) -> None:
@@ -143,7 +146,7 @@ class WaitAll:
 
     def __init__(self) -> None:
         # In the order of their arrival: the first one waits, and others are refused and leave.
-        self._turns: list[_Turn] = []
+        self._turns: list[weakref.ref[_Turn]] = []
 
     def wait(
         self,
@@ -186,15 +189,17 @@ class WaitAll:
         return _satisfied(run_id, ids, outcomes)
 
     def _begin(self, turn: _Turn) -> None:
-        self._turns.append(turn)
-        for other in list(self._turns):
-            if other is turn:
+        mine = weakref.ref(turn)
+        self._turns.append(mine)
+        for reference in list(self._turns):
+            if reference is mine:
                 return
-            if not other.over:
-                self._turns.remove(turn)
+            other = reference()
+            if other is not None and not other.over:
+                self._turns.remove(mine)
                 raise WaitAlreadyActive
             with contextlib.suppress(ValueError):  # another wait was faster
-                self._turns.remove(other)
+                self._turns.remove(reference)
 
 
 class _Watched:
@@ -207,7 +212,7 @@ class _Watched:
 
     def watch(self) -> bool:
         """Watch them; False if that has to wait for a transition."""
-        live = [pending.slot for pending in self.pending if pending.look() is None]
+        live = [pending.place for pending in self.pending if pending.look() is None]
         watching = self._registry.try_watch(live) if live else ()
         if watching is None:
             return False
@@ -222,14 +227,13 @@ class _Watched:
             self._registry.unwatch(self._watching)
 
 
-def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[_Pending]:
+def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[Pending]:
     seen: set[OperationId] = set()
     for id in ids:
         if id in seen:
             raise DuplicateWaitOperation(id)
         seen.add(id)
-    # One that has ended already may lie anywhere in the feed should its slot pass on meanwhile.
-    return [_Pending(registry, registry.locate(id), 0) for id in ids]
+    return [registry.locate(id) for id in ids]
 
 
 def _satisfied(

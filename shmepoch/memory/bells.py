@@ -27,11 +27,11 @@ import time
 from pathlib import Path
 from typing import Final
 
+from shmepoch import _native as at
+from shmepoch._native import Descriptor, Memory, try_lock
 from shmepoch.errors import SegmentForeign
 from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Descriptor, Memory, try_lock
 from shmepoch.memory.files import (
     SHM_DIR,
     create_unnamed,
@@ -138,8 +138,8 @@ class Bells:
 
     def _arm(self, wait: AsyncWait) -> None:
         bit = 1 << self._bell
-        if not wait.memory.load(at.BELLS_AT) & bit:
-            wait.memory.fetch_or(at.BELLS_AT, bit)
+        if not wait.memory.load(at.DOORBELLS_AT) & bit:
+            wait.memory.fetch_or(at.DOORBELLS_AT, bit)
 
     def _start(self) -> bool:
         """Start a thread that listens; False if there is none to be had now."""
@@ -333,8 +333,8 @@ class SharedWaits:
         self._bells.discard(wait)
 
     def notify(self) -> None:
-        if self._memory.load(at.BELLS_AT):
-            self._bells.ring(self._memory.exchange(at.BELLS_AT, 0))
+        if self._memory.load(at.DOORBELLS_AT):
+            self._bells.ring(self._memory.exchange(at.DOORBELLS_AT, 0))
 
 
 _bells: Final[dict[Path, Bells]] = {}

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from typing import Final, Protocol
 
-from shmepoch.memory._native import Descriptor, try_lock, unlock
+from shmepoch._native import Descriptor, try_lock, unlock
 
 
 class Claimable(Protocol):

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import Final
 
+from shmepoch._native import Descriptor, Memory, try_lock
 from shmepoch.errors import (
     SegmentForeign,
     SegmentInRemoval,
     SharedMemoryExhausted,
     SharedMemoryUnusable,
 )
-from shmepoch.memory._native import Descriptor, Memory, try_lock
 
 SHM_DIR: Final = Path("/dev/shm")
 

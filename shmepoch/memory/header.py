@@ -10,10 +10,10 @@ from typing import Final
 
 import msgspec
 
+from shmepoch import _native as at
+from shmepoch._native import Memory
 from shmepoch.errors import ConfigInvalid, LayoutUnsupported, SegmentCorrupted
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import Layout
 

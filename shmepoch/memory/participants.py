@@ -13,9 +13,9 @@ from typing import Final
 
 import msgspec
 
+from shmepoch import _native as at
+from shmepoch._native import Descriptor, Memory, is_locked, try_lock, unlock
 from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Descriptor, Memory, is_locked, try_lock, unlock
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.layout import Layout
 

@@ -9,13 +9,25 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Protocol, SupportsIndex
+from typing import Final, SupportsIndex
 
+from shmepoch import _native as at
+from shmepoch._native import (
+    Cell,
+    Descriptor,
+    Epoch,
+    Memory,
+    Refused,
+    WriterLock,
+    is_locked,
+    leave_inherited,
+    try_lock,
+    unlock,
+)
 from shmepoch.arguments import require
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.errors import (
     BindingsClosed,
     EpochGone,
@@ -31,17 +43,6 @@ from shmepoch.errors import (
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import (
-    Cell,
-    Descriptor,
-    Memory,
-    WriterLock,
-    is_locked,
-    leave_inherited,
-    try_lock,
-    unlock,
-)
 from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.claims import Claim, Listed, claim, claims_after_fork, lose_claims
 from shmepoch.memory.files import (
@@ -64,8 +65,6 @@ _log = logging.getLogger(__name__)
 #: pathlib would take longer to join a path than the kernel to open it.
 _SHM_DIR: Final = str(SHM_DIR)
 _NAMESPACE_LIMIT: Final = 64
-#: How long `close` waits for a transition of another thread: a transition takes microseconds.
-_LEAVE_NS: Final = 1_000_000_000
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
 _NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
 
@@ -104,43 +103,9 @@ def _segment_name(namespace: str, session_id: SessionId) -> str:
     return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
 
 
-class Lock(Protocol):
-    """The writer lock of a segment, as its transitions see it."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None: ...
-
-    def if_free(
-        self, on_busy: Callable[[], BaseException], /
-    ) -> AbstractContextManager[None, None]:
-        """The lock as a context whose entry raises what `on_busy` makes, if it is held."""
-        ...
-
-    def retire(
-        self,
-        on_closed: Callable[[], BaseException],
-        timeout_ns: int | None = None,
-        on_left: Callable[[], object] | None = None,
-        /,
-    ) -> bool:
-        """Refuse every entry from now on; whether no thread of this process is inside any more."""
-        ...
-
-    def after_fork(self) -> bool:
-        """In a forked child: be free, since the thread that held it may not exist here. Whether
-        this thread held it, which then goes on in a private copy."""
-        ...
-
-
 class Segment:
-    """An epoch's memory with its layout, writer lock and waiters; as it stands, private memory.
+    """An epoch's memory with its layout, its transitions and its waiters; as it stands, private
+    memory.
 
     It works without /dev/shm, and a forked child has a copy of its own.
     """
@@ -150,9 +115,9 @@ class Segment:
     carrier: Descriptor | None = None
     #: Whether this is an observer's, which changes nothing.
     read_only: bool = False
-    #: This process's participant key, in the slots it writes; private memory has no other process.
-    participant: int = 0
-    writer: Lock
+    #: What its transitions take: the lock between threads, and between processes.
+    writer: WriterLock | None
+    epoch: Epoch
     waiters: Waiters
     _waits: LocalWaits
 
@@ -162,13 +127,15 @@ class Segment:
         self.epoch_id: Final = header.epoch_id
         self.session_id: Final = header.session_id
         self.claims: Final[list[Listed]] = []
+        self._header: Final = header
+        self._participant = 0
         self._reference: Final = weakref.ref(self, _every_segment.discard)
         _every_segment.add(self._reference)
 
     @classmethod
     def private(
         cls,
-        config: at.OpsLifecycleConfig | None,
+        config: OpsLifecycleConfig | None,
         *,
         session_id: SessionId | None = None,
         epoch_id: RuntimeEpochId | None = None,
@@ -179,11 +146,37 @@ class Segment:
         header = write_header(
             memory, layout, session_id or SessionId.new(), epoch_id or RuntimeEpochId.new()
         )
+        return cls._of_private(memory, header, WriterLock())
+
+    @classmethod
+    def _of_private(cls, memory: Memory, header: Header, writer: WriterLock | None) -> Segment:
         segment = Segment(memory, header)
-        segment.writer = WriterLock(-1, 0)
+        segment._open(writer)
         segment._waits = LocalWaits()
         segment.waiters = segment._make_waiters(segment._waits)
         return segment
+
+    def _open(self, writer: WriterLock | None) -> None:
+        self.writer = writer
+        self.epoch = Epoch(self.memory, writer, *self.layout.capacities())
+
+    def copy(self) -> Segment:
+        """A copy of its memory as it stands at one moment, which nothing changes any more."""
+        copied = self._of_private(self.epoch.copy(), self._header, None)
+        copied.name = self.name
+        return copied
+
+    @property
+    def participant(self) -> int:
+        """This process's participant key, in the slots it writes; private memory has no other
+        process."""
+        return self._participant
+
+    @participant.setter
+    def participant(self, key: int) -> None:
+        self._participant = key
+        if self.writer is not None:
+            self.writer.participant = key
 
     @property
     def skipped(self) -> tuple[int, int]:
@@ -200,6 +193,32 @@ class Segment:
         """Whether the epoch takes no more changes: it is sealed, or found to be gone."""
         return self.memory.load(at.STATE_AT) != at.OPEN
 
+    def require_writable(self) -> None:
+        """Raise what a change raises now, whatever it is about."""
+        if self.read_only:
+            raise self._read_only_error()
+        if self.ended:
+            raise self.closed_error()
+
+    def refusal(self, refused: Refused) -> Exception:
+        """The error of what the native module refused, unless it is about one operation."""
+        reason, field, index, least, most, actual = refused.args
+        if reason == "corrupt":
+            holder, _, name = field.partition(".")
+            if index >= 0:
+                field = f"{holder}[{index}].{name}"
+            expected = least if least == most else f"{least} to {most}"
+            return SegmentCorrupted(self.name, field, expected, actual)
+        if reason == "busy":
+            return WriterBusy(self.epoch_id)
+        if reason == "read_only":
+            return self._read_only_error()
+        assert reason == "ended", reason
+        return self.closed_error()
+
+    def _read_only_error(self) -> Exception:
+        return ObserverReadOnly(self.epoch_id)
+
     def cell(self, offset: int) -> Cell | ObservedCell:
         """The word at `offset` as a cell, which takes no change of an epoch that has ended."""
         return Cell(self.memory, offset, at.STATE_AT, self.closed_error)
@@ -215,8 +234,10 @@ class Segment:
 
     def seal(self) -> None:
         """End the epoch for good and wake every waiter."""
-        with self.writer:
-            self.seal_held()
+        try:
+            self.epoch.seal()
+        except Refused as refused:
+            raise self.refusal(refused) from None
         self.waiters.notify()
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
@@ -225,25 +246,16 @@ class Segment:
         that it forks."""
         return claim(self, byte, shared=shared)
 
-    def seal_held(self) -> None:
-        """End the epoch under the writer lock; the caller notifies the waiters after that.
-        Raises `EpochGone`."""
-        self._require_not_gone()
-        self.memory.store(at.STATE_AT, at.SEALED)
-
     def _require_not_gone(self) -> None:
         if self.memory.load(at.STATE_AT) == at.GONE:
             raise self.closed_error()
-
-    def writer_if_free(self) -> AbstractContextManager[None, None]:
-        """The writer lock, without waiting for it; entering raises `WriterBusy` if it is held."""
-        return self.writer.if_free(partial(WriterBusy, self.epoch_id))
 
     def _make_waiters(self, waits: AsyncWaits) -> Waiters:
         return Waiters(self.memory, self._closed_error_maker(), waits)
 
     def _after_fork(self) -> None:
-        self.writer.after_fork()
+        if self.writer is not None:
+            self.writer.after_fork()
         lose_claims(self)
         self._waits.after_fork()
 
@@ -257,7 +269,6 @@ class SharedSegment(Segment):
 
     role: Role = Role.WORKER
     _owns: bool = False
-    _detached: bool = False
 
     def __init__(
         self,
@@ -277,13 +288,13 @@ class SharedSegment(Segment):
         self._published = published
         #: Reentrant: a signal handler may use the epoch in the middle of its first use.
         self._attaching = threading.RLock()
-        self.writer = self._make_writer()
+        self._open(self._make_writer())
 
     @classmethod
     def allocate(
         cls,
         namespace: str,
-        config: at.OpsLifecycleConfig | None,
+        config: OpsLifecycleConfig | None,
         *,
         session_id: SessionId,
         epoch_id: RuntimeEpochId,
@@ -389,7 +400,7 @@ class SharedSegment(Segment):
             self.participant = self._take_slot(participants, role)
         self.role = role
 
-    def _make_writer(self) -> Lock:
+    def _make_writer(self) -> WriterLock | None:
         return WriterLock(self._descriptor, at.WRITER_BYTE, partial(_attend, self._reference))
 
     def _take_slot(self, participants: Participants, role: Role) -> int:
@@ -467,24 +478,17 @@ class SharedSegment(Segment):
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
         _remove(self._descriptor, self.path)
 
-    def close(self) -> bool:
+    def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        through the cursors that still have it. Interrupted, it may be called again.
-
-        Waits a second for a transition of another thread. False: it takes longer, or it is one of
-        this thread's, that a signal handler interrupted; then it leaves the epoch when it is done.
-        """
+        through the cursors that still have it. Interrupted, it may be called again."""
+        left_error = self._left_error_maker()
         # Closing the descriptor gives the lock up, in the middle of a transition as well.
-        if not self.writer.retire(self._left_error_maker(), _LEAVE_NS, self._leave):
-            return False
-        self._leave()
-        return True
-
-    def _leave(self) -> None:
+        if self.writer is not None:
+            self.writer.retire(left_error)
         if self.attached and self.participant:
             self._participants_of(self._descriptor).leave(self.participant)
         lose_claims(self)
-        self._descriptor.close(self._left_error_maker())
+        self._descriptor.close(left_error)
         self.participant = 0
 
     def _left_error_maker(self) -> Callable[[], Exception]:
@@ -501,11 +505,8 @@ class SharedSegment(Segment):
         self._owns = False
         if self.role is Role.RUNTIME:
             self.role = Role.WORKER
-        if self.writer.after_fork():
-            # A signal handler has forked in the middle of a transition. What the child goes on
-            # with there is its parent's, and must not be done twice.
-            self._detached = True
-            self.memory.detach()
+        if self.writer is not None:
+            self.writer.after_fork()
 
     def ensure_attached(self) -> None:
         """Attach again if this was inherited by a fork and not used since.
@@ -529,15 +530,15 @@ class SharedSegment(Segment):
             if self.sealed:
                 raise EpochSealed(self.epoch_id)
             raise EpochGone(self.session_id, self.epoch_id, self.name)
-        if self._detached:
-            self.memory.reopen(opened)
-            self._detached = False
         participants = self._participants_of(opened)
         participant = self._take_slot(participants, self.role)
         # A signal handler may have attached meanwhile; from the look on, none comes between. This
         # process has its key before it is attached, so that it never writes without one.
+        writer = self.writer
         if self._descriptor.inherited:
-            self.participant = participant
+            self._participant = participant  # not by the property: calls let a handler in
+            if writer is not None:
+                writer.participant = participant
             self._descriptor.take(opened)
         else:
             participants.leave(participant)
@@ -546,16 +547,20 @@ class SharedSegment(Segment):
 class ObservedSegment(SharedSegment):
     """A segment as an observer has it.
 
-    OBSERVE-1: every change of the memory goes through the writer lock or through a cell, and both
-    of an observer's refuse it. So do the calls that are a runtime's. It is a participant if there
-    is a free slot, and changes nothing else.
+    OBSERVE-1: every change of the memory goes through the writer lock or through a cell. An
+    observer has no such lock, and its cells refuse. So do the calls that are a runtime's. It is a
+    participant if there is a free slot, and changes nothing else.
     """
 
     read_only = True
     role = Role.OBSERVER
 
-    def _make_writer(self) -> Lock:
-        return _NoLock(self.epoch_id)
+    def _make_writer(self) -> WriterLock | None:
+        return None
+
+    def _read_only_error(self) -> Exception:
+        left = self._descriptor.closed and not self._descriptor.inherited
+        return self._left_error_maker()() if left else super()._read_only_error()
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
         raise ObserverReadOnly(self.epoch_id)
@@ -597,43 +602,6 @@ class ObservedCell:
 
     def compare_and_swap(self, expected: SupportsIndex, new: SupportsIndex, /) -> bool:
         raise ObserverReadOnly(self._epoch_id)
-
-
-class _NoLock:
-    """The writer lock of a segment as an observer has it."""
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        self._refusal: Callable[[], BaseException] = partial(ObserverReadOnly, epoch_id)
-
-    def __enter__(self) -> None:
-        raise self._refusal()
-
-    def if_free(
-        self, on_busy: Callable[[], BaseException], /
-    ) -> AbstractContextManager[None, None]:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        pass
-
-    def retire(
-        self,
-        on_closed: Callable[[], BaseException],
-        timeout_ns: int | None = None,
-        on_left: Callable[[], object] | None = None,
-        /,
-    ) -> bool:
-        self._refusal = on_closed
-        return True
-
-    def after_fork(self) -> bool:
-        return False
 
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from shmepoch import _native as at
+from shmepoch._native import Memory
 from shmepoch.arguments import require_position
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory
 from shmepoch.timeouts import limit_s
 
 _log = logging.getLogger(__name__)

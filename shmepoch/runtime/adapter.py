@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from typing import Final, Self, TypeVar
 
 from shmepoch.arguments import require
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -27,7 +28,6 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.bells import remove_unused_bells
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, abandon, resolve_namespace
 from shmepoch.runtime.durability import Durability

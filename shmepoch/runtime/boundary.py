@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
+from shmepoch._native import AGENT_BYTE
 from shmepoch.arguments import require
 from shmepoch.epoch.bindings import History, SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.operations import OperationKind
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
-from shmepoch.memory.layout import AGENT_BYTE
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from shmepoch._native import RECOVERY_SKIP
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
@@ -18,7 +20,7 @@ from shmepoch.errors import (
     StoreLoadFailed,
 )
 from shmepoch.ids import SessionId
-from shmepoch.memory.layout import RECOVERY_SKIP, Layout, OpsLifecycleConfig
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import EpochCapture, RuntimeStore
@@ -47,7 +49,7 @@ class Durability:
         this size. A store that fails to load is not an empty one: `StoreLoadFailed`, unless the
         adapter was told to rotate."""
         try:
-            stored = self.store.load(session_id, max_entries=Layout(config).ring[1])
+            stored = self.store.load(session_id, max_entries=Layout(config).entries)
             if stored is not None:
                 _require_consistent(session_id, stored)
             return stored

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Self
 
+from shmepoch._native import LOOP_BYTE
 from shmepoch.arguments import require, require_callable
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
@@ -20,7 +21,6 @@ from shmepoch.epoch.operations import OperationKind
 from shmepoch.errors import EpochGone, EpochSealed, LoopAlreadyActive, LoopAnswerInvalid
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.claims import Claim
-from shmepoch.memory.layout import LOOP_BYTE
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
 

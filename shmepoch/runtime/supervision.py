@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Final
 
+from shmepoch import _native as at
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import BindingsClosed, EpochGone, EpochSealed, StoreBehind, WriterBusy
-from shmepoch.memory import layout as at
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.participants import Participant
 

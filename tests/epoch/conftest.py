@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 import pytest
 
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.memory.layout import OpsLifecycleConfig
 from tests.epoch.implementations import IMPLEMENTATIONS, Epoch
 
 MakeEpoch: TypeAlias = Callable[..., Epoch]

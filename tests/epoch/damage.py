@@ -15,13 +15,14 @@ from functools import partial
 from itertools import chain
 from typing import Final
 
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import SegmentCorrupted, ShmepochError
 from shmepoch.ids import OperationId, RunId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import Layout, OpsLifecycleConfig
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment, SharedSegment
 from tests.epoch.operations import Registry, end, reach, result, spec
 
@@ -50,12 +51,12 @@ def kept_outcome(registry: Registry) -> Callable[[], object]:
     id = OperationId.new()
     registry.register_operation(spec(id=id))
     registry.register_watcher(id)
-    slot = registry.locate(id)
+    pending = registry.locate(id)
     registry.cancel_operation(id, "r" * 1800)
     for _ in range(4):
         end(registry, "r" * 2500)
     assert registry.completion_feed().list_since(0).gap_after(5)
-    return partial(registry.outcome_at, slot, 0)
+    return partial(registry.outcome_at, id, pending.place, 0)
 
 
 def calls(segment: Segment, known: list[OperationId]) -> Iterator[Callable[[], object]]:
@@ -148,19 +149,20 @@ def in_a_child(act: Callable[[], int], where: Callable[[], str] = str) -> int:
 
 def every_word(layout: Layout) -> dict[str, Iterable[int]]:
     """Where each part of an epoch has words that hold something, or will."""
-    index, entries, data, size = layout.ring
-    slots = range(layout.slots_at, layout.slots_at + layout.slots * at.SLOT_SIZE, at.WORD)
+    slots = range(layout.slots_at, layout.slots_at + layout.slots * layout.slot_size, at.WORD)
+    index = range(layout.index, layout.index + layout.entries * at.WORD, at.WORD)
     return {
         "header": range(at.STATE_AT, at.HEADER_SIZE, at.WORD),
         "cursors": range(at.CURSORS_AT, at.WATERMARK_AT, at.LINE),
         "control": range(at.WATERMARK_AT, at.PARTICIPANTS_AT, at.WORD),
         "participants": range(at.PARTICIPANTS_AT, at.PARTICIPANTS_AT + 64, at.WORD),
         "fingerprints": range(layout.fingerprints, layout.fingerprints + layout.slots * 8, at.WORD),
-        "slots": [word for word in slots if (word - layout.slots_at) % at.SLOT_SIZE < 128],
+        "retained": range(layout.retained, layout.index, at.WORD),
+        "slots": [w for w in slots if (w - layout.slots_at) % layout.slot_size < at.SLOT_SPEC],
         "contents": slots,
-        "index": range(index, index + 10 * at.INDEX_SIZE, at.WORD),
-        "index end": range(index + (entries - 2) * at.INDEX_SIZE, data, at.WORD),
-        "bytes": range(data, data + size, at.WORD),
+        "index": index[:10],
+        "index end": index[-2:],
+        "records": range(layout.records, layout.records + layout.feed_bytes, at.WORD),
     }
 
 

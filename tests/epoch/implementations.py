@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Final, TypeAlias, cast
 
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.ids import SessionId
-from shmepoch.memory._native import Memory
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import Segment, SharedSegment
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
@@ -29,6 +28,10 @@ class Epoch:
 
     def seal(self) -> None:
         self.segment.seal()
+
+    def shared_segment(self) -> SharedSegment:
+        assert isinstance(self.segment, SharedSegment)
+        return self.segment
 
 
 #: An implementation: from a namespace and a configuration to an epoch that lives for a `with`.
@@ -54,25 +57,6 @@ def shared(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]
             yield Epoch(bindings.ops_lifecycle, bindings.cursor_state, segment)
         finally:
             segment.unlink()
-
-
-class StandIn:
-    """A memory that is not the native one, so that transitions go word by word."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
-
-
-@contextmanager
-def word_by_word(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]:
-    """Memory of this process's own, whose transitions never are the native ones."""
-    with private(namespace, config) as epoch:
-        registry: Any = epoch.registry
-        registry._memory = StandIn(registry._memory)
-        yield epoch
 
 
 @contextmanager
@@ -108,7 +92,6 @@ class _TakingTurns:
 
 IMPLEMENTATIONS: Final[dict[str, Implementation]] = {
     "private": private,
-    "word by word": word_by_word,
     "shared": shared,
     "attached-twice": attached_twice,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
+from shmepoch import _native as at
 from shmepoch.epoch.completions import CompletionBatch
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
@@ -85,3 +86,11 @@ def end(registry: OpsLifecycleRegistry, reason: str = "done") -> OperationId:
     registry.register_operation(spec(id=id))
     registry.cancel_operation(id, reason)
     return id
+
+
+def size_of(registry: Registry, seq: int) -> int:
+    """How many bytes of the feed the record of a sequence takes."""
+    record = registry._table.record(seq)
+    assert record is not None
+    parts = record.head + record.outcome, record.rest + record.detail
+    return at.RECORD_SIZE + sum(-(-len(part) // at.WORD) * at.WORD for part in parts)

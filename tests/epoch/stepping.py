@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,19 +17,39 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.ptrace.restype = ctypes.c_long
 
+#: The methods of a native Epoch that change it.
+TRANSITIONS: Final = frozenset(
+    (
+        "register",
+        "start",
+        "change",
+        "end",
+        "terminate",
+        "seal",
+        "collect",
+        "watch",
+        "watch_each",
+        "copy",
+    )
+)
+
 
 class Stepped:
-    """Stands for an object, and has the process stopped after each instruction of its methods.
+    """Stands for an object, and has the process stopped after each instruction of some of its
+    methods.
 
-    Made in the child that `images` is to look at.
+    Made in the child that is to be looked at.
     """
 
-    def __init__(self, native: Any) -> None:
+    def __init__(self, native: Any, methods: frozenset[str] = TRANSITIONS) -> None:
         self._native = native
+        self._methods = methods
         _ptrace(_TRACEME, 0)
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        method = getattr(self._native, name)
+        method: Callable[..., object] = getattr(self._native, name)
+        if name not in self._methods:
+            return method
 
         def stepped(*args: object) -> object:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -42,14 +63,41 @@ class Stepped:
 
 def steps(pid: int) -> Iterator[None]:
     """Between any two instructions of what a child of this thread's does with something `Stepped`;
-    it exits with 0 in the end."""
+    it exits with 0 in the end, or is killed where the caller ends the iteration."""
     stepping = False
     _, status = os.waitpid(pid, 0)
-    while os.WIFSTOPPED(status):
-        if os.WSTOPSIG(status) == signal.SIGSTOP:  # and not SIGTRAP: it begins, or has ended
-            stepping = not stepping
-        yield
-        _ptrace(_SINGLESTEP if stepping else _CONT, pid)
+    try:
+        while os.WIFSTOPPED(status):
+            if os.WSTOPSIG(status) == signal.SIGSTOP:  # and not SIGTRAP: it begins, or has ended
+                stepping = not stepping
+            if stepping:
+                yield
+            _ptrace(_SINGLESTEP if stepping else _CONT, pid)
+            _, status = os.waitpid(pid, 0)
+    except GeneratorExit:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended already
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def interleave(pid: int, n: int, happen: Callable[[], object]) -> bool:
+    """Let something happen after the n-th instruction of what a child of this thread's does with
+    something `Stepped`; whether it came that far. It exits with 0 in the end."""
+    for step, _ in enumerate(steps(pid)):
+        if step == n:
+            happen()
+            _run_to_the_end(pid)
+            return True
+    return False
+
+
+def _run_to_the_end(pid: int) -> None:
+    status = 0
+    while not os.WIFEXITED(status):
+        assert not os.WIFSIGNALED(status)
+        _ptrace(_CONT, pid)
         _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
 
@@ -57,12 +105,13 @@ def steps(pid: int) -> Iterator[None]:
 def images(pid: int, fd: int, size: int) -> list[bytes]:
     """Every content that the file of `fd` has, one after the other, while a child of this thread's
     runs the methods of something `Stepped`; it exits with 0 in the end."""
-    seen: list[bytes] = []
+    seen = [os.pread(fd, size, 0)]
     for _ in steps(pid):
         image = os.pread(fd, size, 0)
-        if not seen or image != seen[-1]:
+        if image != seen[-1]:
             seen.append(image)
-    return seen
+    last = os.pread(fd, size, 0)
+    return seen if last == seen[-1] else [*seen, last]
 
 
 def _ptrace(request: int, pid: int) -> None:

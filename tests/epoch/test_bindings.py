@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import (
     EpochHandle,
     SessionOwned,
@@ -34,7 +35,6 @@ from shmepoch.errors import (
     WitnessMismatch,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime.adapter import RuntimeSessionAdapter

@@ -16,11 +16,11 @@ from typing import Final
 
 import pytest
 
+from shmepoch import _native as at
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.operations import OperationProgressUpdate
 from shmepoch.errors import SegmentCorrupted
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import Segment, SharedSegment
 from tests.epoch.damage import (
@@ -77,7 +77,8 @@ def test_nothing_is_found_wrong_with_what_is_right(subject: Subject) -> None:
 def test_what_is_wrong_is_found(subject: Subject) -> None:
     """A word of each part, such that no call can do without it."""
     layout = subject.segment.layout
-    for offset in (at.DROPPED_AT, layout.slot(0) + at.SLOT_SPEC, layout.ring[0] + 4 * 24 + 8):
+    last = subject.segment.memory.load(at.WATERMARK_AT)
+    for offset in (at.DROPPED_AT, layout.slot(0) + at.SLOT_SPEC, layout.index_word(last)):
         subject.put_back()
         subject.segment.memory.store(offset, 2**40 + 1)
         with pytest.raises(SegmentCorrupted) as found:
@@ -94,12 +95,11 @@ def words_of_a_slot() -> dict[str, tuple[int, int]]:
         "word's spare bits": (at.SLOT_WORD, 2**16 + 6),
         "birth": (at.SLOT_BIRTH, 2**63),
         "terminal_seq": (at.SLOT_TERMINAL_SEQ, 2**64 - 1),
-        "id": (at.SLOT_ID, 7),
         "participant's slot": (at.SLOT_PARTICIPANT, 2**8 + 2),
         "created_at_ms": (at.SLOT_CREATED_MS, 2**63),
         "created_mono_ns": (at.SLOT_CREATED_MONO, 2**63 + 1),
-        "elapsed_ms": (at.SLOT_ELAPSED_MS, 2**64 - 1),
-        "spec_length": (at.SLOT_SPEC_LENGTH, 2**40),
+        "started": (at.SLOT_STARTED, 2**64 - 1),
+        "spec_length": (at.SLOT_SPEC_LENGTHS, 2**63),
         "detail_length[0]": (at.SLOT_DETAIL_LENGTH, at.DETAIL_LIMIT + 1),
         "detail_length[1]": (at.SLOT_DETAIL_LENGTH + at.WORD, 2**63),
     }
@@ -112,24 +112,31 @@ def test_a_word_of_a_slot_that_is_out_of_bounds_is_named(field: str) -> None:
     registry, memory = Registry(segment), segment.memory
     [*_, id] = fill(registry)
     offset, value = words_of_a_slot()[field]
-    [slot] = [slot for slot in registry._table.held() if slot.id == id.bytes]
-    memory.store(segment.layout.slot(slot.number) + offset, value)
+    [slot] = [view.slot for view in registry._table.live() if view.spec.id == id]
+    memory.store(segment.layout.slot(slot) + offset, value)
     readers: list[Callable[[], object]] = [
         registry.list_operations,
         partial(registry.capture_persistence_snapshot, segment.epoch_id, EpochCursorState(segment)),
         partial(registry.terminate_owner, "ended"),
         registry.check,
+        partial(registry.snapshot, id),
+        partial(registry.complete_operation, id, result(id)),
+        partial(registry.report_progress, id, OperationProgressUpdate("on")),
     ]
-    if field != "id":  # else it is not found
-        readers += [
-            partial(registry.snapshot, id),
-            partial(registry.complete_operation, id, result(id)),
-            partial(registry.report_progress, id, OperationProgressUpdate("on")),
-        ]
     for read in readers:
         with pytest.raises(SegmentCorrupted) as found:
             read()
-        assert found.value.field == f"slot[{slot.number}].{field}"
+        assert found.value.field == f"slot[{slot}].{field}"
+
+
+def test_an_id_that_is_not_that_of_its_fingerprint_is_found() -> None:
+    segment = Segment.private(CONFIG)
+    registry = Registry(segment)
+    fill(registry)
+    segment.memory.store(segment.layout.slot(0) + at.SLOT_ID + at.WORD, 7)
+    with pytest.raises(SegmentCorrupted) as found:
+        registry.check()
+    assert found.value.field == "slot[0].fingerprint"
 
 
 def test_a_skipped_range_that_is_wrong_is_named() -> None:
@@ -170,12 +177,13 @@ CONTROL: Final = {
     "runtime_injected": at.CURSORS_AT + 2 * at.LINE,
     "watermark": at.WATERMARK_AT,
     "event": at.EVENT_AT,
-    "bells": at.BELLS_AT,
+    "bells": at.DOORBELLS_AT,
     "dropped_through": at.DROPPED_AT,
     "intent": at.INTENT_AT,
     "registrations": at.REGISTRATIONS_AT,
     "collected_through": at.COLLECTED_AT,
-    "reclaimed_through": at.RECLAIMED_AT,
+    "kept": at.KEPT_AT,
+    "head": at.HEAD_AT,
     "joined": at.JOINED_AT,
     "durable_seq": at.DURABLE_AT,
     "origin": at.ORIGIN_AT,
@@ -192,7 +200,9 @@ def test_a_word_of_the_control_lines(subject: Subject, name: str) -> None:
         subject.use_up()
 
 
-@pytest.mark.parametrize("word", [*range(0, 104, 8), 512, 1024, 1536])
+@pytest.mark.parametrize(
+    "word", [*range(0, 104, 8), at.SLOT_SPEC, at.SLOT_DETAIL, at.SLOT_WATCHERS]
+)
 def test_a_word_of_a_slot(subject: Subject, word: int) -> None:
     for slot in range(subject.segment.layout.slots):
         for value in (0, *WORDS[slot % 2 :: 2]):
@@ -201,15 +211,15 @@ def test_a_word_of_a_slot(subject: Subject, word: int) -> None:
             subject.use_up()
 
 
-@pytest.mark.parametrize("part", ["participants", "fingerprints", "index", "bytes"])
+@pytest.mark.parametrize("part", ["participants", "fingerprints", "index", "records"])
 def test_a_word_of_every_other_part(subject: Subject, part: str) -> None:
     layout = subject.segment.layout
-    index, _, data, size = layout.ring
+    records = layout.records
     offsets = {
         "participants": range(at.PARTICIPANTS_AT, at.PARTICIPANTS_AT + 64, at.WORD),
         "fingerprints": range(layout.fingerprints, layout.fingerprints + 48, at.WORD),
-        "index": range(index, index + 8 * at.INDEX_SIZE, at.WORD),
-        "bytes": range(data, data + size, 50 * at.WORD),
+        "index": range(layout.index, layout.index + 8 * at.WORD, at.WORD),
+        "records": range(records, records + layout.feed_bytes, 50 * at.WORD),
     }
     for turn, offset in enumerate(offsets[part]):
         for value in (0, *WORDS[turn % 3 :: 3]):

@@ -1,39 +1,49 @@
-"""A process may be killed before any store of any transition: the old state stands, or the new."""
+"""A process may be killed at any instruction of any transition: the old state stands, or the new.
+
+A killed process is the content that memory has then. So a child is stopped after each instruction
+of a transition, and each content is put back and gone on with.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
-from typing import Any, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias, cast
 
 import pytest
 
+from shmepoch import _native as at
+from shmepoch._native import Epoch, Refused
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.operations import (
+    OperationLifecycleSnapshot,
     OperationPeerHandle,
     OperationProgressUpdate,
     OperationStatus,
     OperationTerminalOutcome,
     TrustedPeerSpec,
 )
-from shmepoch.errors import AlreadyPeerReady, AlreadyRegistered, InvalidTransition
-from shmepoch.ids import OperationId, RunId, RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import Memory
-from shmepoch.memory.layout import OpsLifecycleConfig
+from shmepoch.errors import (
+    AlreadyPeerReady,
+    AlreadyRegistered,
+    InvalidTransition,
+    OutcomeDropped,
+)
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment
 from tests.epoch.deadline import DEADLINE_S, run
-from tests.epoch.dying import Death, attached, start, survived
+from tests.epoch.dying import attached, survived
 from tests.epoch.operations import CHILD, UPDATE, Registry, end, result, spec
-from tests.epoch.stepping import Stepped, images
-from tests.support import eventually
+from tests.epoch.stepping import TRANSITIONS, Stepped, images, interleave, steps
+from tests.support import eventually, is_free
 
 CONFIG = OpsLifecycleConfig(max_operations=6, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
 
@@ -220,6 +230,54 @@ CASES = {
     "watch": Case(lambda r: running(r, IDS[0]), lambda r: r.register_watcher(IDS[0])),
 }
 
+#: Cases whose repair has something to undo, of each kind.
+REPAIRED: Final = (
+    "register two in slots given back",
+    "complete around the end of the ring",
+    "terminate several in a turned over table",
+)
+
+
+class End(NamedTuple):
+    """The end of something that no state shows, and what does."""
+
+    case: Case
+    is_done: Callable[[SharedSegment], bool]
+
+
+def watched_and_ended(registry: Registry) -> None:
+    """An operation that the next participant to join watches still."""
+    running(registry, IDS[0])
+    writer = registry._segment.writer
+    assert writer is not None
+    mine, writer.participant = writer.participant, CHILD_LANE
+    registry.register_watcher(IDS[0])
+    writer.participant = mine
+    registry.complete_operation(IDS[0], result(IDS[0]))
+
+
+def is_slot_free(segment: SharedSegment) -> bool:
+    """Whether the first slot was given back."""
+    return segment.memory.load(segment.layout.fingerprint(0)) == 0
+
+
+#: The participant slot of a child, beside this process's.
+CHILD_LANE: Final = 1
+
+ENDS: dict[str, End] = {
+    "seal": End(Case(ended, lambda r: r._segment.seal()), lambda segment: segment.sealed),
+    "unwatch": End(
+        Case(watched_and_ended, lambda r: r._epoch.watch_each(((0, 1),), False)), is_slot_free
+    ),
+    "forget the watchers of the dead": End(
+        Case(
+            watched_and_ended,
+            lambda r: r.terminate_where(lambda _: False, "it died", dead=[CHILD_LANE]),
+        ),
+        is_slot_free,
+    ),
+}
+
 
 class Survivor:
     """This process's attachment of an epoch, which it can put back to where a case starts."""
@@ -244,8 +302,23 @@ class Survivor:
         assert os.pwrite(self.segment.fd, image, 0) == len(image)
         self.registry = Registry(self.segment)
 
-    def start(self, death: Death) -> int:
-        return start(self.namespace, self.segment, death, self.case.act)
+    def start(
+        self,
+        act: Callable[[Registry], object] | None = None,
+        methods: frozenset[str] = TRANSITIONS,
+    ) -> int:
+        """The pid of a child that makes the case's transition, or acts, stopped after each
+        instruction."""
+
+        def stepped(segment: SharedSegment) -> None:
+            segment.epoch = cast(Epoch, Stepped(segment.epoch, methods))
+            (act or self.case.act)(Registry(segment))
+
+        return attached(self.namespace, self.segment, stepped)
+
+    def images(self, act: Callable[[Registry], object] | None = None) -> list[bytes]:
+        """Every content that memory has while a child makes the transition, or acts."""
+        return images(self.start(act), self.segment.fd, self.segment.layout.size)
 
     def close(self) -> None:
         self.segment.unlink()
@@ -257,7 +330,8 @@ def survive(namespace: str) -> Iterator[Callable[[str], Survivor]]:
     made: list[Survivor] = []
 
     def make(name: str) -> Survivor:
-        made.append(Survivor(namespace, CASES[name]))
+        case = CASES[name] if name in CASES else ENDS[name].case
+        made.append(Survivor(namespace, case))
         return made[-1]
 
     yield make
@@ -290,35 +364,37 @@ def check_again(survivor: Survivor, *, committed: bool) -> None:
     assert len(ended) == len(set(ended))
 
 
-@pytest.mark.parametrize("heal", [next_transition, Registry.check])
 @pytest.mark.parametrize("name", CASES)
-def test_killed_before_any_store(
-    survive: Survive, name: str, heal: Callable[[Registry], None]
-) -> None:
+def test_killed_after_any_instruction(survive: Survive, name: str) -> None:
     survivor = survive(name)
-    assert survived(survivor.start(Death(0)))
-    after = State.of(survivor.registry)
-    assert after != survivor.before
+    passed = survivor.images()
+    after = reached(survivor, passed)
     seen = []
-    for n in count(1):
-        survivor.put_back()
-        lived = survived(survivor.start(Death(n)))
+    for n, image in enumerate(passed):
+        survivor.put_back(image)
+        heal = Registry.check if n % 2 else next_transition
         seen.append(check_survivor(survivor, after, heal, n))
-        if lived:
-            break
     assert seen == sorted(seen), "committed, then not, as it goes further"
     assert set(seen) == {False, True}
 
 
+def reached(survivor: Survivor, passed: list[bytes]) -> State:
+    """The state that a transition leads to."""
+    survivor.put_back(passed[-1])
+    after = State.of(survivor.registry)
+    assert after != survivor.before
+    return after
+
+
 def check_survivor(
-    survivor: Survivor, after: State, heal: Callable[[Registry], None], n: int
+    survivor: Survivor, after: State, heal: Callable[[Registry], object], n: int
 ) -> bool:
     """Whether the transition that was broken off is found committed; it is, or never was."""
     registry = survivor.registry
     found = State.of(registry)  # what a reader sees, before anybody has repaired anything
     committed = found == after
     entries = len(found.entries)
-    assert committed or found == survivor.before.without_oldest(entries), f"at store {n}"
+    assert committed or found == survivor.before.without_oldest(entries), f"at content {n}"
     heal(registry)
     registry.check()
     healed = State.of(registry)
@@ -328,230 +404,198 @@ def check_survivor(
     return committed
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "register",
-        "register in a slot given back",
-        "register two",
-        "register two in slots given back",
-        "start",
-        "fail provisioning",
-        "complete",
-        "complete after others",
-        "complete around the end of the ring",
-        "complete two",
-        "complete two around the end of the ring",
-    ],
-)
-def test_killed_after_any_instruction_of_a_native_transition(survive: Survive, name: str) -> None:
-    """As if it had been killed there: what it goes through is put back, one by one."""
+@pytest.mark.parametrize("name", REPAIRED)
+def test_killed_in_the_repair_of_what_was_broken_off(survive: Survive, name: str) -> None:
+    """A second process is killed at any instruction of its repair: a third one finds the same."""
     survivor = survive(name)
-
-    def act(segment: SharedSegment) -> None:
-        registry: Any = Registry(segment)
-        registry._begin = None  # what goes word by word would need it
-        registry._common._native = Stepped(registry._common._native)
-        survivor.case.act(registry)
-
-    segment = survivor.segment
-    passed = images(attached(survivor.namespace, segment, act), segment.fd, segment.layout.size)
-    survivor.put_back(passed[-1])
-    after = State.of(survivor.registry)
-    assert after != survivor.before
-    seen = []
-    for n, image in enumerate(passed):
+    passed = survivor.images()
+    after = reached(survivor, passed)
+    broken_off = [image for image in passed if word_of(image, at.INTENT_AT)]
+    some = broken_off[:: max(1, len(broken_off) // 10)]
+    contents = {again for image in some for again in repaired(survivor, image)}
+    assert len(contents) > len(some)
+    for n, image in enumerate(contents):
         survivor.put_back(image)
-        seen.append(check_survivor(survivor, after, next_transition, n))
-    assert seen == sorted(seen), "committed, then not, as it goes further"
+        check_survivor(survivor, after, next_transition, n)
+
+
+def repaired(survivor: Survivor, image: bytes) -> list[bytes]:
+    def repair(registry: Registry) -> None:
+        with pytest.raises(Refused):  # which is found after the repair
+            registry._epoch.collect(2**63, 0)
+
+    survivor.put_back(image)
+    return survivor.images(repair)
+
+
+def word_of(image: bytes, offset: int) -> int:
+    return int.from_bytes(image[offset : offset + at.WORD], sys.byteorder)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_killed_after_any_instruction_of_an_end(survive: Survive, name: str) -> None:
+    """Of the epoch, or of what watched an operation: nothing else is changed by it."""
+    survivor = survive(name)
+    seen = []
+    for image in survivor.images():
+        survivor.put_back(image)
+        assert State.of(survivor.registry) == survivor.before
+        seen.append(ENDS[name].is_done(survivor.segment))
+        survivor.registry.check()
+    assert seen == sorted(seen)
     assert set(seen) == {False, True}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stopped_before_some_stores(survive: Survive, name: str) -> None:
+def test_stopped_after_some_instructions(survive: Survive, name: str) -> None:
     """Readers and cursors go on beside a stopped writer; other writers go on after it."""
     survivor = survive(name)
-    assert survived(survivor.start(Death(0)))
+    count = sum(1 for _ in steps(survivor.start()))
     after = State.of(survivor.registry)
     cursors = EpochCursorState(survivor.segment)
-    for n in chain(range(1, 6), range(6, 400, 13)):
-        survivor.put_back()
-        registry = survivor.registry
-        pid = survivor.start(Death(n, by=signal.SIGSTOP))
-        if not stopped(pid):
-            break
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                writer = pool.submit(next_transition, registry)
-                found = State.of(registry)
-                entries = len(found.entries)
-                assert found == after or found == survivor.before.without_oldest(entries)
-                assert cursors.agent_applied_cursor.advance(n)
-                assert cursors.snapshot().agent_applied_cursor == n
-                if entries:
-                    assert registry.completion_feed().wait_for_advance(0, 0) >= entries
-                captured = registry.capture_persistence_snapshot(survivor.segment.epoch_id, cursors)
-                assert captured.cursors.agent_applied_cursor == n
-            finally:
-                os.kill(pid, signal.SIGCONT)
-            assert survived(pid)
-            writer.result(DEADLINE_S)
-        registry.check()
-        assert State.of(registry).operations <= after.operations
-        check_again(survivor, committed=True)
-    else:
-        pytest.fail("the transition never ended")
+    survivor.put_back()
+    registry = survivor.registry
+    held = 0
+    with ThreadPoolExecutor(1) as pool:
+        writer = None
+        for n, _ in enumerate(steps(survivor.start())):
+            if n % (count // 8) or is_free(survivor.segment):
+                continue
+            held += 1
+            writer = writer or pool.submit(next_transition, registry)
+            found = State.of(registry)
+            entries = len(found.entries)
+            assert found == after or found == survivor.before.without_oldest(entries)
+            assert cursors.agent_applied_cursor.advance(n)
+            assert cursors.snapshot().agent_applied_cursor == n
+            if entries:
+                assert registry.completion_feed().wait_for_advance(0, 0) >= entries
+            captured = registry.capture_persistence_snapshot(survivor.segment.epoch_id, cursors)
+            assert captured.cursors.agent_applied_cursor == n
+        assert held
+        assert writer is not None
+        writer.result(DEADLINE_S)
+    registry.check()
+    assert State.of(registry).operations <= after.operations
+    check_again(survivor, committed=True)
 
 
 def test_registrations_that_were_undone_take_no_room(survive: Survive) -> None:
     """A writer is killed in a registration, over and over: its slot is given back each time."""
     survivor = survive("register")
-    n = next(n for n in count(1) if is_half_registered(survivor, n))
-    registry = survivor.registry
-    for _ in range(survivor.segment.layout.slots + 1):
-        assert not survived(survivor.start(Death(n)))
+    registry, layout = survivor.registry, survivor.segment.layout
+
+    def taken() -> int:
+        column = survivor.segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+        return sum(map(bool, column))
+
+    before = taken()
+    for _ in range(layout.slots + 1):
+        for _ in steps(survivor.start()):
+            if taken() > before and survivor.segment.memory.load(at.INTENT_AT):
+                break
+        assert taken() > before
         registry.check()
+        survivor.registry.register_operation(following := spec(NEXT))
+        registry.cancel_operation(following.id)
+        assert taken() == before
     for _ in range(CONFIG.max_operations - 1):
         registry.register_operation(spec())
     registry.check()
 
 
-def is_half_registered(survivor: Survivor, n: int) -> bool:
-    """Have the writer killed before its n-th store; whether a slot is then taken that holds
-    nothing."""
-    layout = survivor.segment.layout
-    survivor.put_back()
-    assert not survived(survivor.start(Death(n)))
-    taken = survivor.segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
-    half = sum(map(bool, taken)) > len(survivor.registry.list_operations())
-    survivor.put_back()
-    return half
-
-
-def stopped(pid: int) -> bool:
-    """Whether a process has stopped itself, rather than ended."""
-    _, status = os.waitpid(pid, os.WUNTRACED)
-    if os.WIFSTOPPED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
-
-
-@pytest.mark.parametrize("kind", ["wake", "exchange"])
-def test_sleepers_are_woken_though_the_writer_died_before_it_woke_them(
-    survive: Survive, kind: str
-) -> None:
+def test_sleepers_are_woken_though_the_writer_died_before_it_woke_them(survive: Survive) -> None:
     survivor = survive("complete")
     feed = survivor.registry.completion_feed()
 
     async def follow() -> int:
         return await feed.advanced(0)
 
+    def die_before_waking(segment: SharedSegment) -> None:
+        def die() -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        segment.waiters.notify = die  # type: ignore[method-assign]
+        survivor.case.act(Registry(segment))
+
     with ThreadPoolExecutor(2) as pool:
         thread = pool.submit(feed.wait_for_advance, 0, DEADLINE_S)
         coroutine = pool.submit(run, follow())
-        eventually(lambda: survivor.segment.memory.load(at.BELLS_AT))
-        assert not survived(survivor.start(Death(1, kind=kind)))
+        eventually(lambda: survivor.segment.memory.load(at.DOORBELLS_AT))
+        assert not survived(attached(survivor.namespace, survivor.segment, die_before_waking))
         assert thread.result(DEADLINE_S) == 1
         assert coroutine.result(DEADLINE_S) == 1
     survivor.registry.check()
 
 
-class Between:
-    """A memory that lets something happen right before one of its loads of a word."""
-
-    def __init__(
-        self, memory: Memory, offset: int, skip: int, happen: Callable[[], object]
-    ) -> None:
-        self._memory = memory
-        self._offset = offset
-        self._left = skip + 1
-        self._happen = happen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
-
-    def load(self, offset: int) -> int:
-        if offset == self._offset:
-            self._left -= 1
-            if self._left == 0:
-                self._happen()
-        return self._memory.load(offset)
-
-
+#: What readers do, and the native methods that they do it with.
 LOOKS: dict[str, Callable[[Registry, OperationId], object]] = {
     "snapshot": lambda r, op: r.snapshot(op),
-    "list": lambda r, op: r.list_operations(),
-    "wait": lambda r, op: r.wait_all(RunId.new(), [op], 0),
-    "capture": lambda r, op: r.capture_persistence_snapshot(
-        RuntimeEpochId.new(), EpochCursorState.new()
-    ),
+    "feed": lambda r, op: r.completion_feed().list_since(r.completion_feed().watermark() - 1),
+    "outcome": lambda r, op: r.outcome_at(op, (0, 1), 0),
 }
+READS: Final = frozenset(("find", "slot", "record", "list_since", "outcome"))
+#: At how many of a read's instructions something happens.
+POINTS: Final = 14
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive, look: str) -> None:
+def test_a_reader_is_not_misled_by_what_happens_meanwhile(survive: Survive, look: str) -> None:
+    """Its slot passes to another operation, or its record is overwritten, between any two
+    instructions of a read: what is found is of one moment, and whole."""
+    survivor = survive("complete around the end of the ring")
+    id = IDS[0]
+
+    def act(reader: Registry) -> None:
+        with suppress(OutcomeDropped):
+            found = LOOKS[look](reader, id)
+            if isinstance(found, OperationLifecycleSnapshot):
+                assert found.status.is_terminal == (found.terminal_outcome is not None)
+
+    def turn_over() -> None:
+        survivor.registry.complete_operation(id, result(id, "c" * 700))
+        for _ in range(4):
+            end(survivor.registry, "r" * 2200)
+
+    total = sum(1 for _ in steps(survivor.start(act, READS)))
+    for point in range(POINTS):
+        survivor.put_back()
+        interleave(survivor.start(act, READS), point * total // POINTS, turn_over)
+        survivor.registry.check()
+
+
+def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive) -> None:
     """The sequence of an ending that was not committed goes to the next one that is."""
     survivor = survive("complete")
     ended, other = IDS[:2]
-    n = next(n for n in count(1) if is_half_ended(survivor, ended, n))
-    for skip in range(10):
-        survivor.put_back()
-        assert is_half_ended(survivor, ended, n)
-        memory: Any = Between(
-            survivor.segment.memory,
-            at.WATERMARK_AT,
-            skip,
-            partial(cancel_if_possible, survivor.registry, other),
-        )
-        reader = Registry(survivor.segment)
-        reader._memory = reader._table._memory = reader._feed._memory = memory
-        with suppress(TimeoutError):
-            found = LOOKS[look](reader, ended)
-            assert look != "wait", f"{found} after {skip} loads"
-            listed = getattr(found, "operations", found if isinstance(found, list) else [found])
-            statuses = {operation.id: operation.status for operation in listed}
-            assert statuses[ended] is OperationStatus.RUNNING, f"after {skip} loads"
+    half_ended = next(
+        image
+        for image in survivor.images()
+        if word_of(image, survivor.segment.layout.slot(0) + at.SLOT_TERMINAL_SEQ)
+    )
+    survivor.put_back(half_ended)
+    assert survivor.segment.memory.load(at.WATERMARK_AT) == 0
+
+    def act(reader: Registry) -> None:
+        found = reader.snapshot(ended)
+        assert found is not None
+        assert found.status is OperationStatus.RUNNING
+
+    total = sum(1 for _ in steps(survivor.start(act, READS)))
+    for point in range(2 * POINTS):
+        survivor.put_back(half_ended)
+        cancel = partial(survivor.registry.cancel_operation, other, "another")
+        interleave(survivor.start(act, READS), point * total // POINTS // 2, cancel)
 
 
-def cancel_if_possible(registry: Registry, id: OperationId) -> None:
-    """End an operation, unless the reader is in a transition itself: then no other one happens."""
-    with suppress(RuntimeError):
-        registry.cancel_operation(id, "another")
+def test_operations_are_counted_at_one_moment(survive: Survive) -> None:
+    """Another one is registered and ends between two instructions of the count."""
+    survivor = survive("complete")
+    methods = frozenset(("active",))
 
+    def act(reader: Registry) -> None:
+        assert reader.active_count() == 2
 
-def is_half_ended(survivor: Survivor, id: OperationId, n: int) -> bool:
-    """Have the writer killed before its n-th store; whether the operation's slot then names a
-    sequence that was not committed."""
-    survivor.put_back()
-    assert not survived(survivor.start(Death(n)))
-    watermark = survivor.registry.completion_feed().watermark()
-    slot = survivor.registry.locate(id).number
-    return survivor.registry._table._raw(slot).terminal_seq > watermark
-
-
-def test_a_reader_is_not_misled_by_a_registration_that_was_undone(survive: Survive) -> None:
-    """Its number goes to the next registration, which may be in another slot."""
-    survivor = survive("register in a slot given back")
-    survivor.case.act(survivor.registry)
-    registrations = survivor.segment.memory.load(at.REGISTRATIONS_AT)
-    for n in count(1):
-        survivor.put_back()
-        assert not survived(survivor.start(Death(n)))
-        slots = [survivor.registry._table._raw(i) for i in range(survivor.segment.layout.slots)]
-        if any(slot.birth == registrations and slot.word & 3 for slot in slots):
-            break
-    following = spec(NEXT)
-
-    def take_another_slot() -> None:
-        """As the next writer does when it can give a lower slot back than the dead one had."""
-        registry = survivor.registry
-        registry.check()
-        registry.collect_completed()
-        registry.register_operation(following)
-
-    memory: Any = Between(survivor.segment.memory, at.REGISTRATIONS_AT, 0, take_another_slot)
-    reader = Registry(survivor.segment)
-    reader._memory = reader._table._memory = reader._feed._memory = memory
-    assert reader.snapshot(IDS[0]) is None
-    assert [found.id for found in reader.list_operations()] == [following.id]
+    total = sum(1 for _ in steps(survivor.start(act, methods)))
+    for point in range(0, total, max(1, total // 40)):
+        interleave(survivor.start(act, methods), point, partial(end, survivor.registry))

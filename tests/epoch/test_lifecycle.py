@@ -38,7 +38,7 @@ from shmepoch.errors import (
 from shmepoch.ids import OperationId, SessionId
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S
-from tests.epoch.implementations import Epoch
+from tests.epoch.implementations import Epoch, shared
 from tests.epoch.operations import (
     CHILD,
     PATHS,
@@ -53,6 +53,7 @@ from tests.epoch.operations import (
     state,
     taken,
 )
+from tests.support import held_writer
 
 #: The table of semantics.md, written out a second time: the statuses each verb is allowed in.
 ALLOWED: Final[dict[Action, set[str]]] = {
@@ -299,15 +300,14 @@ def test_who_waits_hears_of_the_end_of_an_epoch_in_which_nothing_ran(epoch: Epoc
             waiting.result()
 
 
-def test_who_does_not_wait_is_told_that_a_transition_is_in_progress(epoch: Epoch) -> None:
-    registry, id = epoch.registry, OperationId.new()
-    registry.register_operation(spec(id=id))
-    with ThreadPoolExecutor(1) as pool, epoch.segment.writer:
-        busy = pool.submit(registry.terminate_where, lambda _: True, "gone")
-        with pytest.raises(WriterBusy):
-            busy.result(DEADLINE_S)
-    assert taken(registry, id).status is OperationStatus.PROVISIONING
-    assert registry.terminate_where(lambda _: True, "gone") == 1
+def test_who_does_not_wait_is_told_that_a_transition_is_in_progress(namespace: str) -> None:
+    with shared(namespace, None) as epoch:
+        registry, id = epoch.registry, OperationId.new()
+        registry.register_operation(spec(id=id))
+        with held_writer(epoch.shared_segment()), pytest.raises(WriterBusy):
+            registry.terminate_where(lambda _: True, "gone")
+        assert taken(registry, id).status is OperationStatus.PROVISIONING
+        assert registry.terminate_where(lambda _: True, "gone") == 1
 
 
 def test_operations_are_listed_by_display_name(registry: Registry) -> None:

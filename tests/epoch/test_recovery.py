@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap
 from shmepoch.epoch.cursors import EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.operations import (
@@ -26,8 +28,6 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.recovery import room_for
 from shmepoch.errors import InvalidTransition, NotFound, RecordInvalid, RecoveryNeedsRoom
 from shmepoch.ids import OperationId, RuntimeEpochId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import UNHURRIED
 from tests.epoch.implementations import Epoch
@@ -506,7 +506,7 @@ def test_any_stored_feed(
     assert PersistedOpsSnapshot.from_json(snapshot.to_json()) == snapshot
     recovered = Registry.from_recovered(snapshot, CONFIG)
     recovered.check()
-    capacity = recovered._segment.layout.ring[1]
+    capacity = recovered._segment.layout.entries
     batch = recovered.completion_feed().list_since(0)
     last = max([*seqs, *positions, 0])
     assert batch.watermark == last

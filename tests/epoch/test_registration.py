@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from shmepoch import _native as at
+from shmepoch.config import PEER_HANDLE_LIMIT, OpsLifecycleConfig
 from shmepoch.epoch.codec import to_wire
 from shmepoch.epoch.cursors import EpochCursorSnapshot, EpochCursorState
 from shmepoch.epoch.operations import (
@@ -35,12 +37,10 @@ from shmepoch.errors import (
     RecordInvalid,
 )
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import Segment
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.implementations import Epoch
-from tests.epoch.operations import CHILD, PEER, Registry, reach, result, spec, state, taken
+from tests.epoch.operations import CHILD, PEER, Registry, reach, result, size_of, spec, state, taken
 
 #: The smallest feed that an epoch with two live operations may have.
 SMALL_FEED = at.PAGE + 2 * 2 * at.SPEC_LIMIT
@@ -138,7 +138,7 @@ def test_the_limit_is_of_bytes_not_characters(registry: Registry) -> None:
 
 def longest_peer() -> OperationPeerHandle:
     rest = len(to_wire(OperationPeerHandle("p" * 300, PEER.trusted_peer))) - 300
-    return OperationPeerHandle("p" * (at.PEER_HANDLE_LIMIT - rest), PEER.trusted_peer)
+    return OperationPeerHandle("p" * (PEER_HANDLE_LIMIT - rest), PEER.trusted_peer)
 
 
 def test_a_peer_handle_has_a_limit_of_its_own(registry: Registry) -> None:
@@ -306,13 +306,15 @@ def test_a_feed_can_be_filled_by_one_entry_exactly(make_epoch: MakeEpoch) -> Non
     feed = registry.completion_feed()
     first, second = (reach(registry, OperationStatus.RUNNING) for _ in range(2))
     registry.complete_operation(first, result(first, "c" * 1000))
-    (entry,) = feed.list_since(0).entries
-    fits = SMALL_FEED - at.WORD - (len(to_wire(entry)) - 1000)
+    record = registry._table.record(1)
+    assert record is not None
+    others = size_of(registry, 1) - -(-len(record.head + record.outcome) // at.WORD) * at.WORD
+    fits = SMALL_FEED - others - (len(record.head + record.outcome) - 1000)
     before = state(registry)
     with pytest.raises(PayloadTooLarge) as refused:
         registry.complete_operation(second, result(second, "c" * (fits + 1)))
     error = refused.value
-    assert (error.size, error.limit) == (SMALL_FEED + 1, SMALL_FEED)
+    assert (error.size, error.limit) == (SMALL_FEED + at.WORD, SMALL_FEED)
     assert "a larger feed_bytes" in str(error)
     assert state(registry) == before
     registry.complete_operation(second, result(second, "c" * fits))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from shmepoch.epoch.codec import to_wire
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.completions import CompletionFeedGap
 from shmepoch.epoch.operations import Action, Cancelled, Completed, OperationStatus, Terminated
 from shmepoch.errors import NotFound
 from shmepoch.ids import OperationId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
 from tests.epoch.conftest import MakeEpoch
-from tests.epoch.operations import VERBS, Registry, end, reach, result
+from tests.epoch.operations import VERBS, Registry, end, reach, result, size_of
 
 
 def held(registry: Registry) -> list[OperationId]:
@@ -100,7 +99,7 @@ def test_only_what_is_retained_is_collected(make_epoch: MakeEpoch) -> None:
 
 
 def test_a_feed_keeps_1024_entries_at_least(make_epoch: MakeEpoch) -> None:
-    registry = make_epoch(max_completed=1, max_operations=1).registry
+    registry = make_epoch(max_completed=1, max_operations=1, feed_bytes=2**19).registry
     kept = at.MIN_FEED_ENTRIES + at.RECOVERY_SKIP
     assert kept >= 1024
     ended = [end(registry) for _ in range(kept)]
@@ -114,6 +113,13 @@ def test_a_feed_keeps_1024_entries_at_least(make_epoch: MakeEpoch) -> None:
     assert batch.gap_after(0) == CompletionFeedGap(0, 3)
     assert batch.gap_after(2) == CompletionFeedGap(2, 3)
     assert batch.gap_after(3) is None
+
+
+def test_a_feed_of_the_default_size_keeps_1024_short_entries(make_epoch: MakeEpoch) -> None:
+    registry = make_epoch().registry
+    for _ in range(1024):
+        end(registry)
+    assert len(registry.completion_feed().list_since(0).entries) == 1024
 
 
 def test_a_feed_keeps_four_times_what_the_registry_does() -> None:
@@ -135,8 +141,7 @@ def test_a_feed_keeps_what_its_bytes_hold(make_epoch: MakeEpoch) -> None:
     sizes: dict[int, int] = {}
     for turn in range(100):
         end(registry, "r" * (turn * 37 % 900))
-        (newest,) = feed.list_since(turn).entries
-        sizes[newest.seq] = -(-len(to_wire(newest)) // at.WORD) * at.WORD
+        sizes[turn + 1] = size_of(registry, turn + 1)
         batch = feed.list_since(0)
         kept = [entry.seq for entry in batch.entries]
         assert kept == list(range(batch.dropped_through + 1, batch.watermark + 1))
@@ -151,14 +156,14 @@ def test_entries_that_fill_the_ring_exactly_are_all_kept(make_epoch: MakeEpoch) 
     budget = at.PAGE + 2 * at.SPEC_LIMIT
     registry = make_epoch(max_operations=1, feed_bytes=budget).registry
     feed = registry.completion_feed()
-    end(registry, "r" * 300)
-    around = len(to_wire(feed.list_since(0).entries[0])) - 300
+    end(registry, "r" * 304)
+    around = size_of(registry, 1) - 304
     half = "r" * (budget // 2 - around)
     for _ in range(5):
         end(registry, half)
         end(registry, half)
         batch = feed.list_since(0)
-        assert [len(to_wire(entry)) for entry in batch.entries] == [budget // 2] * 2
+        assert [size_of(registry, entry.seq) for entry in batch.entries] == [budget // 2] * 2
         registry.check()
     end(registry, half[:-8])
     assert len(feed.list_since(0).entries) == 2

@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 from msgspec.structs import replace
 
+from shmepoch import _native as at
 from shmepoch.epoch.operations import Action, Completed, OperationKind, OperationStatus
 from shmepoch.errors import (
     AlreadyRegistered,
@@ -20,7 +21,6 @@ from shmepoch.errors import (
     RecordInvalid,
 )
 from shmepoch.ids import OperationId, RunId
-from shmepoch.memory import layout as at
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S
 from tests.epoch.implementations import Epoch

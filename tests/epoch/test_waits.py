@@ -11,15 +11,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from decimal import Decimal
 from fractions import Fraction
-from itertools import count
 from types import FrameType
 from typing import Any, Final
 
 import numpy as np
 import pytest
 
+from shmepoch import _native as at
 from shmepoch.epoch import waits as waits_module
 from shmepoch.epoch.operations import (
     TRANSITIONS,
@@ -40,14 +41,10 @@ from shmepoch.errors import (
     WaitAlreadyActive,
 )
 from shmepoch.ids import OperationId, RunId
-from shmepoch.memory import layout as at
 from shmepoch.memory import waiting as waiting_module
-from shmepoch.memory._native import Memory
-from shmepoch.memory.layout import OpsLifecycleConfig
-from shmepoch.memory.segment import Segment
 from tests.epoch.conftest import MakeEpoch
 from tests.epoch.deadline import DEADLINE_S, run
-from tests.epoch.implementations import Epoch
+from tests.epoch.implementations import Epoch, shared
 from tests.epoch.operations import (
     PATHS,
     VERBS,
@@ -59,7 +56,7 @@ from tests.epoch.operations import (
     state,
     taken,
 )
-from tests.support import eventually
+from tests.support import eventually, held_writer
 
 #: From which status each action ends an operation.
 ENDINGS: Final = {
@@ -264,7 +261,7 @@ def fill_the_table(registry: Registry) -> None:
     for _ in range(9):
         ids.append(running(registry))
         column = registry._segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
-        assert sum(map(bool, column)) == len(list(table.held()))
+        assert sum(map(bool, column)) == len(list(table.live()))
     for id in ids:
         registry.cancel_operation(id)
     registry.check()
@@ -344,105 +341,6 @@ def test_what_a_dead_participant_watched_is_given_back(make_epoch: MakeEpoch) ->
     for participant in {registry.participant for _ in range(2)}:  # of two attachments, if there are
         forget_watchers(registry, participant)
     fill_the_table(registry)
-
-
-class Reused:
-    """A memory in which a slot passes to another operation in the middle of a read of it."""
-
-    def __init__(self, memory: Memory, happen: Callable[[], object]) -> None:
-        self._memory = memory
-        self._happen: list[Callable[[], object]] = [happen]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
-
-    def read(self, offset: int, length: int) -> bytes:
-        before = self._memory.read(offset, length)
-        if length != at.SLOT_WATCHERS or not self._happen:
-            return before
-        self._happen.pop()()
-        after = self._memory.read(offset, length)
-        torn = at.SLOT_TERMINAL_SEQ  # the birth is that of before, the end that of after
-        return before[:torn] + after[torn:]
-
-
-def test_a_look_that_was_torn_is_not_taken_for_an_answer() -> None:
-    """Else a waiter would sleep, and nothing would ever wake it."""
-    segment = Segment.private(OpsLifecycleConfig(max_completed=1, max_operations=1))
-    registry, writer = Registry(segment), Registry(segment)
-    id = running(registry)
-    watch = registry.register_watcher(id)
-    watch.close()  # so that its slot may pass on
-    registry.complete_operation(id, result(id))
-    end(registry)
-
-    memory: Any = Reused(segment.memory, lambda: running(writer))
-    registry._table._memory = memory
-    assert watch.wait(0) == Completed(result(id))
-
-
-class Deaf(RuntimeError):
-    """Stands for a process that is killed right there."""
-
-
-class Dying:
-    """A memory whose writer is killed before its n-th store."""
-
-    def __init__(self, memory: Memory, n: int) -> None:
-        self._memory = memory
-        self.left = n
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("store", "write"):
-            self.left -= 1
-            if self.left < 0:
-                raise Deaf
-        return getattr(self._memory, name)
-
-
-@pytest.mark.parametrize("retained", [1, 8])
-@pytest.mark.parametrize("act", ["keep", "give back", "give way"])
-def test_a_writer_is_killed_while_it_keeps_an_outcome_or_gives_it_back(
-    act: str, retained: int
-) -> None:
-    """Before any store of it: a watcher has the outcome, and no slot is lost."""
-    for n in count(0):
-        segment = Segment.private(OpsLifecycleConfig(**SMALL | {"max_completed": retained}))
-        registry, writer = Registry(segment), Registry(segment)
-        id = running(registry)
-        watches = [registry.register_watcher(id) for _ in range(2)]
-        registry.complete_operation(id, result(id, "r" * 4000))
-        if act != "keep":
-            turn_over(registry)
-        if act == "give way":
-            for _ in range(8):
-                running(registry)
-        dying: Any = Dying(segment.memory, n)
-        writer._memory = writer._table._memory = writer._feed._memory = dying
-        try:
-            if act == "keep":
-                turn_over(writer)
-            elif act == "give back":
-                forget_watchers(writer, 0)
-            else:
-                running(writer)
-        except Deaf:
-            survived = False
-        else:
-            survived = True
-        registry.check()
-        if act == "keep":
-            assert watches[0].wait(0) == Completed(result(id, "r" * 4000)), n
-            turn_over(registry)
-            assert watches[1].wait(0) == Completed(result(id, "r" * 4000)), n
-        else:
-            for watch in watches:
-                watch.close()
-        registry.terminate_owner("ended")
-        fill_the_table(registry)
-        if survived:
-            break
-    assert n > 5
 
 
 def test_an_id_that_was_used_again_is_another_operation(registry: Registry) -> None:
@@ -567,37 +465,27 @@ def running_or_ended(registry: Registry) -> OperationId:
     return reach(registry, OperationStatus.FAILED)
 
 
-def test_a_barrier_does_not_wait_for_a_writer_longer_than_it_may(
-    epoch: Epoch, pool: ThreadPoolExecutor
-) -> None:
+def test_a_barrier_does_not_wait_for_a_writer_longer_than_it_may(namespace: str) -> None:
     """One that was stopped in a transition; and an event loop goes on meanwhile."""
-    registry, id = epoch.registry, running(epoch.registry)
-    inside, over = threading.Event(), threading.Event()
+    with shared(namespace, None) as epoch:
+        registry, id = epoch.registry, running(epoch.registry)
+        held = ExitStack()
 
-    def hold() -> None:
-        with epoch.segment.writer:
-            inside.set()
-            over.wait(DEADLINE_S)
+        async def goes_on() -> WaitAllResult:
+            wait = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not wait.done()
+            held.close()
+            await asyncio.to_thread(registry.cancel_operation, id)
+            return await wait
 
-    async def goes_on() -> WaitAllResult:
-        wait = asyncio.ensure_future(registry.all_ended(RunId.new(), [id]))
-        for _ in range(20):
-            await asyncio.sleep(0.001)
-        assert not wait.done()
-        over.set()
-        await asyncio.to_thread(registry.cancel_operation, id)
-        return await wait
-
-    held = pool.submit(hold)
-    assert inside.wait(DEADLINE_S)
-    try:
-        for timeout in (0, 0.01):
-            with pytest.raises(TimeoutError):
-                registry.wait_all(RunId.new(), [id], timeout)
-        assert [each for each, _ in run(goes_on()).outcomes] == [id]
-    finally:
-        over.set()
-    held.result(DEADLINE_S)
+        with held:
+            held.enter_context(held_writer(epoch.shared_segment()))
+            for timeout in (0, 0.01):
+                with pytest.raises(TimeoutError):
+                    registry.wait_all(RunId.new(), [id], timeout)
+            assert [each for each, _ in run(goes_on()).outcomes] == [id]
 
 
 def test_one_barrier_at_a_time(registry: Registry, pool: ThreadPoolExecutor) -> None:

@@ -24,9 +24,9 @@ from shmepoch import (
     SessionId,
     SessionRuntimeBindings,
 )
+from shmepoch import _native as at
 from shmepoch.errors import SharedMemoryExhausted
 from shmepoch.memory import bells as bells_module
-from shmepoch.memory import layout as at
 from shmepoch.memory import waiting as waiting_module
 from shmepoch.memory.bells import Bells, bells_path, remove_unused_bells
 from shmepoch.memory.files import SHM_DIR, map_shared, open_owned
@@ -433,7 +433,7 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
         os.umask(before)
     if what in REPLACED:
         path.chmod(0o600)
-    bindings.shared_segment().memory.fetch_or(at.BELLS_AT, 2**32 - 1)
+    bindings.shared_segment().memory.fetch_or(at.DOORBELLS_AT, 2**32 - 1)
     end(bindings, TOOL)  # a writer is the first that finds it
     run(_one_more(bindings, 1))
     run(_one_more(bindings, 2))
@@ -644,7 +644,7 @@ def test_what_fails_after_the_commit_is_logged_once(
     monkeypatch.setattr(waiting_module, "_reported", set())
     monkeypatch.setattr(Bells, "ring", fail)
     for _ in range(3):
-        bindings.shared_segment().memory.fetch_or(at.BELLS_AT, 1)
+        bindings.shared_segment().memory.fetch_or(at.DOORBELLS_AT, 1)
         end(bindings, TOOL)
         bindings.shared_segment().waiters.notify()
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shmepoch import BindingsClosed, EpochSealed, RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import is_locked
+from shmepoch import _native as at
+from shmepoch._native import is_locked
 from shmepoch.memory.claims import Claim, Listed, lose_claims
 from shmepoch.memory.segment import Segment, SharedSegment
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import Layout, OpsLifecycleConfig
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.participants import Role, slot_of
 from shmepoch.memory.segment import SharedSegment
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from shmepoch import _native as at
+from shmepoch._native import Descriptor, try_lock
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.errors import (
     BindingsClosed,
     EpochGone,
@@ -22,11 +26,7 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
-from shmepoch.memory import layout as at
-from shmepoch.memory import segment as segment_module
-from shmepoch.memory._native import Descriptor, try_lock
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import (
     Segment,
@@ -36,7 +36,7 @@ from shmepoch.memory.segment import (
     resolve_namespace,
     segment_path,
 )
-from tests.support import is_free, mappings, names_in
+from tests.support import eventually, held_writer, is_free, mappings, names_in
 
 Allocate = Callable[..., SharedSegment]
 
@@ -83,6 +83,26 @@ def attach(namespace: str, segment: SharedSegment) -> Iterator[Callable[[], Shar
 
     yield attach
     for one in made:
+        one.close()
+
+
+@pytest.fixture
+def attach_large(namespace: str) -> Iterator[Callable[[], SharedSegment]]:
+    """Attaches to a segment whose copy takes a moment."""
+    session_id, made = SessionId.new(), list[SharedSegment]()
+    large = OpsLifecycleConfig(feed_bytes=2**26)
+    first = SharedSegment.allocate(
+        namespace, large, session_id=session_id, epoch_id=RuntimeEpochId.new()
+    )
+    first.publish()
+
+    def attach() -> SharedSegment:
+        made.append(SharedSegment.attach(namespace, session_id))
+        return made[-1]
+
+    yield attach
+    first.unlink()
+    for one in (first, *made):
         one.close()
 
 
@@ -292,7 +312,7 @@ def test_sealing_waits_for_a_transition(
         other.seal()
 
     sealer = threading.Thread(target=seal)
-    with segment.writer:
+    with held_writer(segment):
         sealer.start()
         inside.wait()
         assert not segment.sealed
@@ -310,16 +330,16 @@ def test_who_has_left_can_look_and_not_write(segment: SharedSegment) -> None:
     segment.close()
     assert segment.memory.load(at.CURSORS_AT) == 5
     assert segment.participant == 0
-    with pytest.raises(BindingsClosed) as closed, segment.writer:
-        pass
+    with pytest.raises(BindingsClosed) as closed:
+        segment.seal()
     assert closed.value.epoch_id == segment.epoch_id
 
 
 def test_who_has_left_a_sealed_epoch_is_told_that_it_ended(segment: SharedSegment) -> None:
     segment.seal()
     segment.close()
-    with pytest.raises(EpochSealed), segment.writer:
-        pass
+    with pytest.raises(EpochSealed):
+        segment.seal()
 
 
 def test_leaving_gives_up_every_lock_and_descriptor(
@@ -349,89 +369,98 @@ def test_what_is_forgotten_is_left(
     assert [one.alive for one in segment.participants.list()] == [False]
 
 
-def test_closing_leaves_a_long_transition_its_lock_until_it_ends(
-    monkeypatch: pytest.MonkeyPatch, segment: SharedSegment, attach: Callable[[], SharedSegment]
-) -> None:
-    """Two writers at once would be let in by a descriptor that is closed under the first."""
-    monkeypatch.setattr(segment_module, "_LEAVE_NS", 1_000_000)
-    other = attach()
-    other.join(Role.WORKER)
-    fd = other.fd
-    with ThreadPoolExecutor(1) as pool:
-        with other.writer:
-            assert not pool.submit(other.close).result(60)
-            assert not is_free(segment.writer)
-            assert segment.participants.list() != []
-            os.fstat(fd)
-        assert other.close()
-    assert segment.participants.list() == []
-    with pytest.raises(OSError):
-        os.fstat(fd)
-    with segment.writer:
-        pass
-
-
-def test_closing_in_the_middle_of_its_own_transition(
+def test_closing_frees_the_threads_that_wait_for_another_process(
     segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    """A signal handler or a finalizer closes: the transition ends as it would, then it leaves."""
+    """It stands still in a transition; who has left is not let in beside it, nor after it."""
     other = attach()
     other.join(Role.WORKER)
-    with other.writer:
-        assert not other.close()
-        assert not is_free(segment.writer)
-    assert not other.attached
+    with ThreadPoolExecutor(3) as pool, held_writer(segment):
+        waiting = [pool.submit(other.seal) for _ in range(3)]
+        assert not is_free(segment)
+        other.close()
+        assert not is_free(segment), "it is not theirs to give up"
+        for each in waiting:
+            with pytest.raises(BindingsClosed):
+                each.result(60)
+    assert not segment.sealed
+    assert segment.participants.list() == []
+    assert is_free(segment)
+
+
+def test_closing_lets_no_thread_change_anything_any_more(
+    segment: SharedSegment, attach: Callable[[], SharedSegment]
+) -> None:
+    """Two writers at once would be let in by a descriptor that is closed under the first."""
+    other = attach()
+    other.join(Role.WORKER)
+
+    def collect(number: int) -> None:
+        while True:
+            other.epoch.collect(0, 0)
+            begun.add(number)
+
+    begun: set[int] = set()
+    fd = other.fd
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(collect, number) for number in range(3)]
+        eventually(lambda: len(begun) == 3)
+        other.close()
+        with pytest.raises(OSError):
+            os.fstat(fd)
+        assert is_free(segment)
+        for each in writers:
+            with pytest.raises(BindingsClosed):
+                each.result(60)
     assert segment.participants.list() == []
 
 
-def test_closing_while_another_process_stands_still_in_a_transition(
-    namespace: str, segment: SharedSegment, attach: Callable[[], SharedSegment]
+def test_closing_while_a_thread_is_inside_waits_for_it(
+    attach_large: Callable[[], SharedSegment],
 ) -> None:
+    segment, other = attach_large(), attach_large()
+    with ThreadPoolExecutor(1) as pool:
+        with held_writer(segment):
+            copying = pool.submit(other.epoch.copy)
+        eventually(lambda: copying.done() or not is_free(segment))
+        other.close()
+        assert is_free(segment)
+        segment.memory.store(segment.layout.size - at.WORD, 1)
+        copied = copying.result(60)
+    assert copied.load(segment.layout.size - at.WORD) == 0, "it was still inside"
+
+
+def test_closing_in_a_signal_handler_in_the_middle_of_a_wait(
+    segment: SharedSegment, attach: Callable[[], SharedSegment]
+) -> None:
+    """It does not wait for what it interrupted, which is refused."""
     other = attach()
+    other.join(Role.WORKER)
+    before = signal.signal(signal.SIGALRM, lambda *_: other.close())
+    try:
+        with held_writer(segment):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(BindingsClosed):
+                other.seal()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not other.attached
+    assert not segment.sealed
+    assert segment.participants.list() == []
 
-    def enter() -> None:
-        with other.writer:
-            raise AssertionError("let in beside another")
 
-    with ThreadPoolExecutor(2) as pool, segment.writer:
-        waiting = pool.submit(enter)
-        with pytest.raises(TimeoutError):
-            waiting.result(0.05)
-        assert pool.submit(other.close).result(60)
-        with pytest.raises(BindingsClosed):
-            waiting.result(60)
-
-
-def test_closing_waits_for_a_transition(
-    segment: SharedSegment, attach: Callable[[], SharedSegment], monkeypatch: pytest.MonkeyPatch
+def test_closing_again_and_by_several_threads(
+    segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    other, inside, go_on = attach(), threading.Event(), threading.Event()
-
-    def transition() -> None:
-        with segment.writer:
-            inside.set()
-            go_on.wait()
-
-    entered = threading.Event()
-
-    def enter() -> None:
-        with other.writer:
-            entered.set()
-
-    writer, closer, intruder = (
-        threading.Thread(target=target) for target in (transition, segment.close, enter)
-    )
-    writer.start()
-    inside.wait()
-    closer.start()
-    closer.join(0.2)  # it may well be done by now, which is the failure
-    intruder.start()
-    intruded = entered.wait(0.2)
-    go_on.set()
-    for thread in (writer, closer, intruder):
-        thread.join()
-    assert not intruded, "two were inside a transition at once"
+    for _ in range(20):
+        other = attach()
+        other.join(Role.WORKER)
+        with ThreadPoolExecutor(3) as pool:
+            for closed in [pool.submit(other.close) for _ in range(3)]:
+                closed.result(60)
+        assert not other.attached
+        assert segment.participants.list() == []
 
 
 # --- removed ----------------------------------------------------------------------------------

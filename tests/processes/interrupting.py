@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import shmepoch
 
@@ -62,7 +62,9 @@ class Interrupt:
         self._left -= 1
 
 
-def interrupts(handler: Callable[[], object] = interrupt) -> Iterator[Interrupt]:
+def interrupts(
+    handler: Callable[[], object] = interrupt, *, least: int = 11
+) -> Iterator[Interrupt]:
     """One for each point, until one finds that there are no more."""
     point = 0
     while True:
@@ -71,4 +73,38 @@ def interrupts(handler: Callable[[], object] = interrupt) -> Iterator[Interrupt]
         if not each.came:
             break
         point += 1
-    assert point > 10, "it was not interrupted where it works"
+    assert point >= least, "it was not interrupted where it works"
+
+
+class EveryBytecode:
+    """As a context: raises at the bytecode of this number, if there are so many, and swallows that;
+    looks at each whether something `is_free`."""
+
+    def __init__(self, point: int, is_free: Callable[[], bool]) -> None:
+        self._left = point
+        self._is_free = is_free
+        #: Whether it was free at each bytecode.
+        self.free = True
+        #: Whether it has raised.
+        self.came = False
+
+    def __enter__(self) -> Self:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        sys.settrace(self._before)
+        return kind is Interrupted
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_LIBRARY):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not self.came:
+            self.free = self.free and self._is_free()
+            if self._left == 0:
+                self.came = True
+                raise Interrupted
+            self._left -= 1
+        return self._trace

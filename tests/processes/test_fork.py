@@ -34,10 +34,10 @@ from shmepoch import (
     Terminated,
 )
 from shmepoch.epoch import registry
-from shmepoch.epoch.transitions import CommonTransitions
+from shmepoch.epoch.reading import OperationReader
 from shmepoch.memory.segment import SharedSegment, remove_unused
 from tests.processes.children import Channel, start
-from tests.support import eventually, spec
+from tests.support import eventually, held_writer, spec
 
 
 def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> list[int]:
@@ -67,19 +67,19 @@ def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
     """The other thread exists in the parent only, and never makes here what it was about to."""
     entered, go_on = threading.Event(), threading.Event()
 
-    def made_slowly(*args: Any) -> CommonTransitions:
+    def made_slowly(*args: Any) -> OperationReader:
         entered.set()
         go_on.wait(60)
-        return CommonTransitions(*args)
+        return OperationReader(*args)
 
-    monkeypatch.setattr(registry, "CommonTransitions", made_slowly)
-    first = threading.Thread(target=RuntimeOpsLifecycleRegistry().register_operation, args=[spec()])
+    monkeypatch.setattr(registry, "OperationReader", made_slowly)
+    first = threading.Thread(target=RuntimeOpsLifecycleRegistry().list_operations)
     first.start()
     assert entered.wait(60)
 
     def use_first() -> None:
-        registry.CommonTransitions = CommonTransitions  # type: ignore[attr-defined]
-        RuntimeOpsLifecycleRegistry().register_operation(spec())
+        registry.OperationReader = OperationReader  # type: ignore[attr-defined]
+        RuntimeOpsLifecycleRegistry().list_operations()
 
     code = forked(use_first)
     go_on.set()
@@ -262,7 +262,7 @@ def run_and_fork(
     registry = bindings.ops_lifecycle
     registry.register_operation(spec(id=id))
     registry.provisioning_succeeded(id)
-    bindings.shared_segment().writer.__enter__()
+    held_writer(bindings.shared_segment()).__enter__()
     pid = os.fork()
     if pid == 0:
         test.connection.close()
@@ -299,7 +299,7 @@ def test_a_transition_in_progress_in_the_parent_is_waited_for(
 ) -> None:
     id = OperationId.new()
     segment = bindings.shared_segment()
-    with segment.writer:
+    with held_writer(segment):
         child = start(register, bindings, id)
         # It was forked inside the parent's transition, and has to wait for its end: it attaches,
         # and then sleeps between its looks at the lock.

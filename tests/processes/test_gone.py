@@ -29,13 +29,13 @@ from shmepoch import (
     SessionRuntimeBindings,
     ShmepochError,
 )
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.ids import RuntimeEpochId
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.segment import SharedSegment
 from tests.epoch.deadline import run
 from tests.processes.children import Channel, start
-from tests.support import empty_shared_memory, eventually, result, spec
+from tests.support import empty_shared_memory, eventually, held_writer, result, spec
 
 #: A transition looks for the name half a second after the last look, at the latest.
 LOOK_S: Final = 0.6
@@ -205,7 +205,7 @@ def test_the_end_of_an_epoch_is_not_its_loss(
     fresh = adapter.reset_session(doomed.session_id)
 
     def enter() -> None:
-        with other.writer:
+        with held_writer(other):
             assert other.sealed
 
     keep_changing(enter)

@@ -30,7 +30,7 @@ from shmepoch import (
 )
 from tests.processes.children import METHODS, Channel, Child, start, wait_until
 from tests.processes.workloads import obeys_the_feed, one_entry_each, work_for_ever
-from tests.support import eventually, result, spec
+from tests.support import eventually, held_writer, result, spec
 
 
 def beyond(bindings: SessionRuntimeBindings, position: int) -> None:
@@ -315,7 +315,7 @@ def test_a_wake_that_a_killed_runtime_had_injected_comes_again(
 
 def stop_in_a_transition(bindings: SessionRuntimeBindings, test: Channel) -> None:
     """Take the writer lock, stop, and go on with the transition when continued."""
-    with bindings.shared_segment().writer:
+    with held_writer(bindings.shared_segment()):
         os.kill(os.getpid(), signal.SIGSTOP)
     bindings.ops_lifecycle.register_operation(spec("after the stop"))
     test.say("went on")

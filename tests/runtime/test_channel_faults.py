@@ -16,7 +16,6 @@ import numpy
 import pytest
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import (
     ArgumentInvalid,
     ChannelClosed,
@@ -32,8 +31,7 @@ from shmepoch.runtime.followed import Followed
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import EpochCapture, InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore
 from tests.runtime.test_persistence import _channel_of, complete, stored_seqs
-from tests.stores.samples import completion
-from tests.support import eventually
+from tests.support import damage_record, eventually, held_writer
 
 EVERY: tuple[Callable[[RuntimeEpochId], Exception], ...] = (
     lambda id: StoreWriteFailed("no room for so much"),
@@ -174,8 +172,8 @@ def test_a_time_that_no_store_keeps_is_of_one_epoch(
     epochs: list[SessionRuntimeBindings], tmp_path: Path, kind: str
 ) -> None:
     bad = SessionRuntimeBindings.standalone(SessionId.new())
-    entry = completion(1, at_ms=2**63 + 5)
-    bad.ops_lifecycle.restore(PersistedOpsSnapshot(epoch_id=bad.epoch_id, entries=(entry,)))
+    complete(bad)
+    damage_record(bad._segment, 1)
     store: RuntimeStore = InMemoryRuntimeStore()
     if kind == "sqlite":
         store = SqliteRuntimeStore(tmp_path / "store.db", synchronous="normal")
@@ -183,12 +181,12 @@ def test_a_time_that_no_store_keeps_is_of_one_epoch(
         for bindings in (bad, *epochs):
             channel.follow(bindings)
         complete(epochs[0])
-        with pytest.raises(SegmentCorrupted, match=r"completed_at_ms"):
+        with pytest.raises(SegmentCorrupted, match=r"feed\[1\]"):
             channel.flush(20)
         assert stored_seqs(store, epochs[0]) == [1]
         channel.flush(20, bindings=epochs[0])
         assert not channel.status().failing
-        assert "completed_at_ms" in str(error_of(channel, bad))
+        assert "feed[1]" in str(error_of(channel, bad))
     store.close()
 
 
@@ -200,8 +198,10 @@ def test_a_session_with_a_value_that_no_store_keeps_can_be_ended(
     with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
         bad = adapter.prepare_bindings(SessionId.new())
         eventually(lambda: store.load(bad.session_id))
-        entry = completion(1, at_ms=2**63 + 5)
-        bad.ops_lifecycle.restore(PersistedOpsSnapshot(epoch_id=bad.epoch_id, entries=(entry,)))
+        with held_writer(bad.shared_segment()):  # no look of the channel comes in between
+            pass
+        complete(bad)
+        damage_record(bad.shared_segment(), 1)
         eventually(lambda: error_of(_channel_of(adapter), bad))
         if verb == "reset":
             new = adapter.reset_session(bad.session_id)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy
 import pytest
 
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import ConfigInvalid, EpochSealed, StoreBehind
 from shmepoch.ids import OperationId, SessionId
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.stores import RuntimeStore
 from tests.processes.children import METHODS, Channel, start

@@ -38,8 +38,8 @@ from shmepoch import (
     observe_session,
     remove_unused,
 )
+from shmepoch._native import try_lock
 from shmepoch.memory import segment
-from shmepoch.memory._native import try_lock
 from shmepoch.memory.segment import segment_path
 from tests.epoch.deadline import DEADLINE_S
 from tests.epoch.operations import VERBS

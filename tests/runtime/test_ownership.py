@@ -9,9 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import pytest
@@ -28,6 +26,7 @@ from shmepoch import (
     PersistedOpsSnapshot,
     Role,
     RuntimeAlreadyActive,
+    RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SegmentCorrupted,
     SessionBusy,
@@ -41,7 +40,8 @@ from shmepoch import (
     list_sessions,
     remove_unused,
 )
-from shmepoch.memory import layout as at
+from shmepoch import _native as at
+from shmepoch._native import Epoch
 from shmepoch.memory import segment as segments
 from shmepoch.memory.participants import Participants
 from shmepoch.memory.segment import SharedSegment, segment_path
@@ -52,59 +52,42 @@ from tests.epoch.deadline import DEADLINE_S
 from tests.processes.children import Channel, start
 from tests.runtime.completions import TOOL, end
 from tests.runtime.stores import WatchedStore
-from tests.support import eventually, names_in, spec
+from tests.support import eventually, held_writer, names_in, spec
 
 # --- steps between which others may come ------------------------------------------------------
 
 
 class Interleaved:
-    """A writer lock between whose holds another attachment does something."""
+    """A native epoch between whose transitions another attachment does something."""
 
-    def __init__(self, writer: segments.Lock, act: Callable[[], object]) -> None:
-        self._writer = writer
+    def __init__(self, epoch: Epoch, act: Callable[[], object]) -> None:
+        self._epoch = epoch
         self._act = act
 
-    def __enter__(self) -> None:
-        self._writer.__enter__()
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        method: Callable[..., object] = getattr(self._epoch, name)
 
-    def if_free(
-        self, on_busy: Callable[[], BaseException], /
-    ) -> AbstractContextManager[None, None]:
-        return self._writer.if_free(on_busy)
+        def then_act(*args: object) -> object:
+            answer = method(*args)
+            with contextlib.suppress(EpochSealed):
+                self._act()
+            return answer
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, value, traceback)
-        with contextlib.suppress(EpochSealed):
-            self._act()
-
-    def retire(
-        self,
-        on_closed: Callable[[], BaseException],
-        timeout_ns: int | None = None,
-        on_left: Callable[[], object] | None = None,
-        /,
-    ) -> bool:
-        return self._writer.retire(on_closed, timeout_ns, on_left)
-
-    def after_fork(self) -> bool:
-        return self._writer.after_fork()
+        return then_act
 
 
 def test_nothing_is_registered_between_the_end_of_everything_and_of_the_epoch(
     adapter: RuntimeSessionAdapter, namespace: str
 ) -> None:
     session_id = SessionId.new()
-    segment = adapter.prepare_bindings(session_id).shared_segment()
+    bindings = adapter.prepare_bindings(session_id)
+    segment = bindings.shared_segment()
     worker = SharedSegment.attach(namespace, session_id)
     worker.join(Role.WORKER)
     registry = SessionRuntimeBindings(worker).ops_lifecycle
     registry.register_operation(spec())
-    segment.writer = Interleaved(segment.writer, lambda: registry.register_operation(spec()))
+    interleaved: Any = Interleaved(segment.epoch, lambda: registry.register_operation(spec()))
+    segment.epoch = bindings.ops_lifecycle._epoch = interleaved
     adapter.unregister_session(session_id)
     assert segment.sealed
     assert registry.active_count() == 0
@@ -322,7 +305,7 @@ def test_a_store_that_does_not_come_back_holds_up_its_session_only(
 
 
 def stand_still(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    with bindings.shared_segment().writer:
+    with held_writer(bindings.shared_segment()):
         test.say("inside")
         os.kill(os.getpid(), signal.SIGSTOP)
     test.hear()
@@ -646,7 +629,11 @@ def interrupted_at(
 STEPS = {
     "a fresh session, early": ("prepare_bindings", SharedSegment, "allocate"),
     "a fresh session, late": ("prepare_bindings", Durability, "follow"),
-    "unregistering, early": ("unregister_session", SharedSegment, "seal_held"),
+    "unregistering, early": (
+        "unregister_session",
+        RuntimeOpsLifecycleRegistry,
+        "terminate_and_seal",
+    ),
     "unregistering, in the store": ("unregister_session", Durability, "end"),
     "unregistering, late": ("unregister_session", SharedSegment, "unlink"),
     "resetting, early": ("reset_session", SharedSegment, "seal"),

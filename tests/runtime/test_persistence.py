@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from shmepoch import _native as at
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch import feed
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionFeedGap
@@ -31,8 +33,6 @@ from shmepoch.errors import (
     StoreWriteFailed,
 )
 from shmepoch.ids import OperationId, SessionId
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.runtime import persistence
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.followed import Followed
@@ -45,7 +45,7 @@ from shmepoch.stores import (
 )
 from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion
-from tests.support import eventually, result, spec
+from tests.support import damage_record, eventually, result, spec
 
 #: Far longer than any test: only what is asked for, or pressed for, is stored.
 NEVER = 3600.0
@@ -405,8 +405,10 @@ def test_a_sealed_epoch_makes_no_more_work(
 # --- PERSIST-1: the order -------------------------------------------------------------------------
 
 
-def test_no_cursor_is_stored_without_what_is_below_it(bindings: SessionRuntimeBindings) -> None:
+def test_no_cursor_is_stored_without_what_is_below_it() -> None:
     """An agent that applies every completion at once, beside a channel that saves without pause."""
+    large = OpsLifecycleConfig(feed_bytes=2**20)  # nothing is dropped before it is stored
+    bindings = SessionRuntimeBindings.standalone(SessionId.new(), large)
     cursor = bindings.cursor_state.agent_applied_cursor
     wrong: list[str] = []
 
@@ -760,8 +762,7 @@ def test_an_epoch_that_is_damaged_does_not_hold_up_the_others(
         complete(good)
         complete(bad, 2)
         segment = bad.shared_segment()
-        position, _, _ = segment.memory.ring_at(segment.layout.ring, 1)
-        segment.memory.write(segment.layout.ring[2] + position, b"\xff" * 8)
+        damage_record(segment, 1)
         with pytest.raises(SegmentCorrupted):
             channel.flush()
         assert stored_seqs(store, good) == [1]

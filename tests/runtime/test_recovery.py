@@ -41,8 +41,9 @@ from shmepoch import (
     StoreWriteFailed,
     Terminated,
 )
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import RECOVERY_SKIP, Layout
+from shmepoch import _native as at
+from shmepoch._native import RECOVERY_SKIP
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import SharedSegment, list_sessions
 from shmepoch.runtime import durability
 from shmepoch.stores import EpochCapture
@@ -193,7 +194,7 @@ def test_no_more_is_loaded_than_an_epoch_can_hold(namespace: str) -> None:
     store.save([EpochCapture(session_id=session_id, snapshot=stored)])
     with RuntimeSessionAdapter.persistent(store, namespace=namespace, config=SMALL) as adapter:
         bindings = adapter.prepare_bindings(session_id)
-        assert store.asked == [Layout(SMALL).ring[1], 1]  # and whether it is the last one still
+        assert store.asked == [Layout(SMALL).entries, 1]  # and whether it is the last one still
         assert told(agent(bindings)) == list(range(1, 5001))
         adapter.unregister_session(session_id)
 

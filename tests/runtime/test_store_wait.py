@@ -24,9 +24,10 @@ from shmepoch import (
     StoreBehind,
     StoreWriteFailed,
 )
-from shmepoch.memory import layout as at
-from shmepoch.memory.layout import RECOVERY_SKIP
+from shmepoch import _native as at
+from shmepoch._native import RECOVERY_SKIP
 from shmepoch.runtime.supervision import EpochSupervisor
+from tests.epoch.operations import size_of
 from tests.runtime.stores import WatchedStore
 from tests.support import eventually, result, spec
 
@@ -91,8 +92,10 @@ def complete(bindings: SessionRuntimeBindings, id: OperationId) -> None:
 
 def fill(bindings: SessionRuntimeBindings) -> None:
     """Complete operations until one more does not fit."""
-    feed = bindings.ops_lifecycle.completion_feed()
-    while not feed.find_room([len(CONTENT) + 300])[1]:
+    registry, segment = bindings.ops_lifecycle, bindings._segment
+    complete(bindings, begin(bindings))
+    each = size_of(registry, registry.completion_feed().watermark())
+    while segment.memory.load(at.HEAD_AT) + each <= segment.layout.feed_bytes:
         complete(bindings, begin(bindings))
 
 

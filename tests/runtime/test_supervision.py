@@ -23,13 +23,15 @@ from shmepoch import (
     ShmepochError,
     Terminated,
 )
-from shmepoch.memory import layout as at
-from shmepoch.memory._native import try_lock
+from shmepoch import _native as at
+from shmepoch._native import try_lock
+from shmepoch.config import OpsLifecycleConfig
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime import supervision
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
 from tests.epoch.deadline import DEADLINE_S
-from tests.support import eventually, spec
+from tests.support import eventually, held_writer, spec
 
 
 class Worker:
@@ -58,13 +60,13 @@ class Worker:
 
 
 @pytest.fixture
-def config() -> at.OpsLifecycleConfig:
+def config() -> OpsLifecycleConfig:
     """The size of the epoch `alone`; a test may give it another."""
-    return at.OpsLifecycleConfig()
+    return OpsLifecycleConfig()
 
 
 @pytest.fixture
-def alone(namespace: str, config: at.OpsLifecycleConfig) -> Iterator[SessionRuntimeBindings]:
+def alone(namespace: str, config: OpsLifecycleConfig) -> Iterator[SessionRuntimeBindings]:
     """Bindings of a runtime whose adapter does not look by itself."""
     segment = SharedSegment.allocate(
         namespace,
@@ -151,7 +153,7 @@ def test_many_dead_are_one_commit(
 
 
 #: 120 of them have the least room that a configuration may give a table of 120.
-TIGHT = at.OpsLifecycleConfig(
+TIGHT = OpsLifecycleConfig(
     max_operations=120, feed_bytes=at.PAGE + 240 * at.SPEC_LIMIT, max_participants=64
 )
 
@@ -288,7 +290,7 @@ def test_a_look_at_nothing_new_takes_no_lock(
     worker().run()
     supervisor = EpochSupervisor(alone)
     supervisor.look()
-    with alone.shared_segment().writer:  # it would wait for ever
+    with held_writer(alone.shared_segment()):  # it would wait for ever
         assert supervisor.look() == 0
 
 
@@ -329,7 +331,7 @@ def test_who_is_about_to_join_is_not_overlooked(
     number = late.memory.fetch_add(at.JOINED_AT, 1) + 1
     supervisor = EpochSupervisor(alone)
     assert [supervisor.look() for _ in range(2)] == [0, 0]
-    late.memory.store(at.Layout.participant(slot), number << 8 | Role.WORKER.number)
+    late.memory.store(Layout.participant(slot), number << 8 | Role.WORKER.number)
     late.participant = number << 8 | slot
     id = OperationId.new()
     RuntimeOpsLifecycleRegistry(late).register_operation(spec(id=id))
@@ -346,7 +348,7 @@ def test_a_look_waits_for_no_transition(
     watch = alone.ops_lifecycle.register_watcher(id)
     doomed.die()
     supervisor = EpochSupervisor(alone)
-    with ThreadPoolExecutor(1) as pool, stopped.segment.writer:
+    with ThreadPoolExecutor(1) as pool, held_writer(stopped.segment):
         assert pool.submit(supervisor.look).result(DEADLINE_S) == 0
         pool.submit(supervisor.settle).result(DEADLINE_S)  # it gives up, some time
     assert ended(alone) == {}
@@ -362,7 +364,7 @@ def test_settling_waits_for_a_transition_that_ends(
     id = doomed.run()
     doomed.die()
     with ThreadPoolExecutor(1) as pool:
-        with slow.segment.writer:
+        with held_writer(slow.segment):
             settling = pool.submit(EpochSupervisor(alone).settle)
             with pytest.raises(TimeoutError):
                 settling.result(0.05)
@@ -419,7 +421,6 @@ def test_a_transition_that_killed_its_writer_is_repaired(
 ) -> None:
     doomed = worker()
     id = doomed.run()
-    doomed.segment.writer.__enter__()
     doomed.segment.memory.store(at.INTENT_AT, 1)
     doomed.die()
     assert EpochSupervisor(alone).look() == 1

@@ -31,10 +31,10 @@ from shmepoch.cli.run.summary import Notices, Summary
 from shmepoch.cli.run.terminal import LastingStream, leave_if_gone
 from shmepoch.cli.run.views import view_for
 from shmepoch.cli.streams import complain
+from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreError
-from shmepoch.memory.layout import OpsLifecycleConfig
 from shmepoch.memory.participants import Participant
 from shmepoch.memory.segment import remove_unused, resolve_namespace
 from shmepoch.runtime.adapter import RuntimeSessionAdapter

@@ -4,23 +4,9 @@
  * and its completion; in Python that was an eighth of what all of it takes.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <stdint.h>
-#include <string.h>
+#include "common.h"
 
 #define LENGTH 16
-
-/* Immutable, and holds nothing but bytes: no cycle goes through it, and it needs no lock. */
-typedef struct {
-    PyObject_HEAD
-    PyObject *raw;
-} Identifier;
-
-typedef struct {
-    PyTypeObject *type;
-} ModuleState;
 
 static PyObject *
 refuse(PyObject *error, PyTypeObject *type, const char *why, PyObject *value)
@@ -141,8 +127,8 @@ static PyType_Slot identifier_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec identifier_spec = {
-    .name = "shmepoch._identifier.Identifier",
+PyType_Spec identifier_spec = {
+    .name = "shmepoch._native.Identifier",
     .basicsize = sizeof(Identifier),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = identifier_slots,
@@ -151,10 +137,10 @@ static PyType_Spec identifier_spec = {
 /* encode(value) -> its bytes, if it is an identifier; a plain number, if it is one of another type,
  * such as numpy's, that msgspec does not know */
 static PyObject *
-encode(PyObject *module, PyObject *value)
+identifier_encode(PyObject *module, PyObject *value)
 {
     ModuleState *state = PyModule_GetState(module);
-    if (PyObject_TypeCheck(value, state->type)) {
+    if (PyObject_TypeCheck(value, state->identifier_type)) {
         return identifier_bytes(value, NULL);
     }
     if (PyIndex_Check(value)) {
@@ -168,72 +154,20 @@ encode(PyObject *module, PyObject *value)
 
 /* decode(kind, raw) -> kind(raw), if that is a kind of identifier */
 static PyObject *
-decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+identifier_decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     ModuleState *state = PyModule_GetState(module);
     if (nargs != 2) {
         return PyErr_Format(PyExc_TypeError, "decode takes 2 arguments, not %zd", nargs);
     }
-    if (!PyType_Check(args[0]) || !PyType_IsSubtype((PyTypeObject *)args[0], state->type)) {
+    if (!PyType_Check(args[0]) || !PyType_IsSubtype((PyTypeObject *)args[0], state->identifier_type)) {
         return PyErr_Format(PyExc_TypeError, "%R is no kind of identifier", args[0]);
     }
     return make((PyTypeObject *)args[0], args[1]);
 }
 
-static PyMethodDef module_methods[] = {
-    {"encode", encode, METH_O, NULL},
-    {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, NULL},
+PyMethodDef identifier_functions[] = {
+    {"encode", identifier_encode, METH_O, NULL},
+    {"decode", (PyCFunction)(void (*)(void))identifier_decode, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
-
-static int
-module_exec(PyObject *module)
-{
-    ModuleState *state = PyModule_GetState(module);
-    state->type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &identifier_spec, NULL);
-    return state->type == NULL ? -1 : PyModule_AddType(module, state->type);
-}
-
-static int
-module_traverse(PyObject *module, visitproc visit, void *arg)
-{
-    ModuleState *state = PyModule_GetState(module);
-    Py_VISIT(state->type);
-    return 0;
-}
-
-static int
-module_clear(PyObject *module)
-{
-    ModuleState *state = PyModule_GetState(module);
-    Py_CLEAR(state->type);
-    return 0;
-}
-
-static PyModuleDef_Slot module_slots[] = {
-    {Py_mod_exec, module_exec},
-#ifdef Py_mod_multiple_interpreters
-    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
-#endif
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "shmepoch._identifier",
-    .m_doc = "Sixteen bytes with a kind.",
-    .m_size = sizeof(ModuleState),
-    .m_methods = module_methods,
-    .m_slots = module_slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-};
-
-PyMODINIT_FUNC
-PyInit__identifier(void)
-{
-    return PyModuleDef_Init(&module_definition);
-}

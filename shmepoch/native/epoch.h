@@ -1,0 +1,289 @@
+/* What ring.c, slots.c, epoch.c and reading.c share: an epoch, and how they say what is wrong with it. */
+
+#ifndef SHMEPOCH_EPOCH_H
+#define SHMEPOCH_EPOCH_H
+
+#include "common.h"
+
+#define FREE 0 /* the fingerprint of a slot that holds nothing */
+#define HINTS 256
+/* Far above any feed, and far below where a sequence, or a position, and what is added to it
+ * overflow. */
+#define LAST_SEQ ((UINT64_C(1) << 63) + (UINT64_C(1) << 62))
+#define LAST_POSITION (UINT64_C(1) << 63)
+#define LAST_COUNT ((uint64_t)INT64_MAX) /* what records and stores hold of a number or a time */
+
+typedef struct {
+    PyObject_HEAD
+    Memory *memory;
+    WriterLock *lock; /* NULL: an observer's or a copy's, which changes nothing */
+    Capacities room;
+    uint64_t max_concurrent; /* 0: no limit of its own */
+    Shape shape;
+    /* Where operations were last found, by their fingerprints: looked at first, believed never. */
+    _Atomic uint32_t hints[HINTS];
+#ifdef SHMEPOCH_AUDIT
+    _Atomic uint64_t commits; /* how often this process has made something true */
+#endif
+} Epoch;
+
+/* Why a transition was refused or a read failed: a reason, and the facts that it comes with. */
+typedef struct {
+    const char *reason; /* NULL: it was not */
+    const char *field;
+    int64_t index; /* of the operation that was asked about, or of the field; -1: of none */
+    uint64_t least, most, actual;
+} Refusal;
+
+/* False, so that what is refused returns it. */
+static inline bool
+refuse(Refusal *refusal, const char *reason, int64_t index, uint64_t actual)
+{
+    *refusal = (Refusal){.reason = reason, .field = "", .index = index, .actual = actual};
+    return false;
+}
+
+static inline bool
+corrupt(Refusal *refusal, const char *field, int64_t index, uint64_t least, uint64_t most,
+        uint64_t actual)
+{
+    *refusal = (Refusal){"corrupt", field, index, least, most, actual};
+    return false;
+}
+
+/* A number, or a time, that records and stores hold; OverflowError outside their range. */
+static inline bool
+as_count(PyObject *object, uint64_t *value)
+{
+    if (!as_u64(object, value)) {
+        return false;
+    }
+    if (*value > LAST_COUNT) {
+        PyErr_Format(PyExc_OverflowError, "%R is above 2**63 - 1", object);
+        return false;
+    }
+    return true;
+}
+
+/* Whether it has operations at all; ValueError where it has cursors only. */
+static inline bool
+has_operations(const Epoch *self)
+{
+    if (self->room.max_operations == 0) {
+        PyErr_SetString(PyExc_ValueError, "this memory has room for cursors only");
+    }
+    return self->room.max_operations != 0;
+}
+
+/* Raises `Refused` with what a refusal says; NULL. */
+PyObject *raise_refused(PyObject *epoch, const Refusal *refusal);
+
+/* --- where everything lies -------------------------------------------------------------------- */
+
+static inline Control *
+control_of(const Epoch *self)
+{
+    return (Control *)(void *)self->memory->base;
+}
+
+static inline Slot *
+slot_at(const Epoch *self, uint64_t index)
+{
+    return (Slot *)(void *)(self->memory->base + self->shape.slots + index * self->shape.slot_size);
+}
+
+static inline word_t *
+fingerprints_of(const Epoch *self)
+{
+    return (word_t *)(void *)(self->memory->base + self->shape.fingerprints);
+}
+
+/* Loads need no more than relaxed where the writer lock orders them after the stores of its holders
+ * before, and where a reader validates what it has copied. */
+static inline uint64_t
+load(const word_t *word)
+{
+    return atomic_load_explicit(word, memory_order_relaxed);
+}
+
+/* Acquire: what was written before the word was published is seen. */
+static inline uint64_t
+load_published(const word_t *word)
+{
+    return atomic_load_explicit(word, memory_order_acquire);
+}
+
+/* Release: publishes what was written before. */
+static inline void
+publish(word_t *word, uint64_t value)
+{
+    atomic_store_explicit(word, value, memory_order_release);
+}
+
+/* --- the words that commit (slots.c) --------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t registrations, watermark, origin, skipped_after, skipped_through, dropped, collected;
+    uint64_t active; /* operations that have not ended */
+    uint64_t floor;  /* operations that ended at or before this sequence are not retained */
+} Words;
+
+/* The words as they stand, those that never change once an epoch is found held against each other. The
+ * rest may be of different moments.
+ *
+ * OPS-5: loaded before the slots that are held against them. What a killed writer had prepared is
+ * undone before its birth or sequence is committed for another operation; so a reader that sees that
+ * commit cannot see the leftover any more. */
+bool load_words(const Epoch *self, Words *words, Refusal *refusal);
+/* Holds them against each other, under the writer lock: every walk over sequences or slots is bounded
+ * by them, so nothing starts before this. */
+bool check_words(const Epoch *self, const Words *words, Refusal *refusal);
+
+/* --- operations (slots.c) ------------------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t id[2];
+    uint64_t fingerprint;
+} Key;
+
+/* The key of an operation's id; false with an error set. */
+bool parse_key(const Epoch *self, PyObject *object, Key *key);
+
+/* Where an operation is: in a slot, or else in the record that ended it; neither if it is not held. */
+typedef struct {
+    int64_t slot; /* -1: none */
+    uint64_t seq; /* 0: none */
+} Place;
+
+/* False where a slot that has the key is damaged. */
+bool find_operation(Epoch *self, const Words *words, const Key *key, Place *place,
+                    Refusal *refusal);
+
+/* Whether a sequence ended the operation in a slot, as of some words. */
+static inline bool
+has_ended(const Slot *slot, const Words *words)
+{
+    const uint64_t seq = load(&slot->terminal_seq);
+    return seq != 0 && seq <= words->watermark;
+}
+
+static inline uint64_t
+status_of(uint64_t word)
+{
+    return word & STATUS_MASK;
+}
+
+static inline uint64_t
+buffer_of(uint64_t word)
+{
+    return word >> BUFFER_SHIFT & 1;
+}
+
+static inline uint64_t
+next_word(uint64_t word, uint64_t status, uint64_t buffer)
+{
+    return ((word >> VERSION_SHIFT) + 1) << VERSION_SHIFT | buffer << BUFFER_SHIFT | status;
+}
+
+static inline uint64_t
+head_length(uint64_t spec_lengths)
+{
+    return spec_lengths & UINT32_MAX;
+}
+
+static inline uint64_t
+rest_length(uint64_t spec_lengths)
+{
+    return spec_lengths >> 32;
+}
+
+/* Whether each word of a slot is within its bounds. */
+bool check_slot(const Epoch *self, uint64_t index, Refusal *refusal);
+bool is_watched(const Epoch *self, const Slot *slot);
+void free_slot(const Epoch *self, uint64_t index);
+/* A slot that holds nothing, or -1. OPS-6: what is kept for watchers gives way, the oldest first. */
+int64_t take_free_slot(const Epoch *self, const Words *words);
+/* Undoes what a writer that was killed had prepared and not committed. May be broken off itself, and
+ * made again. */
+bool repair(const Epoch *self, const Words *words, Refusal *refusal);
+
+/* --- records (ring.c) ----------------------------------------------------------------------------- */
+
+/* The lengths of a record's parts. */
+typedef struct {
+    uint64_t head, outcome, rest, detail;
+} Lengths;
+
+static inline uint64_t
+pack_lengths(Lengths of)
+{
+    return of.detail << 54 | of.rest << 44 | of.head << 32 | of.outcome;
+}
+
+static inline Lengths
+lengths_of(const Record *record)
+{
+    return (Lengths){
+        .head = record->lengths >> 32 & 0xfff,
+        .outcome = record->lengths & UINT32_MAX,
+        .rest = record->lengths >> 44 & 0x3ff,
+        .detail = record->lengths >> 54,
+    };
+}
+
+static inline uint64_t
+record_size(Lengths of)
+{
+    return sizeof(Record) + padded(of.head + of.outcome) + padded(of.rest + of.detail);
+}
+
+/* The place of a sequence's word in the index. */
+static inline word_t *
+index_word(const Epoch *self, uint64_t seq)
+{
+    word_t *index = (word_t *)(void *)(self->memory->base + self->shape.index);
+    return &index[seq % self->shape.index_count];
+}
+
+/* The place of a sequence's fingerprint. What the last recovery skipped takes none. */
+static inline word_t *
+retained_word(const Epoch *self, const Words *words, uint64_t seq)
+{
+    word_t *retained = (word_t *)(void *)(self->memory->base + self->shape.retained);
+    const uint64_t skipped = words->skipped_through - words->skipped_after;
+    return &retained[(seq > words->skipped_through ? seq - skipped : seq)
+                     % self->shape.retained_count];
+}
+
+void ring_copy_out(const Epoch *self, uint64_t position, unsigned char *target, uint64_t length);
+void ring_copy_in(const Epoch *self, uint64_t position, const unsigned char *source,
+                  uint64_t length);
+/* Whether what lies at a position can be the record of a sequence. It is copied to `record`. */
+bool load_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record);
+/* Fills in the checksums of a composed record. */
+void seal_record(unsigned char *composed);
+/* Whether a part of a record that was copied is what was written. */
+bool is_whole_first(const Record *record, const unsigned char *first);
+bool is_whole_second(const Record *record, const unsigned char *second);
+
+/* Where records of `size` bytes together begin, after the watermark, once the entries through
+ * `dropped` are dropped for them.
+ *
+ * FEED-3: the records of one commit fit the ring together, so none overwrites another. Those of a full
+ * table do, without their details and with a short reason. OPS-6: what is
+ * kept for watchers is passed over, and gives way, the oldest first, where there is no other room. */
+bool find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size,
+               uint64_t *position, uint64_t *dropped, Refusal *refusal);
+
+/* --- reading.c ------------------------------------------------------------------------------------- */
+
+PyObject *epoch_words(PyObject *object, PyObject *ignored);
+PyObject *epoch_active(PyObject *object, PyObject *ignored);
+PyObject *epoch_find(PyObject *object, PyObject *id);
+PyObject *epoch_used(PyObject *object, PyObject *ignored);
+PyObject *epoch_slot(PyObject *object, PyObject *index);
+PyObject *epoch_record(PyObject *object, PyObject *seq);
+PyObject *epoch_list_since(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
+PyObject *epoch_outcome(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
+
+#endif

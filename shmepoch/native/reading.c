@@ -1,0 +1,646 @@
+/* Epoch: what readers are given. None of it takes a lock; a writer holds up no reader, and a reader no
+ * writer. What was overwritten while it was copied is recognised, and copied again or left out.
+ */
+
+#include "epoch.h"
+
+/* How often a reader begins anew, at most, where writers are faster than it. */
+#define PASSES 100000
+
+static bool
+parse_index(const Epoch *self, PyObject *object, uint64_t *index)
+{
+    if (!as_u64(object, index)) {
+        return false;
+    }
+    if (*index >= self->room.max_operations) {
+        PyErr_Format(PyExc_IndexError, "no slot %llu: there are %llu", (unsigned long long)*index,
+                     (unsigned long long)self->room.max_operations);
+        return false;
+    }
+    return true;
+}
+
+/* words() -> (registrations, watermark, origin, skipped_after, skipped_through, dropped, collected,
+ * floor) */
+PyObject *
+epoch_words(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    Words words;
+    Refusal refusal;
+    if (!has_operations((Epoch *)object)) {
+        return NULL;
+    }
+    if (!load_words((Epoch *)object, &words, &refusal)) {
+        return raise_refused(object, &refusal);
+    }
+    return Py_BuildValue("(KKKKKKKK)", (unsigned long long)words.registrations,
+                         (unsigned long long)words.watermark, (unsigned long long)words.origin,
+                         (unsigned long long)words.skipped_after,
+                         (unsigned long long)words.skipped_through,
+                         (unsigned long long)words.dropped, (unsigned long long)words.collected,
+                         (unsigned long long)words.floor);
+}
+
+/* active() -> how many operations have not ended: what was registered less what has ended */
+PyObject *
+epoch_active(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const Epoch *self = (const Epoch *)object;
+    Words words;
+    Refusal refusal;
+    if (!has_operations(self)) {
+        return NULL;
+    }
+    do {
+        if (!load_words(self, &words, &refusal)) {
+            return raise_refused(object, &refusal);
+        }
+        /* Else some may have been registered and have ended since that was read. */
+    } while (load_published(&control_of(self)->writer.registrations) != words.registrations);
+    if (words.active > self->room.max_operations) {
+        corrupt(&refusal, "registrations less completions", -1, 0, self->room.max_operations,
+                words.active);
+        return raise_refused(object, &refusal);
+    }
+    return from_u64(words.active);
+}
+
+/* find(id) -> (slot, 0), or (-1, seq) of an operation that has ended, or None */
+PyObject *
+epoch_find(PyObject *object, PyObject *id)
+{
+    Epoch *self = (Epoch *)object;
+    Words words;
+    Refusal refusal;
+    Key key;
+    Place place;
+    if (!has_operations(self) || !parse_key(self, id, &key)) {
+        return NULL;
+    }
+    do {
+        if (!load_words(self, &words, &refusal)) {
+            return raise_refused(object, &refusal);
+        }
+        if (!find_operation(self, &words, &key, &place, &refusal)) {
+            return raise_refused(object, &refusal);
+        }
+        /* Else it may have ended while it was looked for, and have left its slot before that. */
+    } while (place.slot < 0 && place.seq == 0
+             && load_published(&control_of(self)->feed.watermark) != words.watermark);
+    if (place.slot < 0 && place.seq == 0) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("(LK)", (long long)place.slot, (unsigned long long)place.seq);
+}
+
+/* used() -> the slots that hold an operation */
+PyObject *
+epoch_used(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const Epoch *self = (const Epoch *)object;
+    PyObject *list = PyList_New(0);
+    for (uint64_t index = 0; list != NULL && index < self->room.max_operations; index++) {
+        if (load_published(&fingerprints_of(self)[index]) == FREE) {
+            continue;
+        }
+        PyObject *number = from_u64(index);
+        if (number == NULL || PyList_Append(list, number) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(number);
+    }
+    return list;
+}
+
+/* --- one slot ------------------------------------------------------------------------------------ */
+
+/* A slot as it was copied. */
+typedef struct {
+    uint64_t word, birth, terminal_seq, id[2], participant, created_at_ms, created_mono_ns,
+        started, position, spec_lengths, detail_length, watchers;
+    unsigned char spec[SPEC_LIMIT], detail[DETAIL_LIMIT];
+} CopiedSlot;
+
+/* The slot's word changes before anything that it covers is overwritten, so an equal word means that
+ * the copy is of one moment. False with an error set. */
+static bool
+copy_slot(Epoch *self, uint64_t index, CopiedSlot *copy)
+{
+    const Slot *slot = slot_at(self, index);
+    Words words;
+    Refusal refusal;
+    uint64_t again;
+    bool sound;
+    do {
+        if (!load_words(self, &words, &refusal)) {
+            raise_refused((PyObject *)self, &refusal);
+            return false;
+        }
+        copy->word = load_published(&slot->word);
+        sound = check_slot(self, index, &refusal);
+        copy->birth = load(&slot->birth);
+        copy->terminal_seq = load(&slot->terminal_seq);
+        copy->id[0] = load(&slot->id[0]);
+        copy->id[1] = load(&slot->id[1]);
+        copy->participant = load(&slot->participant);
+        copy->created_at_ms = load(&slot->created_at_ms);
+        copy->created_mono_ns = load(&slot->created_mono_ns);
+        copy->started = load(&slot->started);
+        copy->position = load(&slot->position);
+        copy->spec_lengths = load(&slot->spec_lengths);
+        copy->detail_length = load(&slot->detail_length[buffer_of(copy->word)]);
+        copy->watchers = 0;
+        for (uint64_t i = 0; i < padded(2 * self->room.max_participants) / WORD; i++) {
+            for (uint64_t lanes = load(&slot->watchers[i]); lanes != 0; lanes >>= 16) {
+                copy->watchers += lanes & UINT16_MAX;
+            }
+        }
+        const uint64_t spec = head_length(copy->spec_lengths) + rest_length(copy->spec_lengths);
+        if (sound && spec <= SPEC_LIMIT && copy->detail_length <= DETAIL_LIMIT) {
+            copy_out(slot->spec, copy->spec, spec);
+            copy_out(slot->details[buffer_of(copy->word)], copy->detail, copy->detail_length);
+        }
+        atomic_thread_fence(memory_order_acquire);
+        again = load(&slot->word);
+    } while (again != copy->word);
+    if (!sound) {
+        raise_refused((PyObject *)self, &refusal);
+        return false;
+    }
+    /* What was not committed by then is left out. */
+    if (copy->birth > words.registrations) {
+        copy->birth = 0;
+    }
+    if (copy->terminal_seq > words.watermark) {
+        copy->terminal_seq = 0;
+    }
+    if (status_of(copy->word) == STATUS_PROVISIONING) {
+        copy->started = 0; /* it is about to start */
+    }
+    return true;
+}
+
+/* slot(index) -> (word, birth, terminal_seq, id, participant, created_at_ms, created_mono_ns,
+ * started, head, rest, detail, watchers), or None if it holds no operation */
+PyObject *
+epoch_slot(PyObject *object, PyObject *index_object)
+{
+    Epoch *self = (Epoch *)object;
+    uint64_t index;
+    CopiedSlot copy;
+    if (!parse_index(self, index_object, &index) || !copy_slot(self, index, &copy)) {
+        return NULL;
+    }
+    if (copy.birth == 0 || status_of(copy.word) == STATUS_ABSENT) {
+        Py_RETURN_NONE;
+    }
+    const uint64_t head = head_length(copy.spec_lengths), rest = rest_length(copy.spec_lengths);
+    return Py_BuildValue(
+        "(KKKy#KKKKy#y#y#K)", (unsigned long long)copy.word, (unsigned long long)copy.birth,
+        (unsigned long long)copy.terminal_seq, (const char *)copy.id, (Py_ssize_t)sizeof copy.id,
+        (unsigned long long)copy.participant, (unsigned long long)copy.created_at_ms,
+        (unsigned long long)copy.created_mono_ns, (unsigned long long)copy.started,
+        (const char *)copy.spec, (Py_ssize_t)head, (const char *)copy.spec + head, (Py_ssize_t)rest,
+        (const char *)copy.detail, (Py_ssize_t)copy.detail_length,
+        (unsigned long long)copy.watchers);
+}
+
+/* --- one record ---------------------------------------------------------------------------------- */
+
+/* What may have become of a record that a reader copied. */
+typedef enum { RECORD_TAKEN, RECORD_TORN, RECORD_ERROR } RecordState;
+
+/* The record of a sequence at a position, its parts in one bytes object after the other. */
+static RecordState
+take_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record, PyObject **data)
+{
+    if (!load_record(self, position, seq, record)) {
+        return RECORD_TORN;
+    }
+    const Lengths lengths = lengths_of(record);
+    const uint64_t size = record_size(lengths) - sizeof *record;
+    *data = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+    if (*data == NULL) {
+        return RECORD_ERROR;
+    }
+    unsigned char *first = (unsigned char *)PyBytes_AsString(*data);
+    ring_copy_out(self, position + sizeof *record, first, size);
+    atomic_thread_fence(memory_order_acquire);
+    if (is_whole_first(record, first)
+        && is_whole_second(record, first + padded(lengths.head + lengths.outcome))) {
+        return RECORD_TAKEN;
+    }
+    Py_CLEAR(*data);
+    return RECORD_TORN;
+}
+
+/* The record of a committed sequence, in `data`; NULL there if it was dropped, or skipped by recovery.
+ * False with an error set. */
+static bool
+take_retained(Epoch *self, uint64_t seq, Record *record, PyObject **data)
+{
+    const Control *control = control_of(self);
+    Refusal refusal;
+    *data = NULL;
+    const uint64_t word = load_published(index_word(self, seq));
+    RecordState state = RECORD_TORN;
+    if (seq > load_published(&control->writer.dropped_through) && (word & RECORD_BIT)) {
+        state = take_record(self, word & ~(uint64_t)RECORD_BIT, seq, record, data);
+    }
+    atomic_thread_fence(memory_order_acquire);
+    if (state == RECORD_ERROR) {
+        return false;
+    }
+    if (seq <= load(&control->writer.dropped_through)) {
+        Py_CLEAR(*data);
+    }
+    else if (state == RECORD_TORN && (word & RECORD_BIT)) {
+        corrupt(&refusal, "feed.record", (int64_t)seq, seq, seq, record->seq);
+        raise_refused((PyObject *)self, &refusal);
+        return false;
+    }
+    return true;
+}
+
+/* record(seq) -> (birth, created_at_ms, started, completed_at_ms, elapsed_ms, id, head, outcome, rest,
+ * detail), or None */
+PyObject *
+epoch_record(PyObject *object, PyObject *seq_object)
+{
+    Epoch *self = (Epoch *)object;
+    uint64_t seq;
+    Record record = {0};
+    PyObject *data;
+    if (!has_operations(self) || !as_u64(seq_object, &seq) || !take_retained(self, seq, &record, &data)) {
+        return NULL;
+    }
+    if (data == NULL) {
+        Py_RETURN_NONE;
+    }
+    const Lengths of = lengths_of(&record);
+    const char *first = PyBytes_AsString(data), *second = first + padded(of.head + of.outcome);
+    PyObject *found = Py_BuildValue(
+        "(KKKKKy#y#y#y#y#)", (unsigned long long)record.birth,
+        (unsigned long long)record.created_at_ms, (unsigned long long)record.started,
+        (unsigned long long)record.completed_at_ms, (unsigned long long)record.elapsed_ms,
+        (const char *)record.id, (Py_ssize_t)sizeof record.id, first, (Py_ssize_t)of.head,
+        first + of.head, (Py_ssize_t)of.outcome, second, (Py_ssize_t)of.rest, second + of.rest,
+        (Py_ssize_t)of.detail);
+    Py_DECREF(data);
+    return found;
+}
+
+static PyObject *
+outcome_of(const Record *record, PyObject *data)
+{
+    const Lengths of = lengths_of(record);
+    PyObject *outcome =
+        PyBytes_FromStringAndSize(PyBytes_AsString(data) + of.head, (Py_ssize_t)of.outcome);
+    Py_DECREF(data);
+    return outcome;
+}
+
+/* How the operation ended that a slot holds, or is kept for, in `outcome`; NULL there if it has not
+ * ended. False where the slot has passed to another, or with an error set. */
+static bool
+take_from_slot(Epoch *self, uint64_t index, uint64_t birth, PyObject **outcome)
+{
+    const Slot *slot = slot_at(self, index);
+    Record record = {0};
+    CopiedSlot copy;
+    PyObject *data;
+    *outcome = NULL;
+    for (int pass = 0; pass < PASSES; pass++) {
+        if (!copy_slot(self, index, &copy)) {
+            return false;
+        }
+        if (copy.birth != birth || status_of(copy.word) == STATUS_ABSENT) {
+            return false;
+        }
+        if (copy.terminal_seq == 0) {
+            return true;
+        }
+        if (!take_retained(self, copy.terminal_seq, &record, &data)) {
+            return false;
+        }
+        if (data == NULL) { /* the feed has dropped it */
+            const RecordState state =
+                take_record(self, copy.position, copy.terminal_seq, &record, &data);
+            if (state == RECORD_ERROR) {
+                return false;
+            }
+            atomic_thread_fence(memory_order_acquire);
+            if (load(&fingerprints_of(self)[index]) == FREE) {
+                Py_CLEAR(data);
+                return false;
+            }
+        }
+        if (load(&slot->word) == copy.word) {
+            *outcome = data == NULL ? NULL : outcome_of(&record, data);
+            return *outcome != NULL;
+        }
+        Py_CLEAR(data);
+    }
+    return false;
+}
+
+/* How the registration `birth` ended, if that is in the feed above `since`; NULL without an error set if
+ * it is not. */
+static PyObject *
+take_from_feed(Epoch *self, uint64_t birth, uint64_t since)
+{
+    const Control *control = control_of(self);
+    const uint64_t watermark = load_published(&control->feed.watermark);
+    const uint64_t room = self->shape.index_count;
+    uint64_t seq = larger(since, load_published(&control->writer.dropped_through)) + 1;
+    if (watermark > LAST_SEQ || seq > watermark) {
+        return NULL;
+    }
+    seq = watermark - seq < room ? seq : watermark - room + 1;
+    for (; seq <= watermark; seq++) {
+        const uint64_t word = load_published(index_word(self, seq));
+        Record record = {0};
+        PyObject *data;
+        if (!(word & RECORD_BIT) || !load_record(self, word & ~(uint64_t)RECORD_BIT, seq, &record)
+            || record.birth != birth) {
+            continue;
+        }
+        if (!take_retained(self, seq, &record, &data)) {
+            return NULL;
+        }
+        return data == NULL ? NULL : outcome_of(&record, data);
+    }
+    return NULL;
+}
+
+/* outcome(slot, birth, since) -> how the operation ended that was registered as `birth` in a slot, or None
+ * while it has not
+ *
+ * `since` is a watermark at which it had not ended. Refused as dropped where it has ended and its record
+ * is there no more. */
+PyObject *
+epoch_outcome(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Epoch *self = (Epoch *)object;
+    uint64_t index, birth, since;
+    PyObject *outcome;
+    Refusal refusal;
+    if (!check_arity("outcome", nargs, 3) || !parse_index(self, args[0], &index)
+        || !as_u64(args[1], &birth) || !as_u64(args[2], &since)) {
+        return NULL;
+    }
+    if (take_from_slot(self, index, birth, &outcome)) {
+        return outcome != NULL ? outcome : Py_NewRef(Py_None);
+    }
+    if (!PyErr_Occurred()) {
+        outcome = take_from_feed(self, birth, since);
+    }
+    if (outcome == NULL && !PyErr_Occurred()) {
+        refuse(&refusal, "dropped", -1, 0);
+        raise_refused(object, &refusal);
+    }
+    return outcome;
+}
+
+/* --- the feed ------------------------------------------------------------------------------------
+ *
+ * An entry is made of a record's values and a template: what comes before the sequence, the id, the
+ * head, the outcome and the time. So a record holds no keys, and nothing here reads MessagePack.
+ */
+
+#define ARRAY_HEADER 5 /* MessagePack's array32: one byte, then a 32-bit big-endian count */
+#define ENTRY_PARTS 5
+
+typedef struct {
+    const char *part[ENTRY_PARTS];
+    uint64_t length[ENTRY_PARTS];
+    uint64_t size; /* of what all entries have, with the values that have a fixed length */
+} Template;
+
+static bool
+parse_template(PyObject *tuple, Template *template)
+{
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != ENTRY_PARTS) {
+        PyErr_Format(PyExc_TypeError, "an entry's template is a tuple of %d bytes", ENTRY_PARTS);
+        return false;
+    }
+    template->size = WORD + 2 * WORD + WORD;
+    for (int i = 0; i < ENTRY_PARTS; i++) {
+        char *part;
+        Py_ssize_t length;
+        if (PyBytes_AsStringAndSize(PyTuple_GetItem(tuple, i), &part, &length) < 0) {
+            return false;
+        }
+        template->part[i] = part;
+        template->length[i] = (uint64_t)length;
+        template->size += (uint64_t)length;
+    }
+    return true;
+}
+
+static uint64_t
+entry_size(const Template *template, const Record *record)
+{
+    const Lengths of = lengths_of(record);
+    return template->size + of.head + of.outcome;
+}
+
+static unsigned char *
+append(unsigned char *target, const void *source, uint64_t length)
+{
+    memcpy(target, source, length);
+    return target + length;
+}
+
+static unsigned char *
+append_big_endian(unsigned char *target, uint64_t value)
+{
+    for (int byte = 0; byte < WORD; byte++) {
+        target[byte] = (unsigned char)(value >> (56 - 8 * byte));
+    }
+    return target + WORD;
+}
+
+/* What entries take, 0 for one that was skipped, and -1 for one that is not there; together, as far as
+ * records that the ring can hold do. */
+static uint64_t
+measure(const Epoch *self, const Template *template, uint64_t first, uint64_t count,
+        int64_t *sizes)
+{
+    uint64_t total = 0, records = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t word = load_published(index_word(self, first + i));
+        Record record;
+        sizes[i] = 0;
+        if (!(word & RECORD_BIT)) {
+            continue;
+        }
+        if (!load_record(self, word & ~(uint64_t)RECORD_BIT, first + i, &record)) {
+            sizes[i] = -1;
+            continue;
+        }
+        sizes[i] = (int64_t)entry_size(template, &record);
+        records += record_size(lengths_of(&record));
+        /* What is whole together fits the ring; more than that is records of different rounds. */
+        total += records <= self->room.feed_bytes ? (uint64_t)sizes[i] : 0;
+    }
+    return total;
+}
+
+/* Makes the entry of a sequence, if its record is whole and the entry has this size. */
+static bool
+take_entry(const Epoch *self, const Template *template, uint64_t seq, uint64_t size,
+           unsigned char *target)
+{
+    const uint64_t word = load_published(index_word(self, seq));
+    const uint64_t position = word & ~(uint64_t)RECORD_BIT;
+    Record record;
+    if (!(word & RECORD_BIT) || !load_record(self, position, seq, &record)
+        || entry_size(template, &record) != size) {
+        return false;
+    }
+    const Lengths of = lengths_of(&record);
+    target = append(target, template->part[0], template->length[0]);
+    target = append_big_endian(target, seq);
+    target = append(target, template->part[1], template->length[1]);
+    target = append(target, record.id, sizeof record.id);
+    target = append(target, template->part[2], template->length[2]);
+    /* Both values are copied at once, and the first is moved to its place. */
+    unsigned char *values = target + template->length[3];
+    ring_copy_out(self, position + sizeof record, values, of.head + of.outcome);
+    if (!is_whole_first(&record, values)) {
+        return false;
+    }
+    memmove(target, values, of.head);
+    append(target + of.head, template->part[3], template->length[3]);
+    target = values + of.head + of.outcome;
+    target = append(target, template->part[4], template->length[4]);
+    append_big_endian(target, record.completed_at_ms);
+    return true;
+}
+
+/* What one pass of `list_since` finds. */
+typedef struct {
+    uint64_t first, watermark, dropped;
+    uint64_t first_whole; /* overwriting goes from the oldest on: a torn record voids those before it */
+    PyObject *data;
+} Pass;
+
+/* The entries first..watermark, adjacent, behind a MessagePack array header: one decode reads them all.
+ * False with an error set. */
+static bool
+gather(const Epoch *self, const Template *template, Pass *pass)
+{
+    const uint64_t count = pass->watermark - pass->first + 1;
+    int64_t *sizes = PyMem_Malloc((size_t)count * sizeof *sizes);
+    if (sizes == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    const uint64_t total = measure(self, template, pass->first, count, sizes);
+    pass->data = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(ARRAY_HEADER + total));
+    if (pass->data == NULL) {
+        PyMem_Free(sizes);
+        return false;
+    }
+    unsigned char *start = (unsigned char *)PyBytes_AsString(pass->data);
+    uint64_t used = 0;
+    pass->first_whole = pass->first;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t seq = pass->first + i;
+        if (sizes[i] > 0 && (uint64_t)sizes[i] <= total - used
+            && take_entry(self, template, seq, (uint64_t)sizes[i], start + ARRAY_HEADER + used)) {
+            used += (uint64_t)sizes[i];
+        }
+        else if (sizes[i] != 0) {
+            used = 0;
+            pass->first_whole = seq + 1;
+        }
+    }
+    atomic_thread_fence(memory_order_acquire);
+    pass->dropped = load(&control_of(self)->writer.dropped_through);
+    /* What was dropped meanwhile is left out, too. */
+    uint64_t passed = 0, entries = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t seq = pass->first + i;
+        if (seq < pass->first_whole || sizes[i] <= 0) {
+            continue;
+        }
+        if (seq <= pass->dropped) {
+            passed += (uint64_t)sizes[i];
+        }
+        else {
+            entries++;
+        }
+    }
+    PyMem_Free(sizes);
+    memmove(start + ARRAY_HEADER, start + ARRAY_HEADER + passed, (size_t)(used - passed));
+    start[0] = 0xdd;
+    for (int byte = 0; byte < 4; byte++) {
+        start[1 + byte] = (unsigned char)(entries >> (24 - 8 * byte));
+    }
+    if (used - passed < total) {
+        PyObject *shorter = PyBytes_FromStringAndSize((const char *)start,
+                                                      (Py_ssize_t)(ARRAY_HEADER + used - passed));
+        Py_DECREF(pass->data);
+        pass->data = shorter;
+    }
+    return pass->data != NULL;
+}
+
+/* list_since(after, template) -> (watermark, dropped, entries), the retained ones above `after`, or None
+ *
+ * FEED-1: no entry is above the watermark, and none at or below it is missing unless it was dropped. */
+PyObject *
+epoch_list_since(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Epoch *self = (Epoch *)object;
+    const Control *control = control_of(self);
+    Refusal refusal;
+    Template template;
+    uint64_t after;
+    if (!has_operations(self) || !check_arity("list_since", nargs, 2) || !as_u64(args[0], &after)
+        || !parse_template(args[1], &template)) {
+        return NULL;
+    }
+    for (int turn = 0; turn < PASSES; turn++) {
+        Pass pass = {.watermark = load_published(&control->feed.watermark)};
+        pass.dropped = load_published(&control->writer.dropped_through);
+        if (pass.dropped > pass.watermark) {
+            /* The writer has gone round the ring meanwhile; its watermark must have, too. */
+            const uint64_t now = load_published(&control->feed.watermark);
+            if (pass.dropped > now) {
+                corrupt(&refusal, "dropped_through", -1, 0, now, pass.dropped);
+                return raise_refused(object, &refusal);
+            }
+            continue;
+        }
+        if (pass.watermark - pass.dropped > self->shape.index_count || pass.watermark > LAST_SEQ) {
+            corrupt(&refusal, "watermark", -1, 0, pass.dropped + self->shape.index_count,
+                    pass.watermark);
+            return raise_refused(object, &refusal);
+        }
+        pass.first = larger(after, pass.dropped) + 1;
+        if (after >= pass.watermark || pass.first > pass.watermark) {
+            return Py_BuildValue("(KKs)", (unsigned long long)pass.watermark,
+                                 (unsigned long long)pass.dropped, NULL);
+        }
+        if (!gather(self, &template, &pass)) {
+            return NULL;
+        }
+        if (pass.first_whole > larger(pass.first, pass.dropped + 1)) {
+            Py_DECREF(pass.data);
+            corrupt(&refusal, "feed.record", (int64_t)pass.first_whole - 1, pass.first_whole - 1,
+                    pass.first_whole - 1, 0);
+            return raise_refused(object, &refusal);
+        }
+        if (pass.dropped <= pass.watermark) {
+            return Py_BuildValue("(KKN)", (unsigned long long)pass.watermark,
+                                 (unsigned long long)pass.dropped, pass.data);
+        }
+        Py_DECREF(pass.data);
+    }
+    PyErr_SetString(PyExc_RuntimeError, "writers went round the feed faster than it was read");
+    return NULL;
+}
