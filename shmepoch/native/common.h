@@ -9,8 +9,12 @@
  *   identifier.c  Identifier: sixteen bytes with a kind
  *   ring.c        records in the byte ring, copied while a writer may overwrite them
  *   slots.c       the operations that a segment holds: how they are found, and what may be done now
- *   epoch.c       Epoch: each transition, once
- *   reading.c     Epoch: what readers are given, without a lock
+ *   transition.c  how each transition begins, is run and commits
+ *   registering.c, changing.c, ending.c, watching.c   the transitions, each once
+ *   restoring.c   a stored epoch, laid into fresh memory
+ *   reading.c     operations, as readers are given them without a lock
+ *   feed.c        the completion feed, in the same way
+ *   epoch.c       Epoch: the type whose methods these are
  *   module.c      the module
  *
  * Memory order. Words that publish are stored with release and read with acquire. Bytes that may be

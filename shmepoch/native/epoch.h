@@ -1,4 +1,4 @@
-/* What ring.c, slots.c, epoch.c and reading.c share: an epoch, and how they say what is wrong with it. */
+/* What the files about epochs share: an epoch, and how they say what is wrong with it. */
 
 #ifndef SHMEPOCH_EPOCH_H
 #define SHMEPOCH_EPOCH_H
@@ -274,16 +274,5 @@ bool is_whole_second(const Record *record, const unsigned char *second);
  * kept for watchers is passed over, and gives way, the oldest first, where there is no other room. */
 bool find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size,
                uint64_t *position, uint64_t *dropped, Refusal *refusal);
-
-/* --- reading.c ------------------------------------------------------------------------------------- */
-
-PyObject *epoch_words(PyObject *object, PyObject *ignored);
-PyObject *epoch_active(PyObject *object, PyObject *ignored);
-PyObject *epoch_find(PyObject *object, PyObject *id);
-PyObject *epoch_used(PyObject *object, PyObject *ignored);
-PyObject *epoch_slot(PyObject *object, PyObject *index);
-PyObject *epoch_record(PyObject *object, PyObject *seq);
-PyObject *epoch_list_since(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
-PyObject *epoch_outcome(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

@@ -1,0 +1,90 @@
+/* What the files of the transitions share: how each begins, is run, commits, and names its operations. */
+
+#ifndef SHMEPOCH_TRANSITION_H
+#define SHMEPOCH_TRANSITION_H
+
+#include "epoch.h"
+
+/* Far above what any feed takes, and what a record's lengths can hold. */
+#define OUTCOME_LIMIT (UINT32_MAX / 2)
+
+/* What every body begins with: the epoch, and why it was refused. */
+typedef struct {
+    Epoch *self;
+    Words words;
+    Refusal refusal;
+} Transition;
+
+/* Loads the words of the epoch, after it has repaired what was broken off. */
+bool mend(Transition *one);
+/* The same of an epoch that is open, as every transition begins. */
+bool begin(Transition *one);
+/* Runs a transition's body under the writer lock; false with an error set, if it was not made. */
+bool run(Transition *one, bool wait, void (*body)(void *));
+/* The same, for what is about operations. */
+bool run_on_operations(Transition *one, bool wait, void (*body)(void *));
+/* THE one store that makes a transition true. Release: it publishes all that was prepared. */
+void commit(Epoch *self, word_t *word, uint64_t value);
+/* Ends the epoch for good, under the lock; false where it is gone. */
+bool seal(Transition *one);
+
+/* The slot of a participant, by its key. */
+static inline uint64_t
+lane_of(uint64_t participant)
+{
+    return participant & 0xff;
+}
+
+/* --- arguments --- */
+
+bool check_tuple(PyObject *object, const char *of);
+bool parse_bytes(PyObject *object, uint64_t limit, const unsigned char **data, uint64_t *length);
+/* Memory for `count` of a transition's operations, zeroed; at least one, so that NULL is a failure. */
+void *allocate(uint64_t count, size_t size);
+
+/* --- the operations that a transition is about --- */
+
+/* The slot of an operation whose status is one of a set of bits; -1 where it is refused. */
+int64_t find_allowed(Transition *one, const Key *key, uint64_t statuses, int64_t index);
+
+/* One of several operations that a transition is about. */
+typedef struct {
+    Key key;
+    const unsigned char *outcome; /* what ends it */
+    uint64_t length;
+    uint64_t slot;
+} Subject;
+
+typedef struct {
+    Transition base;
+    Subject *subjects;
+    uint64_t count, statuses;
+    unsigned char *seen; /* for each slot, whether one of the subjects is in it */
+} Subjects;
+
+/* Finds all of them before any is changed; one that is there twice is refused as if the first time had
+ * been done already. */
+bool find_subjects(Subjects *all);
+bool allocate_subjects(Subjects *all, uint64_t count);
+void free_subjects(Subjects *all);
+
+/* --- the methods of an Epoch, by the files that have them --- */
+
+typedef PyObject *Method(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
+
+Method epoch_register;                                            /* registering.c */
+Method epoch_start, epoch_change;                                 /* changing.c */
+Method epoch_end, epoch_terminate;                                /* ending.c */
+Method epoch_collect, epoch_watch_each;                           /* watching.c */
+PyObject *epoch_watch(PyObject *object, PyObject *id);            /* watching.c */
+Method epoch_restore;                                             /* restoring.c */
+Method epoch_list_since;                                          /* feed.c */
+Method epoch_outcome;                                             /* reading.c */
+PyObject *epoch_words(PyObject *object, PyObject *ignored);       /* reading.c */
+PyObject *epoch_active(PyObject *object, PyObject *ignored);      /* reading.c */
+PyObject *epoch_used(PyObject *object, PyObject *ignored);        /* reading.c */
+PyObject *epoch_find(PyObject *object, PyObject *id);             /* reading.c */
+PyObject *epoch_slot(PyObject *object, PyObject *index);          /* reading.c */
+PyObject *epoch_record(PyObject *object, PyObject *seq);          /* reading.c */
+
+#endif
