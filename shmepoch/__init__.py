@@ -3,7 +3,6 @@
 from shmepoch import starting  # first of all: its import sees to a Ctrl-C during the others
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import (
-    EpochHandle,
     RuntimeBuildMode,
     SessionOwned,
     SessionRuntimeBindings,
@@ -17,6 +16,7 @@ from shmepoch.epoch.completions import (
     CompletionSeq,
 )
 from shmepoch.epoch.cursors import CursorState, EpochCursorSnapshot, EpochCursorState
+from shmepoch.epoch.handle import EpochHandle
 from shmepoch.epoch.lifecycle import OpsLifecycleRegistry
 from shmepoch.epoch.operations import (
     DEFAULT_MAX_COMPLETED,

@@ -53,7 +53,7 @@ from shmepoch import (
 )
 from shmepoch.epoch.operations import status_of
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.segment import list_sessions
+from shmepoch.memory.namespaces import list_sessions
 
 #: The longest that a round is left alone once its agent has begun.
 LONGEST_S: Final = 0.1

@@ -19,7 +19,8 @@ from bench.measures import wakes
 from bench.processes import APART
 from bench.work import epoch, operate
 from shmepoch import OpsLifecycleConfig, RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
-from shmepoch.memory.segment import SharedSegment, list_sessions
+from shmepoch.memory.namespaces import list_sessions
+from shmepoch.memory.segment import SharedSegment
 
 _SIZES: Final = (1, 100, 1_000, 10_000)
 #: Of each figure, while the population is as large as it is.

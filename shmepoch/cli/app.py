@@ -27,7 +27,7 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import SessionId
 from shmepoch.memory.files import require_shm
-from shmepoch.memory.segment import resolve_namespace
+from shmepoch.memory.namespaces import resolve_namespace
 from shmepoch.runtime.persistence import MOST_DELAY_S
 
 RUN_ERROR: Final = 1

@@ -14,8 +14,9 @@ from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import ShmepochError, StoreWriteFailed
 from shmepoch.ids import SessionId
 from shmepoch.memory.files import require_shm
+from shmepoch.memory.namespaces import list_sessions, resolve_namespace
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import SharedSegment, list_sessions, resolve_namespace
+from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import SqliteRuntimeStore
 

@@ -8,15 +8,13 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Final, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
+from shmepoch.epoch.completions import CompletionFeed
 from shmepoch.epoch.operations import OperationTerminalOutcome, WaitAllResult, WaitAllSatisfied
 from shmepoch.errors import DuplicateWaitOperation, WaitAlreadyActive
 from shmepoch.ids import OperationId, RunId, WaitRequestId
 from shmepoch.timeouts import deadline_after, pauses
-
-if TYPE_CHECKING:
-    from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 
 #: Where an operation that is watched is registered: its slot, and the number of its registration.
 Place: TypeAlias = tuple[int, int]
@@ -28,13 +26,44 @@ Watching: TypeAlias = tuple[Place, int]
 _PAUSES_S: Final = 0.001, 0.05
 
 
+class Source(Protocol):
+    """What a wait needs of a registry."""
+
+    @property
+    def participant(self) -> int:
+        """This process's participant key, which its watchers are counted under."""
+        ...
+
+    def completion_feed(self) -> CompletionFeed:
+        """The feed whose advance is waited for."""
+        ...
+
+    def locate(self, id: OperationId) -> Pending:
+        """An operation to be waited for; `NotFound` if the registry does not hold it."""
+        ...
+
+    def outcome_at(
+        self, id: OperationId, place: Place, since: int
+    ) -> OperationTerminalOutcome | None:
+        """How an operation ended, or None while it has not; `OutcomeDropped`."""
+        ...
+
+    def try_watch(self, places: Sequence[Place]) -> Sequence[Watching] | None:
+        """Count a watcher of each that has not ended; None if that has to wait."""
+        ...
+
+    def unwatch(self, watched: Sequence[Watching]) -> None:
+        """Watch these no longer. Never waits, and never fails."""
+        ...
+
+
 class Pending:
     """An operation that had not ended when the feed stood at `since`, unless its `outcome` says
     how it had."""
 
     def __init__(
         self,
-        registry: RuntimeOpsLifecycleRegistry,
+        source: Source,
         id: OperationId,
         place: Place,
         since: int,
@@ -43,13 +72,13 @@ class Pending:
         self.id = id
         self.place = place
         self.outcome = outcome
-        self._registry = registry
-        self._feed = registry.completion_feed()
+        self._source = source
+        self._feed = source.completion_feed()
         self._since = since
 
     def look(self) -> OperationTerminalOutcome | None:
         if self.outcome is None:
-            self.outcome = self._registry.outcome_at(self.id, self.place, self._since)
+            self.outcome = self._source.outcome_at(self.id, self.place, self._since)
         return self.outcome
 
     def wait(self, deadline: float | None) -> OperationTerminalOutcome:
@@ -76,11 +105,11 @@ class OperationCompletionWatch:
     It counts as a watcher until it is resolved or closed, or its process ends.
     """
 
-    def __init__(self, registry: RuntimeOpsLifecycleRegistry, pending: Pending) -> None:
+    def __init__(self, source: Source, pending: Pending) -> None:
         self.id = pending.id
-        self._registry = registry
+        self._source = source
         self._outcome = pending.outcome
-        watching: Watching = pending.place, registry.participant
+        watching: Watching = pending.place, source.participant
         self._watching = [watching] if self._outcome is None else []
         self._pending = pending
 
@@ -116,7 +145,7 @@ class OperationCompletionWatch:
             watching = self._watching.pop()  # whole, since two threads may wait on one watch
         except IndexError:
             return
-        self._registry.unwatch([watching])
+        self._source.unwatch([watching])
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +179,7 @@ class WaitAll:
 
     def wait(
         self,
-        registry: RuntimeOpsLifecycleRegistry,
+        source: Source,
         run_id: RunId,
         ids: Sequence[OperationId],
         timeout: float | None,
@@ -158,7 +187,7 @@ class WaitAll:
         deadline, turn = deadline_after(timeout, "wait_all"), _Turn()
         try:
             self._begin(turn)
-            with _Watched(registry, ids) as watched:
+            with _Watched(source, ids) as watched:
                 for pause in pauses(*_PAUSES_S):
                     if watched.watch():
                         break
@@ -173,12 +202,12 @@ class WaitAll:
         return _satisfied(run_id, ids, outcomes)
 
     async def wait_async(
-        self, registry: RuntimeOpsLifecycleRegistry, run_id: RunId, ids: Sequence[OperationId]
+        self, source: Source, run_id: RunId, ids: Sequence[OperationId]
     ) -> WaitAllResult:
         turn = _Turn()
         try:
             self._begin(turn)
-            with _Watched(registry, ids) as watched:
+            with _Watched(source, ids) as watched:
                 for pause in pauses(*_PAUSES_S):
                     if watched.watch():
                         break
@@ -205,15 +234,15 @@ class WaitAll:
 class _Watched:
     """The operations of one barrier, which watches those that have not ended while it lasts."""
 
-    def __init__(self, registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> None:
-        self._registry = registry
-        self.pending = _locate(registry, ids)
+    def __init__(self, source: Source, ids: Sequence[OperationId]) -> None:
+        self._source = source
+        self.pending = _locate(source, ids)
         self._watching: Sequence[Watching] = ()
 
     def watch(self) -> bool:
         """Watch them; False if that has to wait for a transition."""
         live = [pending.place for pending in self.pending if pending.look() is None]
-        watching = self._registry.try_watch(live) if live else ()
+        watching = self._source.try_watch(live) if live else ()
         if watching is None:
             return False
         self._watching = watching
@@ -224,16 +253,16 @@ class _Watched:
 
     def __exit__(self, *exc: object) -> None:
         if self._watching:
-            self._registry.unwatch(self._watching)
+            self._source.unwatch(self._watching)
 
 
-def _locate(registry: RuntimeOpsLifecycleRegistry, ids: Sequence[OperationId]) -> list[Pending]:
+def _locate(source: Source, ids: Sequence[OperationId]) -> list[Pending]:
     seen: set[OperationId] = set()
     for id in ids:
         if id in seen:
             raise DuplicateWaitOperation(id)
         seen.add(id)
-    return [registry.locate(id) for id in ids]
+    return [source.locate(id) for id in ids]
 
 
 def _satisfied(

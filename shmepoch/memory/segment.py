@@ -5,10 +5,9 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final, SupportsIndex
@@ -26,13 +25,11 @@ from shmepoch._native import (
     try_lock,
     unlock,
 )
-from shmepoch.arguments import require
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.errors import (
     BindingsClosed,
     EpochGone,
     EpochSealed,
-    NamespaceInvalid,
     ObserverReadOnly,
     ParticipantsExhausted,
     SegmentCorrupted,
@@ -52,55 +49,19 @@ from shmepoch.memory.files import (
     link,
     map_shared,
     open_held,
-    open_owned,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
 from shmepoch.memory.header import Header, read_header, write_header
 from shmepoch.memory.layout import Layout
+from shmepoch.memory.namespaces import segment_name, segment_path
 from shmepoch.memory.participants import Participants, Role
+from shmepoch.memory.removal import remove, replacement
 from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
 
 _log = logging.getLogger(__name__)
 
 #: pathlib would take longer to join a path than the kernel to open it.
 _SHM_DIR: Final = str(SHM_DIR)
-_NAMESPACE_LIMIT: Final = 64
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
-_NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
-
-
-def resolve_namespace(namespace: str | None) -> str:
-    """`namespace`, else the environment's SHMEPOCH_NAMESPACE, else "default"; checked."""
-    chosen = os.environ.get("SHMEPOCH_NAMESPACE", "default") if namespace is None else namespace
-    require(str, chosen, "resolve_namespace", "namespace")
-    if len(chosen) > _NAMESPACE_LIMIT or not _NAMESPACE.fullmatch(chosen):
-        raise NamespaceInvalid(chosen, _NAMESPACE_LIMIT)
-    return chosen
-
-
-def segment_path(namespace: str, session_id: SessionId) -> Path:
-    """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
-    return SHM_DIR / _segment_name(namespace, session_id)
-
-
-def list_sessions(namespace: str) -> Iterator[SessionId]:
-    """This user's sessions of a namespace that have a segment, in no order."""
-    with os.scandir(SHM_DIR) as entries:
-        for entry in entries:
-            match = _NAME.fullmatch(entry.name)
-            if match and match["namespace"] == namespace and _is_mine(entry):
-                yield SessionId.from_bytes(bytes.fromhex(match["session"]))
-
-
-def _is_mine(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-    except FileNotFoundError:  # removed since
-        return False
-
-
-def _segment_name(namespace: str, session_id: SessionId) -> str:
-    return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
 
 
 class Segment:
@@ -310,7 +271,7 @@ class SharedSegment(Segment):
             memory = map_shared(descriptor, layout.size)
             header = write_header(memory, layout, session_id, epoch_id)
             try_lock(descriptor, at.PRESENCE_BYTE, True)
-            name = _segment_name(namespace, session_id)
+            name = segment_name(namespace, session_id)
             return cls(namespace, name, descriptor, memory, header, published=False)
         except BaseException:
             descriptor.close()
@@ -320,7 +281,7 @@ class SharedSegment(Segment):
         """Give the segment its name; `SegmentExists` if it is taken and not to be replaced."""
         target = self.path
         if replace:
-            target = _replacement(self.path)
+            target = replacement(self.path)
             target.unlink(missing_ok=True)
         try:
             link(self._descriptor, target)
@@ -350,7 +311,7 @@ class SharedSegment(Segment):
         try:
             return cls._attach(namespace, session_id, partial(_require_epoch, epoch_id, witness))
         except FileNotFoundError:
-            name = _segment_name(namespace, session_id)
+            name = segment_name(namespace, session_id)
             raise EpochGone(session_id, epoch_id, name) from None
 
     @classmethod
@@ -360,7 +321,7 @@ class SharedSegment(Segment):
         session_id: SessionId,
         require: Callable[[Header], None] | None,
     ) -> SharedSegment:
-        name = _segment_name(namespace, session_id)
+        name = segment_name(namespace, session_id)
         descriptor, size, head, memory = open_held(
             f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE, HEADER_SIZE
         )
@@ -476,7 +437,7 @@ class SharedSegment(Segment):
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
-        _remove(self._descriptor, self.path)
+        remove(self._descriptor, self.path)
 
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
@@ -635,56 +596,6 @@ def _left_error(
     if memory.load(at.STATE_AT) == at.OPEN:
         return BindingsClosed(epoch_id)
     return _ended_error(memory, session_id, epoch_id, name)
-
-
-def remove_unused(namespace: str, session_id: SessionId) -> bool:
-    """Remove a session's segment if no process has it attached; whether it was removed.
-
-    Safe against any attach: an attachment holds the presence byte shared before it looks at the
-    name a last time, and this holds it exclusively.
-    """
-    path = segment_path(namespace, session_id)
-    try:
-        opened = open_owned(path)
-    except FileNotFoundError:
-        return False
-    try:
-        if not try_lock(opened, at.PRESENCE_BYTE, False):
-            return False
-        return _remove(opened, path)
-    finally:
-        opened.close()
-
-
-def abandon(namespace: str, session_id: SessionId) -> bool:
-    """Remove a session's segment whatever is in it, unless it has a live runtime; whether it was
-    removed. A process that has it attached keeps the memory, and finds that the name is gone."""
-    path = segment_path(namespace, session_id)
-    try:
-        opened = open_owned(path)
-    except FileNotFoundError:
-        return False
-    try:
-        return try_lock(opened, at.RUNTIME_BYTE, False) and _remove(opened, path)
-    finally:
-        opened.close()
-
-
-def _remove(fd: Descriptor, path: Path) -> bool:
-    """Remove a segment's name, if it is still this file's; whether it was. The caller is its owner,
-    or holds a lock that keeps owners out."""
-    if not is_same(fd, path):
-        return False
-    # Of a runtime that was killed while it replaced this one. It goes first, as long as the name
-    # keeps others from making a segment and a replacement of that.
-    _replacement(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return True
-
-
-def _replacement(path: Path) -> Path:
-    """Where a segment lies for the moment before it takes over an old one's name."""
-    return path.with_name(f"{path.name}.new")
 
 
 #: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.

@@ -7,31 +7,28 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 from typing import Final, Self, TypeVar
 
 from shmepoch.arguments import require
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
-from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.errors import (
     AdapterClosed,
     ChannelClosed,
     EpochGone,
-    RuntimeAlreadyActive,
     SegmentCorrupted,
-    SegmentExists,
     SessionBusy,
     SessionNotRegistered,
-    StoreLoadFailed,
 )
-from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.ids import SessionId
 from shmepoch.memory.bells import remove_unused_bells
-from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import SharedSegment, abandon, resolve_namespace
+from shmepoch.memory.namespaces import resolve_namespace
 from shmepoch.runtime.durability import Durability
 from shmepoch.runtime.observing import observe_session
+from shmepoch.runtime.opening import EpochOpener
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
 from shmepoch.stores import RuntimeStore
 
@@ -79,7 +76,13 @@ class RuntimeSessionAdapter:
         self._namespace: Final = resolve_namespace(namespace)
         self._config = config or OpsLifecycleConfig()
         self._durability: Final = durability
-        self._rotate_if_unloadable: Final = rotate_if_unloadable
+        self._opener: Final = EpochOpener(
+            self._namespace,
+            self._config,
+            durability,
+            rotate_if_unloadable=rotate_if_unloadable,
+            check_open=self._check_open,
+        )
         #: Each access is one operation of the dictionary, which needs no lock.
         self._sessions: Final[dict[SessionId, _Session]] = {}
         self._supervising: Final = threading.RLock()
@@ -296,9 +299,11 @@ class RuntimeSessionAdapter:
             segment = old.shared_segment()
             if segment.attached and segment.named:
                 session.owned.lost = False  # or it was, for a while
-                return self._renew(session, old) if old.ended else old
+                if not old.ended:
+                    return old
+                return self._opener.renew(session.id, old, partial(self._adopt, session))
             self._forget(session, old)
-        return self._open(session)
+        return self._opener.open(session.id, partial(self._adopt, session))
 
     def _reset(self, session: _Session) -> SessionRuntimeBindings:
         old = self._require(session)
@@ -352,144 +357,7 @@ class RuntimeSessionAdapter:
         if self._closed or self._pid != os.getpid():
             raise AdapterClosed
 
-    # --- where an epoch comes from: each of these either owns one in the end, or nothing ------
-
-    def _open(self, session: _Session) -> SessionRuntimeBindings:
-        abandoned = False
-        while True:
-            self._check_open()
-            try:
-                bindings = self._find(session)
-            except SegmentExists:
-                continue  # another runtime was faster; it will be named
-            except SegmentCorrupted:
-                if abandoned or not self._rotate_if_unloadable:
-                    raise
-                if not abandon(self._namespace, session.id):
-                    raise
-                _log.exception("session %s: its damaged segment was removed", session.id)
-                abandoned = True
-                continue
-            if bindings is not None:
-                return bindings
-
-    def _find(self, session: _Session) -> SessionRuntimeBindings | None:
-        """A session's epoch, wherever it is now; None if it is elsewhere by now."""
-        try:
-            found = SharedSegment.attach(self._namespace, session.id)
-        except FileNotFoundError:
-            return self._recover(session)
-        return self._take_over(session, found)
-
-    def _take_over(self, session: _Session, found: SharedSegment) -> SessionRuntimeBindings | None:
-        """Become the runtime of a live segment, whose runtime was killed or closed.
-
-        OWN-1: only the owner of the segment that has the session's name gives that name to another
-        segment, or removes it. A segment may have lost the name before its owner left it, so the
-        name is looked at after the segment was taken over.
-        """
-        bindings = SessionRuntimeBindings.of_segment(found)
-        segment = bindings.shared_segment()
-        with ExitStack() as undo:
-            if segment is found:
-                undo.callback(bindings.close)
-            if not segment.try_own():
-                runtimes = [p.pid for p in bindings.participants() if p.role is Role.RUNTIME]
-                raise RuntimeAlreadyActive(session.id, runtimes[0] if runtimes else 0)
-            if segment is not found:  # this process used it before, and goes on to
-                undo.callback(segment.disown, segment.role)
-            if not segment.named:
-                return None
-            if segment.sealed:
-                # Its runtime was killed between sealing it and replacing or removing it.
-                if self._durability is not None:
-                    self._durability.follow(bindings)
-                return self._renew(session, bindings)
-            segment.join(Role.RUNTIME)
-            self._adopt(session, bindings)
-            undo.pop_all()
-        _log.info("session %s: live epoch %s", session.id, segment.epoch_id)
-        return bindings
-
-    def _renew(self, session: _Session, old: SessionRuntimeBindings) -> SessionRuntimeBindings:
-        """A new epoch in the place of one that was sealed, and that this adapter owns."""
-        if self._durability is not None:
-            self._durability.end(old)
-        bindings = self._make(session, RuntimeEpochId.new(), replacing=old.shared_segment())
-        old.close()  # not before: its lock keeps others from replacing it, too
-        _log.info("session %s: new epoch %s after %s", session.id, bindings.epoch_id, old.epoch_id)
-        return bindings
-
-    def _recover(self, session: _Session) -> SessionRuntimeBindings:
-        """The stored epoch of a session that has no live segment, or else a new one."""
-        stored = None
-        if self._durability is not None:
-            stored = self._durability.load(session.id, self._config)
-        if stored is None:
-            bindings = self._make(session, RuntimeEpochId.new())
-            why = "no store" if self._durability is None else "the store has none"
-            _log.info("session %s: new epoch %s, %s", session.id, bindings.epoch_id, why)
-            return bindings
-        try:
-            bindings = self._make(session, stored.epoch_id, stored=stored)
-        except StoreLoadFailed as error:
-            if self._durability is None or not self._durability.rotates(error):
-                raise
-            return self._make(session, RuntimeEpochId.new())
-        _log.info(
-            "session %s: epoch %s from the store, through %d",
-            session.id,
-            stored.epoch_id,
-            stored.last_seq,
-        )
-        return bindings
-
-    def _make(
-        self,
-        session: _Session,
-        epoch_id: RuntimeEpochId,
-        *,
-        replacing: SharedSegment | None = None,
-        stored: PersistedOpsSnapshot | None = None,
-    ) -> SessionRuntimeBindings:
-        """Raises `SegmentExists` if the session has a segment besides the one to be replaced, or
-        had one since `stored` was loaded."""
-        config = self._config
-        if stored is not None and self._durability is not None:
-            config = self._durability.room_for(stored, config)
-        segment = SharedSegment.allocate(
-            self._namespace, config, session_id=session.id, epoch_id=epoch_id
-        )
-        with ExitStack() as undo:
-            undo.callback(segment.close)
-            segment.try_own()
-            segment.join(Role.RUNTIME)
-            if stored is not None and self._durability is not None:
-                self._durability.restore(segment, stored)
-            segment.publish(replace=replacing is not None and replacing.named)
-            undo.callback(self._unpublish, segment)
-            # From here on the name keeps others away; what they did before has to show.
-            if stored is not None and not self._is_current(session, stored):
-                raise SegmentExists(segment.name)
-            bindings = SessionRuntimeBindings.of_segment(segment)
-            self._adopt(session, bindings)
-            undo.pop_all()
-        return bindings
-
-    @staticmethod
-    def _unpublish(segment: SharedSegment) -> None:
-        # One that was left already is another attachment's to take over.
-        if segment.attached:
-            segment.unlink()
-
-    def _is_current(self, session: _Session, stored: PersistedOpsSnapshot) -> bool:
-        return self._durability is None or self._durability.is_current(session.id, stored)
-
-    def _adopt(self, session: _Session, bindings: SessionRuntimeBindings) -> None:
-        owned = EpochSupervisor(bindings)
-        owned.settle()
-        if self._durability is not None:
-            self._durability.follow(bindings)
+    def _adopt(self, session: _Session, owned: EpochSupervisor) -> None:
         self._check_open()  # by now close may have passed this session over
         session.owned = owned
 

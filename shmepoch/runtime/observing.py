@@ -6,9 +6,10 @@ from shmepoch.arguments import require
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import SessionNotFound
 from shmepoch.ids import SessionId
-from shmepoch.memory import segment as segments
+from shmepoch.memory import namespaces, removal
+from shmepoch.memory.namespaces import resolve_namespace
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import ObservedSegment, resolve_namespace
+from shmepoch.memory.segment import ObservedSegment
 
 
 def observe_session(
@@ -43,7 +44,7 @@ def list_sessions(*, namespace: str | None = None) -> list[SessionId]:
 
     Whether a process has them attached is not looked at. Raises `NamespaceInvalid`.
     """
-    return sorted(segments.list_sessions(resolve_namespace(namespace)))
+    return sorted(namespaces.list_sessions(resolve_namespace(namespace)))
 
 
 def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> bool:
@@ -54,4 +55,4 @@ def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> boo
     `SegmentForeign` for one of another user, and `NamespaceInvalid`.
     """
     require(SessionId, session_id, "remove_unused", "session_id")
-    return segments.remove_unused(resolve_namespace(namespace), session_id)
+    return removal.remove_unused(resolve_namespace(namespace), session_id)

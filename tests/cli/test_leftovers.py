@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shmepoch import RuntimeSessionAdapter, SessionId
 from shmepoch.cli.run import leftovers
-from shmepoch.memory.segment import segment_path
+from shmepoch.memory.namespaces import segment_path
 from tests.cli.running import (
     ended,
     kill_all,

@@ -19,7 +19,7 @@ from shmepoch import (
     SessionRuntimeBindings,
     SqliteRuntimeStore,
 )
-from shmepoch.memory.segment import segment_path
+from shmepoch.memory.namespaces import segment_path
 from tests.cli.running import COMMAND
 from tests.runtime.completions import TOOL, end
 from tests.support import eventually

@@ -16,7 +16,7 @@ from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.past import operation_id
 from shmepoch.epoch.operations import OperationStatus, status_of
 from shmepoch.ids import SessionId
-from shmepoch.memory.segment import segment_path
+from shmepoch.memory.namespaces import segment_path
 from tests.cli.running import (
     agent_of,
     ended,

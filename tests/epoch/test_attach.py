@@ -31,14 +31,10 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
+from shmepoch.memory.namespaces import list_sessions, resolve_namespace, segment_path
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import (
-    SharedSegment,
-    list_sessions,
-    remove_unused,
-    resolve_namespace,
-    segment_path,
-)
+from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.segment import SharedSegment
 from tests.epoch.operations import Registry, end
 from tests.support import held_writer
 

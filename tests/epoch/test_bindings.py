@@ -17,12 +17,8 @@ import msgspec
 import pytest
 
 from shmepoch.config import OpsLifecycleConfig
-from shmepoch.epoch.bindings import (
-    EpochHandle,
-    SessionOwned,
-    SessionRuntimeBindings,
-    StandaloneEphemeral,
-)
+from shmepoch.epoch.bindings import SessionOwned, SessionRuntimeBindings, StandaloneEphemeral
+from shmepoch.epoch.handle import EpochHandle
 from shmepoch.errors import (
     BindingsClosed,
     BindingsNotTransferable,
@@ -35,8 +31,9 @@ from shmepoch.errors import (
     WitnessMismatch,
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.namespaces import list_sessions
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import SharedSegment, list_sessions
+from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from tests.epoch.operations import end, spec
 from tests.support import mappings
@@ -257,7 +254,7 @@ def test_what_is_no_token(text: str, reason: str) -> None:
 
 def sealed_up(payload: Any, witness: bytes) -> str:
     """A token whose sum is right, whatever it holds."""
-    from shmepoch.epoch import bindings as module
+    from shmepoch.epoch import handle as module
 
     data = msgspec.msgpack.encode(payload)
     body = base64.urlsafe_b64encode(data + module._mac(data, witness))
@@ -284,7 +281,7 @@ def test_a_token_of_something_else(payload: Any) -> None:
 
 def test_a_token_is_the_only_one_of_its_handle() -> None:
     """msgpack can write one length in several widths, and whoever has the key can sum them up."""
-    from shmepoch.epoch import bindings as module
+    from shmepoch.epoch import handle as module
 
     plain = msgspec.msgpack.encode(("n", b"s" * 16, b"e" * 16, b"w" * 16))
     for payload, read in ((plain, True), (plain.replace(b"\xa1n", b"\xd9\x01n"), False)):

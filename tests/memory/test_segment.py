@@ -27,15 +27,10 @@ from shmepoch.errors import (
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory import files
 from shmepoch.memory.files import SHM_DIR
+from shmepoch.memory.namespaces import list_sessions, resolve_namespace, segment_path
 from shmepoch.memory.participants import Role
-from shmepoch.memory.segment import (
-    Segment,
-    SharedSegment,
-    list_sessions,
-    remove_unused,
-    resolve_namespace,
-    segment_path,
-)
+from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.segment import Segment, SharedSegment
 from tests.support import eventually, held_writer, is_free, mappings, names_in
 
 Allocate = Callable[..., SharedSegment]

@@ -35,7 +35,8 @@ from shmepoch import (
 )
 from shmepoch.epoch import registry
 from shmepoch.epoch.reading import OperationReader
-from shmepoch.memory.segment import SharedSegment, remove_unused
+from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start
 from tests.support import eventually, held_writer, spec
 

@@ -44,9 +44,11 @@ from shmepoch import (
     WitnessMismatch,
 )
 from shmepoch import _native as at
-from shmepoch.epoch.bindings import EpochHandle
+from shmepoch.epoch.handle import EpochHandle
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.segment import SharedSegment, list_sessions, remove_unused, segment_path
+from shmepoch.memory.namespaces import list_sessions, segment_path
+from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import METHODS, Channel, Child, start
 from tests.processes.private_shm import NoPrivateMounts, mount_private_shm
 from tests.support import eventually, held_writer, names_in, result, spec

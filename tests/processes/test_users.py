@@ -12,7 +12,9 @@ import pytest
 from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
 from shmepoch.errors import SegmentForeign
 from shmepoch.memory.bells import Bells, bells_path
-from shmepoch.memory.segment import SharedSegment, list_sessions, remove_unused, segment_path
+from shmepoch.memory.namespaces import list_sessions, segment_path
+from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start, wait_until
 from tests.runtime.completions import TOOL, end
 

@@ -30,7 +30,8 @@ from shmepoch import (
     SessionRuntimeBindings,
     Terminated,
 )
-from shmepoch.memory.segment import SharedSegment, list_sessions, segment_path
+from shmepoch.memory.namespaces import list_sessions, segment_path
+from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start
 from tests.runtime.completions import TOOL, end
 from tests.support import eventually, names_in, spec

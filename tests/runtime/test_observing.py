@@ -39,8 +39,8 @@ from shmepoch import (
     remove_unused,
 )
 from shmepoch._native import try_lock
-from shmepoch.memory import segment
-from shmepoch.memory.segment import segment_path
+from shmepoch.memory import removal
+from shmepoch.memory.namespaces import segment_path
 from tests.epoch.deadline import DEADLINE_S
 from tests.epoch.operations import VERBS
 from tests.processes.children import METHODS, Channel, start
@@ -423,7 +423,7 @@ def test_a_name_that_is_another_files_by_now_is_left_alone(
         monkeypatch.undo()
         return try_lock(fd, byte, shared)
 
-    monkeypatch.setattr(segment, "try_lock", lock_too_late)
+    monkeypatch.setattr(removal, "try_lock", lock_too_late)
     assert not remove_unused(session_id, namespace=namespace)
     assert path.exists()
     path.unlink()

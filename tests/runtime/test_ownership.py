@@ -43,10 +43,12 @@ from shmepoch import (
 from shmepoch import _native as at
 from shmepoch._native import Epoch
 from shmepoch.memory import segment as segments
+from shmepoch.memory.namespaces import segment_path
 from shmepoch.memory.participants import Participants
-from shmepoch.memory.segment import SharedSegment, segment_path
+from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime import adapter as adapters
 from shmepoch.runtime.durability import Durability
+from shmepoch.runtime.opening import EpochOpener
 from shmepoch.runtime.supervision import EpochSupervisor
 from tests.epoch.deadline import DEADLINE_S
 from tests.processes.children import Channel, start
@@ -151,7 +153,7 @@ def test_a_sealed_segment_is_replaced_by_one_only(
     session_id = SessionId.new()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as first:
         first.prepare_bindings(session_id).shared_segment().seal()
-    owner: Any = SharedSegment if step == "publish" else RuntimeSessionAdapter
+    owner: Any = SharedSegment if step == "publish" else EpochOpener
     do = getattr(owner, step)
     with (
         RuntimeSessionAdapter.ephemeral(namespace=namespace) as second,

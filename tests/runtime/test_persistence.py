@@ -493,7 +493,7 @@ def test_each_completion_is_decoded_once_on_its_way_to_the_store(
 def test_what_was_dropped_before_it_was_read_is_said(
     store: WatchedStore, adapter: RuntimeSessionAdapter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter._config = SMALL
+    adapter._opener._config = SMALL
     bindings = adapter.prepare_bindings(SessionId.new())
     with PersistenceChannel(store, max_delay=0) as channel:
         channel.follow(bindings)
@@ -946,7 +946,7 @@ def test_killed_anywhere_it_loses_and_repeats_nothing(
 ) -> None:
     """Persisting processes are killed one after another while two workers go on; what each had
     stored was whole, and the last one finds everything."""
-    adapter._config = OpsLifecycleConfig(max_completed=5000, feed_bytes=8 * 1024 * 1024)
+    adapter._opener._config = OpsLifecycleConfig(max_completed=5000, feed_bytes=8 * 1024 * 1024)
     bindings = adapter.prepare_bindings(SessionId.new())
     feed = bindings.ops_lifecycle.completion_feed()
     path, token = tmp_path / "store.db", bindings.to_token()

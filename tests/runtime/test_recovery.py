@@ -44,7 +44,8 @@ from shmepoch import (
 from shmepoch import _native as at
 from shmepoch._native import RECOVERY_SKIP
 from shmepoch.memory.layout import Layout
-from shmepoch.memory.segment import SharedSegment, list_sessions
+from shmepoch.memory.namespaces import list_sessions
+from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime import durability
 from shmepoch.stores import EpochCapture
 from tests.runtime.completions import CHILD, TOOL, end

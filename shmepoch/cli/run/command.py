@@ -35,8 +35,9 @@ from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreError
+from shmepoch.memory.namespaces import resolve_namespace
 from shmepoch.memory.participants import Participant
-from shmepoch.memory.segment import remove_unused, resolve_namespace
+from shmepoch.memory.removal import remove_unused
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.supervision import EpochSupervisor
 from shmepoch.stores import EpochCapture

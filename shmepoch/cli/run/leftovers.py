@@ -13,7 +13,8 @@ from typing import Final
 
 from shmepoch.errors import ShmepochError
 from shmepoch.ids import SessionId
-from shmepoch.memory.segment import list_sessions, remove_unused
+from shmepoch.memory.namespaces import list_sessions
+from shmepoch.memory.removal import remove_unused
 
 #: How many of an identifier's last bytes follow from those before.
 _MARK_BYTES: Final = 5

@@ -1,0 +1,52 @@
+"""Namespaces: what keeps deployments apart, and how their segments are named."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from shmepoch.arguments import require
+from shmepoch.errors import NamespaceInvalid
+from shmepoch.ids import SessionId
+from shmepoch.memory.files import SHM_DIR
+
+_NAMESPACE_LIMIT: Final = 64
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
+
+
+def resolve_namespace(namespace: str | None) -> str:
+    """`namespace`, else the environment's SHMEPOCH_NAMESPACE, else "default"; checked."""
+    chosen = os.environ.get("SHMEPOCH_NAMESPACE", "default") if namespace is None else namespace
+    require(str, chosen, "resolve_namespace", "namespace")
+    if len(chosen) > _NAMESPACE_LIMIT or not _NAMESPACE.fullmatch(chosen):
+        raise NamespaceInvalid(chosen, _NAMESPACE_LIMIT)
+    return chosen
+
+
+def segment_path(namespace: str, session_id: SessionId) -> Path:
+    """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
+    return SHM_DIR / segment_name(namespace, session_id)
+
+
+def list_sessions(namespace: str) -> Iterator[SessionId]:
+    """This user's sessions of a namespace that have a segment, in no order."""
+    with os.scandir(SHM_DIR) as entries:
+        for entry in entries:
+            match = _NAME.fullmatch(entry.name)
+            if match and match["namespace"] == namespace and _is_mine(entry):
+                yield SessionId.from_bytes(bytes.fromhex(match["session"]))
+
+
+def _is_mine(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:  # removed since
+        return False
+
+
+def segment_name(namespace: str, session_id: SessionId) -> str:
+    return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
