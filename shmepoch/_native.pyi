@@ -116,6 +116,9 @@ class Descriptor:
     @property
     def inherited(self) -> bool: ...
 
+# Gives a file the name `target` instead of `source`, in one step; FileExistsError if that is taken.
+def rename_new(source: str | Path, target: str | Path, /) -> None: ...
+
 # In a forked child: closes every descriptor that was the parent's; OSError as of `close`.
 def leave_inherited() -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,20 @@ def eventually(look: Callable[[], T | None], *, within: float = 20.0) -> T:
         assert time.monotonic() < deadline, f"not within {within} s: {look}"
         time.sleep(0.002)
     return answer
+
+
+def in_a_child(act: Callable[[], object]) -> None:
+    """Do this in a forked child, which has to succeed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def segments_in(namespace: str) -> list[Path]:

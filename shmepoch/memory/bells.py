@@ -19,7 +19,6 @@ A process may be stopped or killed between any two steps of making or removing a
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import random
 import threading
@@ -34,12 +33,12 @@ from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory.files import (
     SHM_DIR,
-    create_unnamed,
-    link,
+    NewFile,
     map_shared,
     open_owned,
     unlink,
 )
+from shmepoch.memory.namespaces import name_prefix
 from shmepoch.memory.waiting import RECHECK_S, AsyncWait, report_once
 
 BELLS: Final = 32
@@ -211,16 +210,22 @@ class Bells:
     def _try_join(self) -> Memory | None:
         """Open or make the page, and hold the listeners' lock through its descriptor.
 
-        None where the page is on its way out: what was left of its removal is done.
+        None where another process was faster, or the page is on its way out: what was left of its
+        removal is done.
         """
+        new = None
         try:
             fd = open_owned(self._path)
         except FileNotFoundError:
-            fd = create_unnamed(_SIZE)
-            with contextlib.suppress(FileExistsError):  # another listener was faster
-                link(fd, self._path)
+            new = NewFile(self._path, _SIZE)
+            fd = new.fd
         joined = False
         try:
+            if new is not None:
+                try:
+                    new.publish()
+                except FileExistsError:
+                    return None  # another listener was faster
             page = _map_page(fd)
             # Refused while a process removes the page, for as long as that may be stopped.
             if (
@@ -234,6 +239,8 @@ class Bells:
             _retire(page, fd, self._path)
             return None
         finally:
+            if new is not None:
+                new.discard()
             if not joined:
                 fd.close()
 
@@ -299,7 +306,7 @@ def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
 
 def bells_path(namespace: str) -> Path:
     """Where this user's bells of a namespace lie while a process listens."""
-    return SHM_DIR / f"shmepoch.{namespace}.{os.geteuid()}.bells"
+    return SHM_DIR / f"{name_prefix(namespace)}{os.geteuid()}.bells"
 
 
 def remove_unused_bells(namespace: str) -> None:

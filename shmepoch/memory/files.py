@@ -1,20 +1,25 @@
 """Files in /dev/shm: made whole, opened only if they are this user's alone.
 
-POSIX shared memory on Linux is a file in /dev/shm (shm_overview(7)). It is opened as one here, so
-that it can be made without a name (O_TMPFILE), filled, and only then linked: a process that opens
-the name finds it whole, and a creator that is killed leaves nothing.
+POSIX shared memory on Linux is a file in /dev/shm (shm_overview(7)).
+
+MAKE-1: a process that opens a name finds the file whole. So a file is made under a provisional name
+of its own, reserved and filled, and only then given its name, in one step. Its creator holds the
+presence byte from the first on: what a creator that was killed has left is a provisional name that
+nobody holds, and `remove_leftovers` removes it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import stat
 import time
 from pathlib import Path
 from typing import Final
 
-from shmepoch._native import Descriptor, Memory, try_lock
+from shmepoch._native import PRESENCE_BYTE, Descriptor, Memory, rename_new, try_lock
 from shmepoch.errors import (
     SegmentForeign,
     SegmentInRemoval,
@@ -23,6 +28,10 @@ from shmepoch.errors import (
 )
 
 SHM_DIR: Final = Path("/dev/shm")
+
+#: The bytes of the token in a provisional name, which makes it the creator's own.
+_TOKEN_SIZE: Final = 8
+_PROVISIONAL: Final = re.compile(r"\.[0-9a-f]{16}\.new\Z")
 
 _MODE: Final = 0o600
 _OWNED: Final = stat.S_IFREG | _MODE
@@ -44,23 +53,70 @@ def require_shm() -> None:
         raise SharedMemoryUnusable(str(SHM_DIR), "is not writable")
 
 
-def create_unnamed(size: int) -> Descriptor:
-    """A descriptor of a new file of `size` bytes, all reserved, that has no name yet.
+class NewFile:
+    """A file that is being made, which has no name that a process would open."""
 
-    Raises `SharedMemoryExhausted` where there is not enough room: a write to a page that tmpfs
-    cannot provide later would be a SIGBUS.
-    """
-    made = Descriptor.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR, _MODE)
+    def __init__(self, path: Path, size: int) -> None:
+        """Make a file of `size` bytes, all reserved, that is to be named `path`.
+
+        Raises `SharedMemoryExhausted` where there is not enough room: a write to a page that tmpfs
+        cannot provide later would be a SIGBUS.
+        """
+        self._path: Final = path
+        self._provisional: Path
+        self.fd: Final = self._create()
+        self._published = False
+        try:
+            os.fchmod(self.fd.fileno(), _MODE)  # gives back what the umask took away
+            _reserve(self.fd, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self) -> Descriptor:
+        while True:
+            token = secrets.token_hex(_TOKEN_SIZE)
+            self._provisional = self._path.with_name(f"{self._path.name}.{token}.new")
+            made = Descriptor.open(self._provisional, os.O_CREAT | os.O_EXCL | os.O_RDWR, _MODE)
+            if try_lock(made, PRESENCE_BYTE, True) and is_same(made, self._provisional):
+                return made
+            made.close()  # it was taken for a leftover before it was held
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give the file its name; `FileExistsError` if it is taken and not to be replaced."""
+        self.fd.fileno()  # raises where it was closed, as it is in a forked child
+        (os.replace if replace else rename_new)(self._provisional, self._path)
+        self._published = True
+
+    def discard(self) -> None:
+        """Remove the file unless it was published; a forked child leaves its parent's alone."""
+        if not (self._published or self.fd.closed):
+            self._provisional.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Discard the file and close its descriptor."""
+        self.discard()
+        self.fd.close()
+
+
+def _reserve(fd: Descriptor, size: int) -> None:
     try:
-        os.fchmod(made.fileno(), _MODE)  # gives back what the umask took away
-        os.posix_fallocate(made.fileno(), 0, size)
+        os.posix_fallocate(fd.fileno(), 0, size)
     except OSError as error:
-        made.close()
         if error.errno != errno.ENOSPC:
             raise
         room = os.statvfs(SHM_DIR)
         raise SharedMemoryExhausted(size, room.f_bavail * room.f_frsize, str(SHM_DIR)) from error
-    return made
+
+
+def provisional_paths(prefix: str) -> list[Path]:
+    """The files whose names begin so and that are being made, or that a killed creator left."""
+    with os.scandir(SHM_DIR) as entries:
+        return [
+            SHM_DIR / entry.name
+            for entry in entries
+            if entry.name.startswith(prefix) and _PROVISIONAL.search(entry.name)
+        ]
 
 
 def map_shared(fd: Descriptor, size: int) -> Memory:
@@ -68,21 +124,12 @@ def map_shared(fd: Descriptor, size: int) -> Memory:
     return Memory(fd, size)
 
 
-def link(fd: Descriptor, path: Path) -> None:
-    """Give a file a name; `FileExistsError` if it is taken."""
-    shm = Descriptor.open(SHM_DIR, os.O_PATH | os.O_DIRECTORY)
-    try:
-        # os.link follows the symbolic link, as it must here, only beside a directory descriptor.
-        source = f"/proc/self/fd/{fd.fileno()}"
-        os.link(source, path, src_dir_fd=shm.fileno(), follow_symlinks=True)
-    finally:
-        shm.close()
-
-
-def unlink(fd: Descriptor, path: Path) -> None:
-    """Remove the name `path` if it still names this file."""
-    if is_same(fd, path):
+def unlink(fd: Descriptor, path: Path) -> bool:
+    """Remove the name `path` if it still names this file; whether it did."""
+    named = is_same(fd, path)
+    if named:
         path.unlink(missing_ok=True)
+    return named
 
 
 def is_same(fd: Descriptor, path: str | Path) -> bool:

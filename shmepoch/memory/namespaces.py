@@ -48,5 +48,10 @@ def _is_mine(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def name_prefix(namespace: str) -> str:
+    """How the name of every file of a namespace begins, and no other's: it contains no period."""
+    return f"shmepoch.{namespace}."
+
+
 def segment_name(namespace: str, session_id: SessionId) -> str:
-    return f"shmepoch.{namespace}.{session_id.bytes.hex()}"
+    return f"{name_prefix(namespace)}{session_id.bytes.hex()}"

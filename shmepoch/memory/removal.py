@@ -1,13 +1,15 @@
-"""How a segment loses its name: by its owner, or by whoever finds that nobody uses it."""
+"""How a segment loses its name without its owner, and how half-made files are removed."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from shmepoch._native import PRESENCE_BYTE, RUNTIME_BYTE, Descriptor, try_lock
+from shmepoch._native import PRESENCE_BYTE, RUNTIME_BYTE, try_lock
+from shmepoch.errors import SegmentForeign
 from shmepoch.ids import SessionId
-from shmepoch.memory.files import is_same, open_owned
-from shmepoch.memory.namespaces import segment_path
+from shmepoch.memory.files import open_owned, provisional_paths, unlink
+from shmepoch.memory.namespaces import name_prefix, segment_path
 
 
 def remove_unused(namespace: str, session_id: SessionId) -> bool:
@@ -16,45 +18,35 @@ def remove_unused(namespace: str, session_id: SessionId) -> bool:
     Safe against any attach: an attachment holds the presence byte shared before it looks at the
     name a last time, and this holds it exclusively.
     """
-    path = segment_path(namespace, session_id)
-    try:
-        opened = open_owned(path)
-    except FileNotFoundError:
-        return False
-    try:
-        if not try_lock(opened, PRESENCE_BYTE, False):
-            return False
-        return remove(opened, path)
-    finally:
-        opened.close()
+    return _remove_if_free(segment_path(namespace, session_id), PRESENCE_BYTE)
 
 
 def abandon(namespace: str, session_id: SessionId) -> bool:
     """Remove a session's segment whatever is in it, unless it has a live runtime; whether it was
     removed. A process that has it attached keeps the memory, and finds that the name is gone."""
-    path = segment_path(namespace, session_id)
+    return _remove_if_free(segment_path(namespace, session_id), RUNTIME_BYTE)
+
+
+def remove_leftovers(namespace: str) -> None:
+    """Remove the files that creators of this namespace left half-made when they were killed.
+
+    A creator holds its file's presence byte, or has not looked yet whether the file is there still.
+    """
+    try:
+        paths = provisional_paths(name_prefix(namespace))
+    except OSError:
+        return  # without shared memory there is none; making a segment says so
+    for path in paths:
+        with contextlib.suppress(OSError, SegmentForeign):  # another user's, or no regular file
+            _remove_if_free(path, PRESENCE_BYTE)
+
+
+def _remove_if_free(path: Path, byte: int) -> bool:
     try:
         opened = open_owned(path)
     except FileNotFoundError:
         return False
     try:
-        return try_lock(opened, RUNTIME_BYTE, False) and remove(opened, path)
+        return try_lock(opened, byte, False) and unlink(opened, path)
     finally:
         opened.close()
-
-
-def remove(fd: Descriptor, path: Path) -> bool:
-    """Remove a segment's name, if it is still this file's; whether it was. The caller is its owner,
-    or holds a lock that keeps owners out."""
-    if not is_same(fd, path):
-        return False
-    # Of a runtime that was killed while it replaced this one. It goes first, as long as the name
-    # keeps others from making a segment and a replacement of that.
-    replacement(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return True
-
-
-def replacement(path: Path) -> Path:
-    """Where a segment lies for the moment before it takes over an old one's name."""
-    return path.with_name(f"{path.name}.new")

@@ -44,18 +44,17 @@ from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.claims import Claim, Listed, claim, claims_after_fork, lose_claims
 from shmepoch.memory.files import (
     SHM_DIR,
-    create_unnamed,
+    NewFile,
     is_same,
-    link,
     map_shared,
     open_held,
+    unlink,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
 from shmepoch.memory.header import Header, read_header, write_header
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.namespaces import segment_name, segment_path
 from shmepoch.memory.participants import Participants, Role
-from shmepoch.memory.removal import remove, replacement
 from shmepoch.memory.waiting import AsyncWaits, LocalWaits, Waiters
 
 _log = logging.getLogger(__name__)
@@ -239,14 +238,15 @@ class SharedSegment(Segment):
         memory: Memory,
         header: Header,
         *,
-        published: bool,
+        new: NewFile | None = None,
     ) -> None:
         self.namespace: Final = namespace
         self.name = name
         super().__init__(memory, header)
         self.witness: Final = header.witness
         self.carrier = self._descriptor = descriptor
-        self._published = published
+        #: None once it has its name.
+        self._new = new
         #: Reentrant: a signal handler may use the epoch in the middle of its first use.
         self._attaching = threading.RLock()
         self._open(self._make_writer())
@@ -266,30 +266,25 @@ class SharedSegment(Segment):
         now, because a write to a page that tmpfs cannot provide later is a SIGBUS.
         """
         layout = Layout(config)
-        descriptor = create_unnamed(layout.size)
+        new = NewFile(segment_path(namespace, session_id), layout.size)
         try:
-            memory = map_shared(descriptor, layout.size)
+            memory = map_shared(new.fd, layout.size)
             header = write_header(memory, layout, session_id, epoch_id)
-            try_lock(descriptor, at.PRESENCE_BYTE, True)
             name = segment_name(namespace, session_id)
-            return cls(namespace, name, descriptor, memory, header, published=False)
+            return cls(namespace, name, new.fd, memory, header, new=new)
         except BaseException:
-            descriptor.close()
+            new.close()
             raise
 
     def publish(self, *, replace: bool = False) -> None:
         """Give the segment its name; `SegmentExists` if it is taken and not to be replaced."""
-        target = self.path
-        if replace:
-            target = replacement(self.path)
-            target.unlink(missing_ok=True)
+        if self._new is None:
+            raise SegmentExists(self.name)
         try:
-            link(self._descriptor, target)
+            self._new.publish(replace=replace)
         except FileExistsError:
             raise SegmentExists(self.name) from None
-        if replace:
-            target.rename(self.path)
-        self._published = True
+        self._new = None
 
     @classmethod
     def attach(cls, namespace: str, session_id: SessionId) -> SharedSegment:
@@ -332,7 +327,7 @@ class SharedSegment(Segment):
             if require is not None:
                 require(header)
             memory = memory or map_shared(descriptor, size)
-            return cls(namespace, name, descriptor, memory, header, published=True)
+            return cls(namespace, name, descriptor, memory, header)
         except BaseException:
             descriptor.close()
             raise
@@ -429,7 +424,7 @@ class SharedSegment(Segment):
         that all of them hear of it, and those that wait come free.
         """
         # The name first: a removal in good order has sealed the epoch before.
-        nameless = self._published and os.fstat(self.fd).st_nlink == 0
+        nameless = self._new is None and os.fstat(self.fd).st_nlink == 0
         if nameless and not self.ended:
             self.memory.store(at.STATE_AT, at.GONE)
             self.waiters.notify()
@@ -437,7 +432,7 @@ class SharedSegment(Segment):
 
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
-        remove(self._descriptor, self.path)
+        unlink(self._descriptor, self.path)
 
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
@@ -449,6 +444,8 @@ class SharedSegment(Segment):
         if self.attached and self.participant:
             self._participants_of(self._descriptor).leave(self.participant)
         lose_claims(self)
+        if self._new is not None:
+            self._new.discard()
         self._descriptor.close(left_error)
         self.participant = 0
 

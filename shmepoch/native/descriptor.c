@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 bool
@@ -394,7 +395,36 @@ native_leave_inherited(PyObject *module, PyObject *Py_UNUSED(ignored))
     return left ? Py_NewRef(Py_None) : NULL;
 }
 
+/* rename_new(source, target): give a file the name `target` instead of its own, in one step, unless that
+ * is taken. A hard link and a removal would do it in two, and a process killed between them would leave
+ * a file of two names: that a file lost its name is noticed by their number. */
+static PyObject *
+native_rename_new(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *source_path, *target_path, *source = NULL, *target = NULL, *renamed = NULL;
+    if (!PyArg_ParseTuple(args, "OO:rename_new", &source_path, &target_path)
+        || !PyUnicode_FSConverter(source_path, &source)
+        || !PyUnicode_FSConverter(target_path, &target)) {
+        goto done;
+    }
+    /* By its number: not every C library has a function for it. */
+    const unsigned int no_replace = 1; /* RENAME_NOREPLACE of linux/fs.h */
+    if (syscall(SYS_renameat2, AT_FDCWD, PyBytes_AsString(source), AT_FDCWD, PyBytes_AsString(target),
+                no_replace)
+        == 0) {
+        renamed = Py_NewRef(Py_None);
+    }
+    else {
+        PyErr_SetFromErrnoWithFilenameObjects(PyExc_OSError, source_path, target_path);
+    }
+done:
+    Py_XDECREF(source);
+    Py_XDECREF(target);
+    return renamed;
+}
+
 PyMethodDef descriptor_functions[] = {
+    {"rename_new", (PyCFunction)native_rename_new, METH_VARARGS, NULL},
     {"leave_inherited", (PyCFunction)native_leave_inherited, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

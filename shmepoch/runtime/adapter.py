@@ -26,6 +26,7 @@ from shmepoch.errors import (
 from shmepoch.ids import SessionId
 from shmepoch.memory.bells import remove_unused_bells
 from shmepoch.memory.namespaces import resolve_namespace
+from shmepoch.memory.removal import remove_leftovers
 from shmepoch.runtime.durability import Durability
 from shmepoch.runtime.observing import observe_session
 from shmepoch.runtime.opening import EpochOpener
@@ -89,6 +90,7 @@ class RuntimeSessionAdapter:
         self._supervisor: Supervisor | None = None
         self._pid: Final = os.getpid()
         self._closed = False
+        remove_leftovers(self._namespace)
 
     @classmethod
     def ephemeral(
@@ -226,6 +228,7 @@ class RuntimeSessionAdapter:
         finally:
             self._give_up_all()
         remove_unused_bells(self._namespace)
+        remove_leftovers(self._namespace)
 
     def __enter__(self) -> Self:
         return self

@@ -29,7 +29,7 @@ from shmepoch.errors import SharedMemoryExhausted
 from shmepoch.memory import bells as bells_module
 from shmepoch.memory import waiting as waiting_module
 from shmepoch.memory.bells import Bells, bells_path, remove_unused_bells
-from shmepoch.memory.files import SHM_DIR, map_shared, open_owned
+from shmepoch.memory.files import SHM_DIR, NewFile, map_shared, open_owned
 from tests.processes.children import Channel, start, wait_until
 from tests.runtime.completions import TOOL, end
 from tests.support import eventually
@@ -355,11 +355,11 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
 def test_a_wait_without_room_for_a_page_looks_by_itself(
     bindings: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(size: int) -> int:
+    def no_room(path: Path, size: int) -> NewFile:
         raise SharedMemoryExhausted(size, 0, str(SHM_DIR))
 
     with monkeypatch.context() as full:
-        full.setattr(bells_module, "create_unnamed", no_room)
+        full.setattr(bells_module, "NewFile", no_room)
         run(_one_more(bindings, 0))
         assert not bells_path(namespace).exists()
         run(_one_more(bindings, 1))
@@ -447,7 +447,11 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
 
 # --- stopped or killed between any two steps ------------------------------------------------------
 
-STEPS = ("open_owned", "create_unnamed", "link", "map_shared", "try_lock", "unlink")
+STEPS = ("open_owned", "NewFile", "publish", "map_shared", "try_lock", "unlink")
+
+
+def owner_of(step: str) -> Any:
+    return NewFile if step == "publish" else bells_module
 
 
 def stand_still() -> None:
@@ -459,7 +463,8 @@ def listen_and_stop(
     bindings: SessionRuntimeBindings, test: Channel, step: str, after: bool, times: int
 ) -> None:
     """Listen, and stop listening; stand still before or after a step of it."""
-    do, left = getattr(bells_module, step), times
+    owner = owner_of(step)
+    do, left = getattr(owner, step), times
 
     def stop_there(*args: object) -> object:
         nonlocal left
@@ -471,7 +476,7 @@ def listen_and_stop(
             stand_still()
         return done
 
-    setattr(bells_module, step, stop_there)
+    setattr(owner, step, stop_there)
     position = asyncio.run(advanced(bindings))
     Bells.of(bindings.shared_segment().namespace).stop()
     test.say(position)
@@ -543,7 +548,8 @@ def open_files() -> list[str]:
 def test_a_child_that_is_forked_while_a_thread_joins_waits_for_itself(
     bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
-    do, reached, go_on = getattr(bells_module, step), threading.Event(), threading.Event()
+    owner = owner_of(step)
+    do, reached, go_on = getattr(owner, step), threading.Event(), threading.Event()
 
     def wait_there(*args: object) -> object:
         def pause() -> None:
@@ -558,7 +564,7 @@ def test_a_child_that_is_forked_while_a_thread_joins_waits_for_itself(
             if after:
                 pause()
 
-    monkeypatch.setattr(bells_module, step, wait_there)
+    monkeypatch.setattr(owner, step, wait_there)
 
     async def wait() -> None:
         waiting = asyncio.ensure_future(advanced(bindings))

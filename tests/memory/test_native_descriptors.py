@@ -6,8 +6,6 @@ import itertools
 import os
 import signal
 import stat
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +19,12 @@ from shmepoch._native import (
     WriterLock,
     is_locked,
     leave_inherited,
+    rename_new,
     try_lock,
     unlock,
 )
 from tests.memory.private import Room
+from tests.support import in_a_child
 
 SIZE: Final = 4096
 #: The mode of a file that no other user may open.
@@ -199,20 +199,6 @@ def test_a_descriptor_takes_over_another(path: Path) -> None:
     assert not is_locked(three, 3)
 
 
-def in_a_child(act: Callable[[], object]) -> None:
-    """Do this in a forked child, which has to succeed."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
 def test_a_child_leaves_what_it_inherited_to_its_parent(path: Path) -> None:
     """However it is closed there, also beside memory that is mapped through it."""
     path.write_bytes(bytes(SIZE))
@@ -265,6 +251,23 @@ def test_what_a_child_left_ends_with_its_parent(path: Path) -> None:
     os.kill(child, signal.SIGKILL)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_file_takes_a_name_that_is_free_only(tmp_path: Path) -> None:
+    one, two, name = (tmp_path / each for each in ("one", "two", "name"))
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    rename_new(one, name)
+    assert (one.exists(), name.read_bytes(), name.stat().st_nlink) == (False, b"1", 1)
+    with pytest.raises(FileExistsError) as taken:
+        rename_new(two, str(name))
+    assert (taken.value.filename, taken.value.filename2) == (two, str(name))
+    assert (two.read_bytes(), name.read_bytes()) == (b"2", b"1")
+    with pytest.raises(FileNotFoundError):
+        rename_new(one, tmp_path / "other")
+    for paths in ((1, name), (two, None), (two,), (two, "a\0b")):
+        with pytest.raises((TypeError, ValueError)):
+            rename_new(*paths)
 
 
 def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -29,9 +30,9 @@ from shmepoch.memory import files
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.namespaces import list_sessions, resolve_namespace, segment_path
 from shmepoch.memory.participants import Role
-from shmepoch.memory.removal import remove_unused
+from shmepoch.memory.removal import remove_leftovers, remove_unused
 from shmepoch.memory.segment import Segment, SharedSegment
-from tests.support import eventually, held_writer, is_free, mappings, names_in
+from tests.support import eventually, held_writer, in_a_child, is_free, mappings, names_in
 
 Allocate = Callable[..., SharedSegment]
 
@@ -104,22 +105,45 @@ def attach_large(namespace: str) -> Iterator[Callable[[], SharedSegment]]:
 # --- made and named ---------------------------------------------------------------------------
 
 
-def test_a_segment_has_no_name_before_it_is_published(namespace: str, allocate: Allocate) -> None:
+def test_no_process_finds_a_segment_before_it_is_published(
+    namespace: str, allocate: Allocate
+) -> None:
     segment = allocate()
-    assert names_in(namespace) == []
+    assert list(list_sessions(namespace)) == []
     with pytest.raises(FileNotFoundError):
         SharedSegment.attach(namespace, segment.session_id)
     assert not remove_unused(namespace, segment.session_id)
     segment.publish()
     assert names_in(namespace) == [segment.name]
     assert segment.path == segment_path(namespace, segment.session_id)
+    with pytest.raises(SegmentExists):
+        segment.publish()
 
 
 def test_a_segment_that_was_never_published_leaves_nothing(
     namespace: str, allocate: Allocate
 ) -> None:
-    allocate().close()
+    segment = allocate()
+    assert len(names_in(namespace)) == 1
+    segment.close()
     assert names_in(namespace) == []
+    with pytest.raises(BindingsClosed):
+        segment.publish()
+
+
+def test_a_child_leaves_the_segment_that_its_parent_makes(
+    namespace: str, allocate: Allocate
+) -> None:
+    segment = allocate()
+
+    def child() -> None:
+        with pytest.raises(ValueError, match="closed"):
+            segment.publish()
+        segment.close()
+
+    in_a_child(child)
+    segment.publish()
+    assert names_in(namespace) == [segment.name]
 
 
 def test_a_second_segment_of_a_session_is_refused_the_name(
@@ -175,14 +199,58 @@ def test_the_name_is_never_missing_while_it_is_replaced(
     assert failures == []
 
 
-def test_a_replacement_that_was_left_half_way_is_no_obstacle(
+def test_leftovers_are_removed_and_nothing_else(
     namespace: str, segment: SharedSegment, allocate: Allocate
 ) -> None:
-    """A runtime was killed between linking a replacement and renaming it."""
-    left = segment.path.with_name(f"{segment.name}.new")
-    left.touch(mode=0o600)
-    assert list(list_sessions(namespace)) == [segment.session_id]
-    allocate(segment.session_id).publish(replace=True)
+    made = allocate()
+    path = SHM_DIR / f"{segment.name}.{'0' * 16}.new"
+    others = [
+        path.with_name(f"{segment.name}.new"),
+        path.with_name(f"x{path.name}"),
+        path.with_name(path.name.replace(namespace, f"{namespace}x")),
+    ]
+    directory = path.with_name(f"{segment.name}.{'1' * 16}.new")
+    wide = path.with_name(f"{segment.name}.{'2' * 16}.new")
+    try:
+        for file in (path, wide, *others):
+            file.touch(mode=0o600)
+        wide.chmod(0o644)
+        directory.mkdir()
+        assert list(list_sessions(namespace)) == [segment.session_id]
+        remove_leftovers(namespace)
+        assert not path.exists()
+        assert all(file.exists() for file in (directory, wide, *others))
+        made.publish()
+        segment.attach(namespace, segment.session_id).close()
+    finally:
+        directory.rmdir()
+        for file in (path, wide, *others):
+            file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_creator_whose_file_is_taken_for_a_leftover_makes_another(
+    namespace: str, allocate: Allocate, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal comes before it holds the file, and may be in the middle then."""
+    with ExitStack() as stack:
+
+        def try_lock_late(fd: Descriptor, byte: int, shared: bool) -> bool:
+            monkeypatch.setattr(files, "try_lock", try_lock)
+            if held:
+                [name] = names_in(namespace)
+                other = files.open_owned(SHM_DIR / name)
+                stack.callback(other.close)
+                assert try_lock(other, byte, False)
+                stack.callback(os.unlink, SHM_DIR / name)
+            else:
+                remove_leftovers(namespace)
+            return try_lock(fd, byte, shared)
+
+        monkeypatch.setattr(files, "try_lock", try_lock_late)
+        segment = allocate()
+    remove_leftovers(namespace)
+    segment.publish()
     assert names_in(namespace) == [segment.name]
 
 

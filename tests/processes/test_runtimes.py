@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +25,11 @@ from shmepoch import (
     SessionId,
     SessionRuntimeBindings,
     Terminated,
+    list_sessions,
 )
+from shmepoch._native import rename_new
+from shmepoch.memory import files
+from shmepoch.memory import segment as segments
 from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start
 from tests.processes.workloads import obeys_the_feed, one_entry_each, work_for_ever
@@ -186,12 +190,11 @@ def killed_in(
     def die(*args: object, **kwargs: object) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    owner = Path if method == "rename" else SharedSegment
-    setattr(owner, method, die)
+    setattr(os if method == "replace" else SharedSegment, method, die)
     act(adapter)
 
 
-@pytest.mark.parametrize("at", ["publish", "rename"])
+@pytest.mark.parametrize("at", ["publish", "replace"])
 def test_killed_in_a_reset(namespace: str, at: str) -> None:
     session_id = SessionId.new()
     act: Any = lambda adapter: adapter.reset_session(session_id)  # noqa: E731
@@ -208,21 +211,6 @@ def test_killed_in_a_reset(namespace: str, at: str) -> None:
     assert names_in(namespace) == []
 
 
-def test_killed_in_a_reset_and_ended_after_that(namespace: str) -> None:
-    """The replacement that was not renamed goes with the segment that it did not replace."""
-    session_id = SessionId.new()
-    act: Any = lambda adapter: adapter.reset_session(session_id)  # noqa: E731
-    with start(killed_in, None, namespace, session_id, "rename", act) as first:
-        first.hear()
-        first.join()
-    assert len(names_in(namespace)) == 2
-    with contextlib.ExitStack() as stack:
-        segment = SharedSegment.attach(namespace, session_id)
-        stack.callback(segment.close)
-        segment.unlink()
-    assert names_in(namespace) == []
-
-
 def test_killed_in_an_unregister(namespace: str) -> None:
     session_id = SessionId.new()
     act: Any = lambda adapter: adapter.unregister_session(session_id)  # noqa: E731
@@ -235,19 +223,58 @@ def test_killed_in_an_unregister(namespace: str) -> None:
 
 
 def killed_while_making(
-    bindings: None, test: Channel, namespace: str, session_id: SessionId
+    bindings: None, test: Channel, namespace: str, session_id: SessionId, owner: Any, step: str
 ) -> None:
     """A runtime that is killed before its new segment has a name."""
 
     def die(*args: object, **kwargs: object) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(SharedSegment, "publish", die)  # noqa: B010
+    setattr(owner, step, die)
     RuntimeSessionAdapter.ephemeral(namespace=namespace).prepare_bindings(session_id)
 
 
-def test_killed_while_making_an_epoch(namespace: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (files, "try_lock"),
+        (files, "is_same"),
+        (os, "posix_fallocate"),
+        (segments, "write_header"),
+        (files, "rename_new"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_killed_while_making_an_epoch(namespace: str, owner: Any, step: str) -> None:
     session_id = SessionId.new()
-    with start(killed_while_making, None, namespace, session_id) as child:
+    with start(
+        killed_while_making, None, namespace, session_id, owner, step, method="fork"
+    ) as child:
         assert child.join() == -signal.SIGKILL
-    assert names_in(namespace) == []
+    assert len(names_in(namespace)) == 1
+    assert list_sessions(namespace=namespace) == []
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace):
+        assert names_in(namespace) == []
+
+
+def make_and_stand_still(bindings: None, test: Channel, namespace: str) -> None:
+    """A runtime that stands still before its new segment has a name."""
+
+    def stand_still(*paths: Path) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        rename_new(*paths)
+
+    setattr(files, "rename_new", stand_still)  # noqa: B010
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
+        bindings_made = adapter.prepare_bindings(SessionId.new())
+        test.say(names_in(namespace) == [bindings_made.shared_segment().name])
+        adapter.unregister_session(bindings_made.session_id)
+
+
+def test_what_a_live_runtime_makes_is_no_leftover(namespace: str) -> None:
+    with start(make_and_stand_still, None, namespace, method="fork") as child:
+        eventually(child.stopped)
+        with RuntimeSessionAdapter.ephemeral(namespace=namespace):
+            assert len(names_in(namespace)) == 1
+        child.signal(signal.SIGCONT)
+        assert child.hear()

@@ -399,15 +399,6 @@ def test_a_damaged_segment_is_removed_too(namespace: str) -> None:
     assert list_sessions() == []
 
 
-def test_a_replacement_that_was_left_goes_with_its_segment(namespace: str) -> None:
-    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
-        bindings = adapter.prepare_bindings(SessionId.new())
-        path = bindings.shared_segment().path
-    path.with_name(f"{path.name}.new").touch(0o600)
-    assert remove_unused(bindings.session_id)
-    assert names_in(namespace) == []
-
-
 def test_a_name_that_is_another_files_by_now_is_left_alone(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ from shmepoch import (
 from shmepoch import _native as at
 from shmepoch._native import Epoch
 from shmepoch.memory import segment as segments
+from shmepoch.memory.files import NewFile
 from shmepoch.memory.namespaces import segment_path
 from shmepoch.memory.participants import Participants
 from shmepoch.memory.segment import SharedSegment
@@ -204,23 +205,6 @@ def test_an_epoch_that_another_runtime_has_gone_on_with_is_not_recovered(
         eventually(lambda: store.last_seq(bindings.epoch_id) == feed.watermark())
         second.unregister_session(session_id)
     assert files(namespace) == []
-
-
-def test_the_replacement_of_another_runtime_is_left_alone(
-    adapter: RuntimeSessionAdapter, namespace: str
-) -> None:
-    """What is removed late is only what belongs to the segment that still had the name."""
-    session_id = SessionId.new()
-    old = adapter.prepare_bindings(session_id).shared_segment()
-    held = SharedSegment.attach(namespace, session_id)
-    adapter.reset_session(session_id)
-    replacement = old.path.with_name(f"{old.name}.new")
-    replacement.touch(0o600)
-    held.unlink()
-    assert replacement.exists()
-    held.close()
-    adapter.unregister_session(session_id)
-    assert names_in(namespace) == []
 
 
 # --- one session does not hold up another -----------------------------------------------------
@@ -394,10 +378,10 @@ def no_write() -> StoreWriteFailed:
 
 
 REASONS: dict[str, Reason] = {
-    "no room": refuse(segments, "create_unnamed", lambda: SharedMemoryExhausted(1, 0, "/dev/shm")),
+    "no room": refuse(segments, "NewFile", lambda: SharedMemoryExhausted(1, 0, "/dev/shm")),
     "no participant slot": refuse(Participants, "join", lambda: ParticipantsExhausted(1, "full")),
     "no supervision": refuse(RuntimeSessionAdapter, "_supervise", no_thread),
-    "no name": refuse(segments, "link", lambda: OSError(28, "no space left")),
+    "no name": refuse(NewFile, "publish", lambda: OSError(28, "no space left")),
     "no look": refuse(EpochSupervisor, "settle", lambda: SegmentCorrupted("x", "x", 0, 1)),
     "no channel": refuse(Durability, "follow", no_thread),
     "no load": refuse(
