@@ -19,6 +19,7 @@ from bench.measures import (
     idle,
     imports,
     operations,
+    peers,
     segments,
     streams,
     wakes,
@@ -49,6 +50,7 @@ GROUPS: Final = {
     # A sample spans several checkpoints of SQLite's log, one every thousand pages. With fewer
     # operations most samples had none, and their median forgot what the others paid.
     "operations": Group(operations.measures, Effort(11, 2_000), Effort(3, 1_000)),
+    "peers": Group(peers.measures, Effort(11, 1_000), Effort(3, 500)),
     "streams": Group(streams.measures, Effort(11, 4_000), Effort(3, 2_000)),
     "segments": Group(segments.measures, Effort(25, 300), Effort(7, 100)),
     "growth": Group(growth.measures, Effort(5, 10_000), Effort(3, 10_000)),

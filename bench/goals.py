@@ -98,6 +98,12 @@ GOALS = (
         1.0,
     ),
     Goal(
+        "operation beside a busy process: p90 within 2 times of one that only writes",
+        "operation, p90, beside a writer whose process has a busy thread",
+        ("beside a writer alone",),
+        1 / 2,
+    ),
+    Goal(
         "completion stream, one by one: ahead of Redis and SQLite",
         _STREAM,
         ("Redis stream, one by one", "SQLite, normal, 1 a commit"),
