@@ -18,6 +18,7 @@ from bench.measures import (
     growth,
     idle,
     imports,
+    memory,
     operations,
     peers,
     segments,
@@ -55,6 +56,7 @@ GROUPS: Final = {
     "segments": Group(segments.measures, Effort(25, 300), Effort(7, 100)),
     "growth": Group(growth.measures, Effort(5, 10_000), Effort(3, 10_000)),
     "ages": Group(growth.ages, Effort(11, 1_000_000), Effort(3, 10_000)),
+    "memory": Group(memory.measures, Effort(3, 1), Effort(3, 1)),
     "imports": Group(imports.measures, Effort(15, 1), Effort(5, 1)),
     "idle": Group(idle.measures, Effort(5, 20), Effort(3, 5)),
 }

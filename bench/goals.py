@@ -157,6 +157,24 @@ GOALS = (
         )
     ),
     Goal(
+        "an epoch of the default size: at most half a megabyte",
+        "shared memory of an epoch of the default size",
+        ("half a megabyte",),
+        1.0,
+    ),
+    Goal(
+        "an epoch of the smallest size: at most 32 KB",
+        "shared memory of an epoch of the smallest size",
+        ("32 KB",),
+        1.0,
+    ),
+    Goal(
+        "64 MB of shared memory hold 120 sessions of the default size",
+        "64 MB of shared memory, for each session they hold",
+        ("120 sessions",),
+        1.0,
+    ),
+    Goal(
         "import: within numpy's own and 25 ms",
         "start a process that imports",
         ("numpy, and 25 ms",),

@@ -21,6 +21,11 @@ class Contestant:
     caveat: str = ""
 
 
+def goal(name: str, figure: float) -> Contestant:
+    """What was set out for, which others are held against as if it had been measured."""
+    return Contestant(name, lambda: figure, "what is wanted")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Somebody who could do the job, and why it is not measured."""

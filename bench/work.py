@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from typing import Final
 
 from shmepoch import (
     OperationId,
@@ -14,6 +15,11 @@ from shmepoch import (
     RuntimeSessionAdapter,
     SessionId,
     SessionRuntimeBindings,
+)
+
+#: Room for ten thousand of them on a machine.
+LITTLE: Final = OpsLifecycleConfig(
+    max_completed=1, max_operations=1, feed_bytes=8192, max_participants=4
 )
 
 

@@ -17,8 +17,8 @@ from bench.harness import Contestant, Measure, Sample
 from bench.loops import calls, rising
 from bench.measures import wakes
 from bench.processes import APART
-from bench.work import epoch, operate
-from shmepoch import OpsLifecycleConfig, RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
+from bench.work import LITTLE, epoch, operate
+from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
 from shmepoch.memory.namespaces import list_sessions
 from shmepoch.memory.segment import SharedSegment
 
@@ -27,10 +27,6 @@ _SIZES: Final = (1, 100, 1_000, 10_000)
 _SAMPLES: Final = 5
 _AGES: Final = (1_000, 10_000, 100_000, 1_000_000)
 _CONTENT: Final = "x" * 100
-#: Room for ten thousand of them on a machine.
-_LITTLE: Final = OpsLifecycleConfig(
-    max_completed=1, max_operations=1, feed_bytes=8192, max_participants=4
-)
 
 #: Measure and unit, by what is looked at in each population.
 _FIGURES: Final = {
@@ -39,7 +35,6 @@ _FIGURES: Final = {
     "advance": ("advance, among others", "s"),
     "operation": ("operation, among others", "s"),
     "wake": ("wake round trip, separate cores, among others", "s"),
-    "memory": ("shared memory of an epoch of the smallest size", "B"),
 }
 
 
@@ -103,7 +98,7 @@ def _grow(sizes: list[int]) -> dict[tuple[str, int], float]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     found: dict[tuple[str, int], float] = {}
     namespace = f"bench-{os.getpid()}-many"
-    with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=_LITTLE) as adapter:
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=LITTLE) as adapter:
         epochs: list[SessionRuntimeBindings] = []
         try:
             for size in sizes:
@@ -131,7 +126,6 @@ def _look(namespace: str, epochs: list[SessionRuntimeBindings]) -> Iterator[tupl
     began = perf_counter()
     found = sum(1 for _ in list_sessions(namespace))
     yield "list", (perf_counter() - began) / found
-    yield "memory", os.fstat(first.shared_segment().fd).st_blocks * 512.0
 
 
 def _median(sample: Callable[[], float]) -> float:
