@@ -17,7 +17,7 @@ import posix_ipc
 
 from bench import floor
 from bench.contestants import SHMEPOCH
-from bench.harness import Contestant, Measure, Sample
+from bench.harness import Contestant, Measure, Sample, goal
 from bench.loops import calls
 from bench.work import epoch
 from shmepoch import (
@@ -89,6 +89,9 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
             ],
         )
     adapter = stack.enter_context(RuntimeSessionAdapter.ephemeral(namespace=namespace))
+    yield Measure(
+        "make a session", [Contestant(SHMEPOCH, _making(adapter, few)), goal("0.3 ms", 0.3e-3)]
+    )
     yield Measure(
         "make and end a session", [Contestant(SHMEPOCH, calls(partial(_make, adapter), few))]
     )
@@ -165,6 +168,22 @@ def _live_bare(size: int) -> tuple[float, float, float, float, float]:
     first.close()
     memory.close_fd()
     return made, published, attached, detached, unlinked
+
+
+def _making(adapter: RuntimeSessionAdapter, count: int) -> Sample:
+    """Seconds for one session, which is ended off the clock."""
+
+    def sample() -> float:
+        taken = 0.0
+        for _ in range(count):
+            session_id = SessionId.new()
+            began = perf_counter()
+            adapter.prepare_bindings(session_id)
+            taken += perf_counter() - began
+            adapter.unregister_session(session_id)
+        return taken / count
+
+    return sample
 
 
 def _make(adapter: RuntimeSessionAdapter) -> None:
