@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 
 from shmepoch._native import PRESENCE_BYTE, RUNTIME_BYTE, try_lock
-from shmepoch.errors import SegmentForeign
 from shmepoch.ids import SessionId
 from shmepoch.memory.files import open_owned, provisional_paths, unlink
 from shmepoch.memory.namespaces import name_prefix, segment_path
@@ -37,7 +36,7 @@ def remove_leftovers(namespace: str) -> None:
     except OSError:
         return  # without shared memory there is none; making a segment says so
     for path in paths:
-        with contextlib.suppress(OSError, SegmentForeign):  # another user's, or no regular file
+        with contextlib.suppress(OSError):  # another user's, or no regular file
             _remove_if_free(path, PRESENCE_BYTE)
 
 
