@@ -28,7 +28,6 @@ from typing import Final
 
 from shmepoch import _native as at
 from shmepoch._native import Descriptor, Memory, try_lock
-from shmepoch.errors import SegmentForeign
 from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory.files import (
@@ -202,7 +201,7 @@ class Bells:
                 page = self._try_join()
                 if page is not None:
                     break
-        except (OSError, SegmentForeign) as error:
+        except OSError as error:
             report_once("commits of other processes are heard late, by looking for them", error)
         self._heard = page or Memory.private(_SIZE)
         return self._heard
@@ -314,7 +313,7 @@ def remove_unused_bells(namespace: str) -> None:
     path = bells_path(namespace)
     try:
         fd = open_owned(path)
-    except (OSError, SegmentForeign):
+    except OSError:
         return
     try:
         _remove_if_unused(_map_page(fd), fd, path)

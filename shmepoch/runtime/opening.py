@@ -105,7 +105,9 @@ class EpochOpener:
                     self._durability.follow(bindings)
                 return self.renew(session_id, bindings, adopt)
             segment.join(Role.RUNTIME)
-            self._hand_over(bindings, adopt)
+            owned = EpochSupervisor(bindings)
+            owned.settle()  # of a new epoch, nobody can have left anything yet
+            self._hand_over(owned, adopt)
             undo.pop_all()
         _log.info("session %s: live epoch %s", session_id, segment.epoch_id)
         return bindings
@@ -176,7 +178,7 @@ class EpochOpener:
             if stored is not None and not self._is_current(session_id, stored):
                 raise SegmentExists(segment.name)
             bindings = SessionRuntimeBindings.of_segment(segment)
-            self._hand_over(bindings, adopt)
+            self._hand_over(EpochSupervisor(bindings), adopt)
             undo.pop_all()
         return bindings
 
@@ -189,9 +191,7 @@ class EpochOpener:
     def _is_current(self, session_id: SessionId, stored: PersistedOpsSnapshot) -> bool:
         return self._durability is None or self._durability.is_current(session_id, stored)
 
-    def _hand_over(self, bindings: SessionRuntimeBindings, adopt: Adopt) -> None:
-        owned = EpochSupervisor(bindings)
-        owned.settle()
+    def _hand_over(self, owned: EpochSupervisor, adopt: Adopt) -> None:
         if self._durability is not None:
-            self._durability.follow(bindings)
+            self._durability.follow(owned.bindings)
         adopt(owned)

@@ -257,8 +257,8 @@ def test_killed_while_making_an_epoch(namespace: str, owner: Any, step: str) -> 
         assert names_in(namespace) == []
 
 
-def make_and_stand_still(bindings: None, test: Channel, namespace: str) -> None:
-    """A runtime that stands still before its new segment has a name."""
+def make_and_stand_still(bindings: None, test: Channel, namespace: str) -> bool:
+    """A runtime that stands still before its new segment has a name; whether it got that."""
 
     def stand_still(*paths: Path) -> None:
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
@@ -266,9 +266,10 @@ def make_and_stand_still(bindings: None, test: Channel, namespace: str) -> None:
 
     setattr(files, "rename_new", stand_still)  # noqa: B010
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
-        bindings_made = adapter.prepare_bindings(SessionId.new())
-        test.say(names_in(namespace) == [bindings_made.shared_segment().name])
-        adapter.unregister_session(bindings_made.session_id)
+        segment = adapter.prepare_bindings(SessionId.new()).shared_segment()
+        named = names_in(namespace) == [segment.name]
+        adapter.unregister_session(segment.session_id)
+    return named
 
 
 def test_what_a_live_runtime_makes_is_no_leftover(namespace: str) -> None:
@@ -277,4 +278,4 @@ def test_what_a_live_runtime_makes_is_no_leftover(namespace: str) -> None:
         with RuntimeSessionAdapter.ephemeral(namespace=namespace):
             assert len(names_in(namespace)) == 1
         child.signal(signal.SIGCONT)
-        assert child.hear()
+        assert child.result()
