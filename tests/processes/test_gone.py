@@ -7,6 +7,7 @@ to that memory afterwards is heard of by none but those that are attached.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -32,8 +33,10 @@ from shmepoch import (
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.ids import RuntimeEpochId
+from shmepoch.memory import bells
+from shmepoch.memory.bells import Bells
 from shmepoch.memory.segment import SharedSegment
-from tests.epoch.deadline import run
+from tests.epoch.deadline import DEADLINE_S, run
 from tests.processes.children import Channel, start
 from tests.support import empty_shared_memory, eventually, held_writer, result, spec
 
@@ -71,6 +74,11 @@ def complete(bindings: SessionRuntimeBindings) -> None:
     bindings.ops_lifecycle.complete_operation(id, result(id))
 
 
+def wait_at_a_barrier(bindings: SessionRuntimeBindings, id: OperationId) -> None:
+    with contextlib.suppress(TimeoutError):
+        bindings.ops_lifecycle.wait_all(RunId.new(), [id], 0)
+
+
 def many(bindings: SessionRuntimeBindings) -> None:
     registry = bindings.ops_lifecycle
     specs = [spec() for _ in range(3)]
@@ -87,6 +95,7 @@ CHANGES: Final[dict[str, Callable[[SessionRuntimeBindings, OperationId], object]
         id, OperationProgressUpdate(message="on")
     ),
     "watch": lambda bindings, id: bindings.ops_lifecycle.register_watcher(id).close(),
+    "barrier": wait_at_a_barrier,
     "collect": lambda bindings, id: bindings.ops_lifecycle.collect_completed(),
     "terminate": lambda bindings, id: bindings.ops_lifecycle.terminate_owner("all"),
     "check": lambda bindings, id: bindings.ops_lifecycle.check(),
@@ -169,6 +178,29 @@ def test_those_that_wait_come_free(
         thread.join(60)
     assert [type(error) for error in found] == [EpochGone] * len(waits)
     loop.stop()
+
+
+def test_who_notices_it_wakes_those_that_wait(
+    doomed: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not have to look by themselves."""
+    monkeypatch.setattr(bells, "_RECHECK_NS", 10 * round(DEADLINE_S * 1e9))
+    listening = Bells.of(namespace)
+
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(advanced(doomed.ops_lifecycle.completion_feed()))
+        await asyncio.sleep(0)
+        eventually(lambda: listening._fd is not None)
+        doomed.shared_segment().path.unlink()
+        with pytest.raises(EpochGone):
+            doomed.shared_segment().require_name()
+        with pytest.raises(EpochGone):
+            await waiting
+
+    try:
+        run(wait())
+    finally:
+        listening.stop()
 
 
 async def advanced(feed: SegmentFeed) -> None:
