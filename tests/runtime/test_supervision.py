@@ -132,7 +132,7 @@ def test_what_the_dead_ran_is_ended_with_a_reason(
     assert list(outcomes) == ids
     for outcome in outcomes.values():
         assert isinstance(outcome, Terminated)
-        assert "worker process" in outcome.reason
+        assert f"ended without finishing it (worker process {os.getpid()})" in outcome.reason
     assert supervisor.look() == 0
     assert len(alone.participants()) == 2
 
@@ -227,7 +227,9 @@ def test_who_left_in_good_order_is_noticed_too(
     supervisor.look()
     one.leave()
     assert supervisor.look() == 1
-    assert list(ended(alone)) == [id]
+    [(ended_id, outcome)] = ended(alone).items()
+    assert ended_id == id
+    assert outcome == Terminated("the process that ran it ended without finishing it (it left)")
 
 
 def test_who_came_and_went_between_two_looks_is_noticed(
@@ -405,6 +407,25 @@ def test_an_epoch_whose_name_is_gone_is_lost(
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert str(path) in record.getMessage()
+
+
+def test_a_change_of_names_is_looked_at_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may have followed it that the directory's time does not show."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(supervision, "SHM_DIR", folder)
+    names = supervision._Names()
+
+    def looks() -> list[bool]:
+        return [names.may_have_changed() for _ in range(4)]
+
+    assert looks() == [True, True, False, False]
+    os.utime(folder, ns=(7, 7))
+    assert looks() == [True, True, False, False]
+    folder.rmdir()
+    assert looks() == [True, True, False, False]
 
 
 def test_an_epoch_that_was_sealed_may_lose_its_name(alone: SessionRuntimeBindings) -> None:
