@@ -25,11 +25,13 @@ from shmepoch import (
     SessionRuntimeBindings,
 )
 from shmepoch import _native as at
+from shmepoch._native import Memory
 from shmepoch.errors import SharedMemoryExhausted
 from shmepoch.memory import bells as bells_module
 from shmepoch.memory import waiting as waiting_module
 from shmepoch.memory.bells import Bells, bells_path, remove_unused_bells
 from shmepoch.memory.files import SHM_DIR, NewFile, map_shared, open_owned
+from shmepoch.memory.waiting import AsyncWait, LocalWaits
 from tests.processes.children import Channel, start, wait_until
 from tests.runtime.completions import TOOL, end
 from tests.support import eventually
@@ -402,13 +404,14 @@ def give_away(path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root gives files away")
     path.write_bytes(bytes(4096))
+    path.chmod(0o600)
     os.chown(path, 65534, 65534)
 
 
 IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.touch(0o600),
-    "short": lambda path: path.write_bytes(b"bells"),
-    "long": lambda path: path.write_bytes(b"bells" * 4096),
+    "short": lambda path: path.write_bytes(bytes(5)),
+    "long": lambda path: path.write_bytes(bytes(5 * 4096)),
     "noise": lambda path: path.write_bytes(b"\xff" * 4096),
     "sparse": put_sparse,
     "readable by others": lambda path: path.touch(0o644),
@@ -443,6 +446,19 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
     if path.is_dir():
         path.rmdir()
     path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("what", sorted(REPLACED))
+def test_what_is_no_page_is_replaced_by_one(
+    bindings: SessionRuntimeBindings, namespace: str, what: str
+) -> None:
+    """To use it would end well as long as there is room."""
+    path = bells_path(namespace)
+    IN_ITS_PLACE[what](path)
+    path.chmod(0o600)
+    with path.open("rb") as put:  # so that its number is not another file's
+        assert run(wait_and_end(bindings, 0, namespace)) != os.fstat(put.fileno()).st_ino
+    eventually(lambda: not path.exists())
 
 
 # --- stopped or killed between any two steps ------------------------------------------------------
@@ -782,6 +798,34 @@ def test_waits_that_the_garbage_collector_ends_block_nothing(
     if not private:
         eventually(lambda: not listeners())
         adapter.unregister_session(session)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_wait_that_ends_in_the_middle_of_an_addition_blocks_nothing(
+    namespace: str, private: bool
+) -> None:
+    waits = LocalWaits() if private else Bells(bells_path(namespace))
+
+    class Interrupted(set[AsyncWait]):
+        def add(self, wait: AsyncWait) -> None:
+            super().add(wait)
+            waits.discard(ended[0])  # as a finalizer does
+
+    ended: list[AsyncWait] = []
+    waits._waits = Interrupted()
+
+    async def wait() -> None:
+        memory = Memory.private(at.PAGE)
+        ended.append(AsyncWait(memory, 0))
+        added = AsyncWait(memory, 0)
+        waits.add(added)
+        waits.discard(added)
+        for each in (added, *ended):
+            each.end()
+
+    run(wait())
+    if isinstance(waits, Bells):
+        waits.stop()
 
 
 # --- coming and going -------------------------------------------------------------------------
