@@ -18,7 +18,7 @@ import pytest
 
 from shmepoch import _native as at
 from shmepoch.epoch.cursors import EpochCursorState
-from shmepoch.epoch.operations import OperationProgressUpdate
+from shmepoch.epoch.operations import OperationProgressUpdate, OperationStatus
 from shmepoch.errors import SegmentCorrupted
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory.participants import Role
@@ -32,7 +32,7 @@ from tests.epoch.damage import (
     make_calls,
     mutate,
 )
-from tests.epoch.operations import Registry, result, spec
+from tests.epoch.operations import Registry, reach, result, spec
 
 
 @dataclass
@@ -137,6 +137,33 @@ def test_an_id_that_is_not_that_of_its_fingerprint_is_found() -> None:
     with pytest.raises(SegmentCorrupted) as found:
         registry.check()
     assert found.value.field == "slot[0].fingerprint"
+
+
+@pytest.mark.parametrize("field", words_of_a_slot())
+def test_a_transition_that_finds_such_a_word_changes_nothing(field: str) -> None:
+    """Whatever the operation's status: each transition looks at the whole slot first."""
+    acts: tuple[tuple[OperationStatus, Callable[[Registry, OperationId], object]], ...] = (
+        (OperationStatus.PROVISIONING, Registry.provisioning_succeeded),
+        (OperationStatus.PROVISIONING, lambda r, id: r.register_operation(spec(id=id))),
+        (OperationStatus.RUNNING, partial(Registry.fail_operation, error="broke")),
+        (OperationStatus.RUNNING, lambda r, _: r.terminate_owner("ended")),
+        (OperationStatus.RUNNING, Registry.request_retire),
+        (OperationStatus.RETIRING, Registry.register_watcher),
+    )
+    for status, act in acts:
+        segment = Segment.private(CONFIG)
+        registry, memory = Registry(segment), segment.memory
+        id = reach(registry, status)
+        slot, _ = registry.locate(id).place
+        offset, value = words_of_a_slot()[field]
+        at_word = segment.layout.slot(slot) + offset
+        # Beyond its bound, and the status as it was.
+        memory.store(at_word, memory.load(at_word) | (4 if offset == at.SLOT_WORD else value))
+        before = bytes(memoryview(memory))
+        with pytest.raises(SegmentCorrupted) as found:
+            act(registry, id)
+        assert found.value.field == f"slot[{slot}].{field}"
+        assert bytes(memoryview(memory)) == before
 
 
 def test_a_skipped_range_that_is_wrong_is_named() -> None:
