@@ -117,6 +117,7 @@ def test_what_was_left_behind_is_repaired_first(left: str) -> None:
         (at.WATERMARK_AT, 2**63),
         (at.DROPPED_AT, 2),
         (at.COLLECTED_AT, 2),
+        (at.ORIGIN_AT, 2),
         (at.REGISTRATIONS_AT, 0),
         (at.REGISTRATIONS_AT, 99),
     ],
@@ -140,6 +141,16 @@ def test_words_that_contradict_each_other_stop_every_transition(offset: int, val
         with pytest.raises(SegmentCorrupted):
             act()
     assert segment.memory.read(0, segment.layout.size) == before
+
+
+def test_what_is_dropped_is_not_behind_the_whole_index() -> None:
+    segment, registry = epoch()
+    for n in range(segment.layout.entries + 1):
+        live(registry, n)
+    segment.memory.store(at.DROPPED_AT, 0)
+    with pytest.raises(SegmentCorrupted) as found:
+        registry.register_operation(spec())
+    assert found.value.field == "dropped_through"
 
 
 def test_none_starts_alone_though_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
