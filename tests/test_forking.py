@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +68,6 @@ def test_the_whole_library_asks_for_forks_in_one_place() -> None:
     import shmepoch  # every part of it, as it is used
 
     assert set(shmepoch.forking._parts) == set(Part)
+    [package] = map(Path, shmepoch.__path__)
+    asking = [path for path in package.rglob("*.py") if "register_at_fork" in path.read_text()]
+    assert asking == [package / "forking.py"]
