@@ -30,6 +30,7 @@ from shmepoch import (
 )
 from shmepoch.memory import bells, segment
 from shmepoch.memory.participants import Participants
+from shmepoch.runtime.supervision import Supervisor
 from tests.epoch.deadline import run
 from tests.processes.children import Channel, start
 from tests.support import eventually, result, spec
@@ -203,6 +204,21 @@ def no_bells_in(namespace: str) -> bool:
     """Whether the page of those that were killed is gone."""
     bells.remove_unused_bells(namespace)
     return not bells.bells_path(namespace).exists()
+
+
+def close_there(bindings: None, test: Channel, adapter: RuntimeSessionAdapter) -> None:
+    adapter.close()
+
+
+def test_closing_in_a_child_does_not_wait_for_a_supervision_that_begins(
+    bindings: SessionRuntimeBindings, namespace: str
+) -> None:
+    moment = Moment(Supervisor, "start", create)
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
+        with stopped_at(moment, adapter, bindings), start(close_there, None, adapter) as child:
+            child.result()
+        for session_id in list(adapter._sessions):
+            adapter.unregister_session(session_id)
 
 
 # --- barriers -------------------------------------------------------------------------------------
