@@ -188,12 +188,19 @@ def test_a_handler_attaches_in_the_middle_of_an_attach(
     token: str, attach: Callable[[str], SessionRuntimeBindings]
 ) -> None:
     before = descriptors()
-    inner: list[SessionRuntimeBindings] = []
-    for interrupt in interrupts(lambda: inner.append(attach(token))):
+    inner: list[tuple[SessionRuntimeBindings, RuntimeOpsLifecycleRegistry]] = []
+
+    def attach_within() -> None:
+        made = attach(token)
+        inner.append((made, made.ops_lifecycle))
+
+    for interrupt in interrupts(attach_within):
         outer: list[SessionRuntimeBindings] = []
         interrupt.during(lambda: outer.append(attach(token)))  # noqa: B023
         if interrupt.came:
-            assert inner.pop() is outer[0]
+            made, registry = inner.pop()
+            assert made is outer[0]
+            assert registry is made.ops_lifecycle
         assert pickle.loads(pickle.dumps(outer[0])) is outer[0]
         [me] = [one for one in outer[0].participants() if one.alive]
         assert me.is_self
@@ -266,10 +273,9 @@ def test_a_handler_leaves_the_epoch_in_the_middle_of_a_verb(token: str, name: st
 
 
 @pytest.mark.parametrize("name", FORKED)
-def test_a_handler_forks_in_the_middle_of_a_verb(
-    bindings: SessionRuntimeBindings, name: str
-) -> None:
-    """The child uses the epoch, and leaves it; its parent goes on with the transition."""
+def test_a_handler_forks_in_the_middle_of_a_verb(token: str, name: str) -> None:
+    """The child maps the memory anew, uses the epoch, and leaves it; its parent goes on."""
+    bindings = SessionRuntimeBindings.from_token(token)
     registry = bindings.ops_lifecycle
     children: list[int] = []
 
@@ -288,10 +294,13 @@ def test_a_handler_forks_in_the_middle_of_a_verb(
         interrupt.during(lambda: VERBS[name](bindings, id))  # noqa: B023
         for pid in children:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        names = [one.display_name for one in registry.list_operations()]
+        assert names.count("the child's") == len(children), "it was lost"
         children.clear()
         registry.check()
         registry.terminate_owner("done")
         registry.collect_completed()
+    bindings.close()
 
 
 @pytest.mark.parametrize("name", FORKED)
