@@ -366,6 +366,23 @@ def test_a_fork_that_is_interrupted_leaves_no_lock(sqlite: SqliteRuntimeStore) -
     assert len(list(sqlite.sessions())) == 3
 
 
+def test_a_fork_that_is_interrupted_at_its_end_leaves_no_lock(
+    sqlite: SqliteRuntimeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go_on, interrupts = database._let_go_on, [Interrupt()]
+
+    def interrupted() -> bool:
+        if interrupts:
+            raise interrupts.pop()
+        return let_go_on()
+
+    monkeypatch.setattr(database, "_let_go_on", interrupted)
+    assert in_child(lambda: sqlite.save([Epoch().capture()])) == 0
+    assert not interrupts
+    assert not database._taken
+    assert not database._is_owned(database._forking)
+
+
 class Interrupted(database.OwnConnection):
     """A connection that a signal interrupts in the middle of a transaction."""
 
@@ -408,7 +425,8 @@ def test_a_handler_that_forks_in_the_middle_of_a_transaction(
             if children != [0]:
                 raise
             as_expected = isinstance(error, StoreWriteFailed) and "forked in" in error.reason
-            os._exit(0 if as_expected else 1)
+            not_closed = len(database._left_alone) == 1
+            os._exit(0 if as_expected and not_closed else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
     store.save([epoch.capture([completion(4)])])
     assert store.last_seq(epoch.id) == 4
