@@ -206,6 +206,21 @@ def test_a_watcher_gets_an_outcome_that_retention_has_dropped(
     fill_the_table(registry)
 
 
+def test_a_watcher_gets_an_outcome_that_was_dropped_for_the_number_of_entries(
+    make_epoch: MakeEpoch,
+) -> None:
+    """The feed has room for their bytes, and not for so many."""
+    registry = make_epoch(**SMALL | {"feed_bytes": 512 * 1024}).registry
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    registry.complete_operation(id, result(id))
+    for _ in range(registry._segment.layout.entries + 1):
+        end(registry)
+    assert registry.completion_feed().list_since(0).dropped_through == 2
+    assert watch.wait(0) == Completed(result(id))
+    registry.check()
+
+
 @pytest.mark.parametrize("action", [a for a in ENDINGS if a is not Action.TERMINATE_OWNER])
 def test_whatever_the_outcome_is(make_epoch: MakeEpoch, action: Action) -> None:
     registry = make_epoch(**SMALL).registry
