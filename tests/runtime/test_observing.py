@@ -38,7 +38,7 @@ from shmepoch import (
     observe_session,
     remove_unused,
 )
-from shmepoch._native import try_lock
+from shmepoch._native import LOOP_BYTE, try_lock
 from shmepoch.memory import removal
 from shmepoch.memory.namespaces import segment_path
 from tests.epoch.deadline import DEADLINE_S
@@ -167,6 +167,7 @@ CHANGES: dict[str, Change] = {
     "unlink": lambda b, id: b.shared_segment().unlink(),
     "try_own": lambda b, id: b.shared_segment().try_own(),
     "announce": lambda b, id: b.announce(Role.WORKER),
+    "claim": lambda b, id: b.claim(LOOP_BYTE),
     "agent": lambda b, id: AgentFactory().build(b.session_id, SessionOwned(b)).drain().commit(),
 }
 
