@@ -26,6 +26,7 @@ from shmepoch import (
     PersistedOpsSnapshot,
     Role,
     RuntimeAlreadyActive,
+    RuntimeEpochId,
     RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SegmentCorrupted,
@@ -107,11 +108,19 @@ def unregister_and_prepare(adapter: RuntimeSessionAdapter, session_id: SessionId
     adapter.prepare_bindings(session_id)
 
 
+def close_and_lose(adapter: RuntimeSessionAdapter, session_id: SessionId) -> None:
+    """The epoch is open, but something other than a runtime takes its name away."""
+    path = adapter.prepare_bindings(session_id).shared_segment().path
+    adapter.close()
+    path.unlink()
+
+
 ENDS: dict[str, Callable[[RuntimeSessionAdapter, SessionId], object]] = {
     "reset": RuntimeSessionAdapter.reset_session,
     "reset and closed": reset_and_close,
     "unregistered and prepared": unregister_and_prepare,
     "unregistered": RuntimeSessionAdapter.unregister_session,
+    "closed and lost": close_and_lose,
 }
 
 
@@ -203,6 +212,32 @@ def test_an_epoch_that_another_runtime_has_gone_on_with_is_not_recovered(
         feed = bindings.ops_lifecycle.completion_feed()
         assert ends or feed.watermark() > last
         eventually(lambda: store.last_seq(bindings.epoch_id) == feed.watermark())
+        second.unregister_session(session_id)
+    assert files(namespace) == []
+
+
+def test_an_epoch_that_another_runtime_has_reset_is_not_recovered(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither epoch has a completion: only its identifier tells it from the one that was loaded."""
+    session_id, store = SessionId.new(), InMemoryRuntimeStore()
+    with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
+        path = adapter.prepare_bindings(session_id).shared_segment().path
+    path.unlink()
+    restore = Durability.restore
+
+    def restore_late(*args: Any) -> None:
+        monkeypatch.undo()
+        with RuntimeSessionAdapter.persistent(store, namespace=namespace) as first:
+            first.register_session(session_id)
+            after.append(first.reset_session(session_id).epoch_id)
+        path.unlink()
+        restore(*args)
+
+    after: list[RuntimeEpochId] = []
+    with RuntimeSessionAdapter.persistent(store, namespace=namespace) as second:
+        monkeypatch.setattr(Durability, "restore", restore_late)
+        assert [works(second, session_id).epoch_id] == after
         second.unregister_session(session_id)
     assert files(namespace) == []
 
