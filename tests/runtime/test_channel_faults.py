@@ -27,7 +27,7 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.runtime.adapter import RuntimeSessionAdapter
-from shmepoch.runtime.followed import Followed
+from shmepoch.runtime.followed import EpochPersistence, Followed
 from shmepoch.runtime.persistence import PersistenceChannel
 from shmepoch.stores import EpochCapture, InMemoryRuntimeStore, RuntimeStore, SqliteRuntimeStore
 from tests.runtime.test_persistence import _channel_of, complete, stored_seqs
@@ -82,8 +82,13 @@ def epochs(adapter: RuntimeSessionAdapter) -> Iterator[list[SessionRuntimeBindin
         adapter.unregister_session(bindings.session_id)
 
 
-def error_of(channel: PersistenceChannel, bindings: SessionRuntimeBindings) -> str | None:
+def standing(channel: PersistenceChannel, bindings: SessionRuntimeBindings) -> EpochPersistence:
     (found,) = (e for e in channel.status().epochs if e.epoch_id == bindings.epoch_id)
+    return found
+
+
+def error_of(channel: PersistenceChannel, bindings: SessionRuntimeBindings) -> str | None:
+    found = standing(channel, bindings)
     return found.error or found.failure
 
 
@@ -97,11 +102,13 @@ def test_what_a_store_does_not_take_of_one_epoch_holds_up_no_other(
     epochs: list[SessionRuntimeBindings],
     refusal: Callable[[RuntimeEpochId], Exception],
     bad: tuple[int, ...],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """PERSIST-3."""
     refused = [epochs[index] for index in bad]
     sound = [bindings for bindings in epochs if bindings not in refused]
     store.refused = {bindings.epoch_id: refusal for bindings in refused}
+    for_good = isinstance(refusal(epochs[0].epoch_id), FOR_GOOD)
     with PersistenceChannel(store, max_delay=0.001) as channel:
         for bindings in epochs:
             complete(bindings)
@@ -118,9 +125,12 @@ def test_what_a_store_does_not_take_of_one_epoch_holds_up_no_other(
             with pytest.raises((StoreWriteFailed, *FOR_GOOD)):
                 channel.flush(0.2, bindings=bindings)
             assert store.last_seq(bindings.epoch_id) == 0
+            assert (standing(channel, bindings).error is not None) is for_good
+            told = f"epoch {bindings.epoch_id} is not stored, as others are"
+            assert caplog.text.count(told) <= 1  # from then on it is tried alone
         assert [error_of(channel, bindings) for bindings in sound] == [None] * len(sound)
         store.refused.clear()
-        if not isinstance(refusal(epochs[0].epoch_id), FOR_GOOD):
+        if not for_good:
             channel.flush(20)
             assert [stored_seqs(store, one) for one in epochs] == [[1, 2, 3, 4]] * len(epochs)
             assert not channel.status().failing
@@ -141,21 +151,23 @@ def test_what_a_store_cannot_read_of_one_epoch_holds_up_no_other(
         assert [stored_seqs(store, bindings) for bindings in epochs] == [[1]] * len(epochs)
 
 
+@pytest.mark.parametrize("step", ["is_due", "read"])
 @pytest.mark.parametrize("error", [OverflowError("too large"), KeyError("gone"), IndexError("off")])
 def test_an_epoch_that_cannot_be_read_is_given_up_alone(
     store: Picky,
     epochs: list[SessionRuntimeBindings],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
+    step: str,
 ) -> None:
-    bad, read = epochs[1], Followed.read
+    bad, whole = epochs[1], getattr(Followed, step)
 
-    def broken(self: Followed) -> Any:
+    def broken(self: Followed, **settings: bool) -> Any:
         if self.id == bad.epoch_id:
             raise error
-        return read(self)
+        return whole(self, **settings)
 
-    monkeypatch.setattr(Followed, "read", broken)
+    monkeypatch.setattr(Followed, step, broken)
     with PersistenceChannel(store) as channel:
         for bindings in epochs:
             complete(bindings)
