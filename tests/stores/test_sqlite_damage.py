@@ -214,6 +214,43 @@ def test_a_damaged_row_is_left_out_of_the_history_and_named(
             store.load(sessions[0])
 
 
+def test_a_name_that_is_no_text_is_left_out(damaged: Path, sessions: list[SessionId]) -> None:
+    epoch = "UPDATE epochs SET epoch_id = CAST(? AS TEXT) WHERE key = 1"
+    assert change(damaged, epoch, (b"\xff",))
+    session = "UPDATE epochs SET session_id = CAST(? AS TEXT) WHERE session_id = ?"
+    assert change(damaged, session, (b"\xff", str(sessions[1])))
+    with SqliteRuntimeStore(damaged) as store:
+        assert list(store.sessions()) == [sessions[0]]
+        assert store.damaged == 1
+        assert [item.entry.seq for item in store.history(sessions[0])] == [1, 2, 3, 4]
+        assert store.damaged == 2
+
+
+def test_a_row_of_another_completion_is_left_out(damaged: Path, sessions: list[SessionId]) -> None:
+    assert change(damaged, "UPDATE entries SET seq = ? WHERE rowid = 7", (9 - 2**63,))
+    with SqliteRuntimeStore(damaged) as store:
+        assert [item.entry.seq for item in store.history(sessions[0])] == [1, 2, 3, 1, 2, 3]
+        assert store.damaged == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        ("entries SET seq = ? WHERE rowid = 7", 9 - 2**63),
+        ("entries SET operation_id = ? WHERE rowid = 6", bytes(16)),
+        ("operations SET operation_id = ? WHERE rowid = 1", bytes(16)),
+    ],
+)
+def test_a_row_that_is_about_another_is_not_loaded(
+    damaged: Path, sessions: list[SessionId], row: str, value: Any
+) -> None:
+    assert change(damaged, f"UPDATE {row}", (value,))
+    with SqliteRuntimeStore(damaged) as store:
+        with pytest.raises(StoreLoadFailed, match="is about"):
+            store.load(sessions[0])
+        assert store.load(sessions[1]) is not None
+
+
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
 def test_a_damaged_session_can_be_rotated_and_no_other_is_touched(
     tmp_path: Path,
