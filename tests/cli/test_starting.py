@@ -23,6 +23,7 @@ _MODULES = (
     "msgspec",
     "shmepoch.stores",
     "shmepoch.cli",
+    "shmepoch.cli.streams",
     "shmepoch.cli.app",
     "typer",
     "rich.live",
