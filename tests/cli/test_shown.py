@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -117,6 +118,19 @@ def test_a_run_on_a_terminal_and_elsewhere(
     assert _OBEYED.search((done.stdout + done.stderr).replace("\n", "")) is None
     assert r"\x1b]52;c;ZXZpbA==\x07 \x1b[2J" in done.stdout
     nothing_left(namespace)
+
+
+def test_what_is_logged_on_a_terminal(tmp_path: Path, session_id: SessionId) -> None:
+    path = tmp_path / "store \x1b[2J"
+    with SqliteRuntimeStore(path) as opened:
+        save(opened, session_id, [completion(1)])
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE entries SET entry = '{'")
+    connection.commit()
+    connection.close()
+    shown = on_terminal("history", session_id, "--store", path)
+    assert _OBEYED.search(shown) is None
+    assert r"store \x1b[2J: completion 1 of epoch" in shown
 
 
 @pytest.mark.parametrize("command", ["run", "history --store", "persist --store", "sh"])
