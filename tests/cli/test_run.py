@@ -224,6 +224,13 @@ def test_a_run_that_cannot_be_carried_out_has_a_status_of_its_own(
     nothing_left(namespace)
 
 
+def test_a_fault_of_the_program_is_not_taken_for_a_failed_command(namespace: str) -> None:
+    faulty = "from shmepoch.cli import app, main; app.execute = lambda *_: {}[0]; main()"
+    done = run("-", stdin="true\n", command=(sys.executable, "-c", faulty))
+    assert done.returncode == 3
+    assert "KeyError" in done.stderr
+
+
 def test_the_statuses_are_in_the_help() -> None:
     shown = run("--help", stdin="").stdout
     for status in ("0 if", "1 if", "2 if", "3 if", "130", "143", "129", "141"):
