@@ -96,7 +96,7 @@ end_together(Ending *ending)
     Control *control = control_of(self);
     const Words *words = &one->words;
     const uint64_t count = ending->all.count, last = words->watermark + count;
-    uint64_t position, dropped;
+    Space space;
     bool watched = false;
     if (count == 0) {
         return true;
@@ -105,20 +105,23 @@ end_together(Ending *ending)
     for (uint64_t i = 0; i < count; i++) {
         watched = watched || is_watched(self, slot_at(self, ending->all.subjects[i].slot));
     }
-    if (!find_room(self, words, count, endings_size(ending), &position, &dropped, &one->refusal)) {
+    if (!find_room(self, words, count, endings_size(ending), &space, &one->refusal)) {
         return false;
     }
-    if (ending->waits_for_store && awaited(words, last, dropped) > load(&control->writer.durable_seq)) {
-        return refuse(&one->refusal, "store_behind", -1, awaited(words, last, dropped));
+    const uint64_t wanted = awaited(words, last, space.dropped);
+    if (ending->waits_for_store && wanted > load(&control->writer.durable_seq)) {
+        return refuse(&one->refusal, "store_behind", -1, wanted);
     }
-    if (dropped > words->dropped) {
-        publish(&control->writer.dropped_through, dropped);
+    if (space.dropped > words->dropped) {
+        publish(&control->writer.dropped_through, space.dropped);
     }
+    give_up_kept(self, words, &space);
     publish(&control->writer.intent, 1);
     if (watched) {
         publish(&control->writer.kept, 1);
     }
     atomic_thread_fence(memory_order_release); /* what is dropped, before it is overwritten */
+    uint64_t position = space.position;
     for (uint64_t i = 0; i < count; i++) {
         const Subject *subject = &ending->all.subjects[i];
         Slot *slot = slot_at(self, subject->slot);

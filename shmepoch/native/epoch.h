@@ -267,12 +267,20 @@ bool is_whole_first(const Record *record, const unsigned char *first);
 bool is_whole_second(const Record *record, const unsigned char *second);
 
 /* Where records of `size` bytes together begin, after the watermark, once the entries through
- * `dropped` are dropped for them.
+ * `dropped` are dropped for them, and outcomes that are kept through `given_up` with them. */
+typedef struct {
+    uint64_t position, dropped, given_up;
+} Space;
+
+/* Finds room for `count` records, and changes nothing for it: their commit may be refused yet.
  *
  * FEED-3: the records of one commit fit the ring together, so none overwrites another. Those of a full
- * table do, without their details and with a short reason. OPS-6: what is
- * kept for watchers is passed over, and gives way, the oldest first, where there is no other room. */
-bool find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size,
-               uint64_t *position, uint64_t *dropped, Refusal *refusal);
+ * table do, without their details and with a short reason. OPS-6: what is kept for watchers is passed
+ * over, and gives way, the oldest first, where there is no other room. */
+bool find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size, Space *space,
+               Refusal *refusal);
+
+/* Gives up what was kept through `given_up`, once the feed has dropped it. */
+void give_up_kept(const Epoch *self, const Words *words, const Space *space);
 
 #endif

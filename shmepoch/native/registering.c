@@ -2,6 +2,8 @@
 
 #include "transition.h"
 
+#include <stdlib.h>
+
 typedef struct {
     Key key;
     const unsigned char *head, *rest;
@@ -11,7 +13,7 @@ typedef struct {
 typedef struct {
     Transition base;
     Entrant *entrants;
-    uint64_t count, created_at_ms, created_mono_ns, first;
+    uint64_t count, repeated, created_at_ms, created_mono_ns, first;
 } Registration;
 
 static void
@@ -53,16 +55,66 @@ fill_slot(const Epoch *self, uint64_t index, const Registration *all, const Entr
     publish(&slot->word, next_word(passing, STATUS_PROVISIONING, 0));
 }
 
-/* Whether an entrant is one of those before it; for those that are not entered any more. */
-static bool
-is_repeated(const Registration *all, uint64_t index)
+static int
+compare_entrants(const void *one_object, const void *other_object)
 {
-    for (uint64_t i = 0; i < index; i++) {
-        if (memcmp(&all->entrants[i].key, &all->entrants[index].key, sizeof(Key)) == 0) {
-            return true;
+    const Entrant *one = *(const Entrant *const *)one_object;
+    const Entrant *other = *(const Entrant *const *)other_object;
+    const int order = memcmp(&one->key, &other->key, sizeof(Key));
+    return order != 0 ? order : (one > other) - (one < other);
+}
+
+/* Which entrant is the first that is one of those before it, into `all->repeated`; false without
+ * memory. Sorted before the lock is taken, since a batch may be large. */
+static bool
+find_repeated(Registration *all)
+{
+    all->repeated = UINT64_MAX;
+    if (all->count < 2) {
+        return true;
+    }
+    const Entrant **sorted = allocate(all->count, sizeof *sorted);
+    if (sorted == NULL) {
+        return false;
+    }
+    for (uint64_t i = 0; i < all->count; i++) {
+        sorted[i] = &all->entrants[i];
+    }
+    qsort(sorted, all->count, sizeof *sorted, compare_entrants);
+    for (uint64_t i = 1; i < all->count; i++) {
+        const uint64_t index = (uint64_t)(sorted[i] - all->entrants);
+        if (memcmp(&sorted[i - 1]->key, &sorted[i]->key, sizeof(Key)) == 0 && index < all->repeated) {
+            all->repeated = index;
         }
     }
-    return false;
+    PyMem_Free(sorted);
+    return true;
+}
+
+/* Whether all of the entrants may be entered. Asked before anything is prepared, since the slots that
+ * they take may keep outcomes. */
+static bool
+admit(Registration *all)
+{
+    Transition *one = &all->base;
+    const Epoch *self = one->self;
+    const uint64_t most = self->room.max_operations;
+    const uint64_t limit =
+        self->max_concurrent != 0 && self->max_concurrent < most ? self->max_concurrent : most;
+    for (uint64_t i = 0; i < all->count; i++) {
+        Place place;
+        if (!find_operation(self, &one->words, &all->entrants[i].key, &place, &one->refusal)) {
+            return false;
+        }
+        if (place.slot >= 0 || place.seq != 0 || i == all->repeated) {
+            return refuse(&one->refusal, "already_registered", (int64_t)i, 0);
+        }
+    }
+    if (one->words.active + all->count > limit) {
+        const uint64_t room = limit > one->words.active ? limit - one->words.active : 0;
+        return refuse(&one->refusal, "limit", (int64_t)room, one->words.active);
+    }
+    return true;
 }
 
 static void
@@ -71,50 +123,26 @@ register_body(void *argument)
     Registration *all = argument;
     Transition *one = &all->base;
     Epoch *self = one->self;
-    if (!begin(one)) {
+    if (!begin(one) || !admit(all)) {
         return;
     }
     Control *control = control_of(self);
-    const uint64_t most = self->room.max_operations, active = one->words.active;
-    const uint64_t limit = self->max_concurrent != 0 ? self->max_concurrent : most;
-    Words words = one->words; /* with those that are prepared */
-    all->first = words.registrations + 1;
+    uint64_t birth = one->words.registrations;
+    all->first = birth + 1;
     publish(&control->writer.intent, 1);
     for (uint64_t i = 0; i < all->count; i++) {
         const Entrant *entrant = &all->entrants[i];
-        Place place;
-        if (!find_operation(self, &words, &entrant->key, &place, &one->refusal)) {
-            break;
-        }
-        const bool full = active + i >= limit || active + i >= most;
-        if (place.slot >= 0 || place.seq != 0 || (full && is_repeated(all, i))) {
-            refuse(&one->refusal, "already_registered", (int64_t)i, 0);
-            break;
-        }
-        if (full) {
-            refuse(&one->refusal, "limit", (int64_t)i, active);
-            continue; /* one of the others may be registered already, which is said first */
-        }
         const int64_t slot = take_free_slot(self, &one->words);
         if (slot < 0) {
-            corrupt(&one->refusal, "free slots", -1, 1, most, 0);
-            break;
+            corrupt(&one->refusal, "free slots", -1, 1, self->room.max_operations, 0);
+            return; /* the next transition repairs what was prepared */
         }
-        fill_slot(self, (uint64_t)slot, all, entrant, ++words.registrations);
+        fill_slot(self, (uint64_t)slot, all, entrant, ++birth);
         atomic_store_explicit(&self->hints[entrant->key.fingerprint % HINTS], (uint32_t)slot,
                               memory_order_relaxed);
     }
-    if (one->refusal.reason == NULL) {
-        commit(self, &control->writer.registrations, words.registrations);
-        publish(&control->writer.intent, 0);
-    }
-    else if (words.registrations == one->words.registrations) {
-        publish(&control->writer.intent, 0);
-    }
-    else {
-        Refusal unsound;
-        repair(self, &one->words, &unsound);
-    }
+    commit(self, &control->writer.registrations, birth);
+    publish(&control->writer.intent, 0);
 }
 
 /* register(((id, head, rest), ...), created_at_ms, created_mono_ns) -> the number of the first
@@ -144,7 +172,7 @@ epoch_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
             PyErr_SetString(PyExc_TypeError, "a tuple of an id, a head and a rest");
         }
     }
-    made = made && run_on_operations(&all.base, true, register_body);
+    made = made && find_repeated(&all) && run_on_operations(&all.base, true, register_body);
     PyMem_Free(all.entrants);
     return made ? from_u64(all.first) : NULL;
 }

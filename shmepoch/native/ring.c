@@ -144,43 +144,47 @@ drop_for(const Epoch *self, const Words *words, uint64_t last, uint64_t head, ui
     return true;
 }
 
-/* A slot that keeps an outcome which the feed holds no longer, once it is dropped through `dropped`. */
+/* Whether a slot holds an operation that has ended, for its watchers. */
 static bool
-is_kept(const Epoch *self, const Words *words, uint64_t index, uint64_t dropped, uint64_t *begin,
+keeps_outcome(const Epoch *self, const Words *words, uint64_t index)
+{
+    return load(&fingerprints_of(self)[index]) != FREE && has_ended(slot_at(self, index), words);
+}
+
+/* Whether a slot keeps a record that the feed holds no longer, once it has what is in `space`. */
+static bool
+is_kept(const Epoch *self, const Words *words, uint64_t index, const Space *space, uint64_t *begin,
         uint64_t *size)
 {
     const Slot *slot = slot_at(self, index);
     const uint64_t seq = load(&slot->terminal_seq);
     Record record;
-    if (load(&fingerprints_of(self)[index]) == FREE || !has_ended(slot, words) || seq > dropped) {
+    if (!keeps_outcome(self, words, index) || seq > space->dropped || seq <= space->given_up) {
         return false;
     }
     *begin = load(&slot->position);
     if (*begin > LAST_POSITION || !load_record(self, *begin, seq, &record)) {
-        free_slot(self, index); /* it is there no more */
-        return false;
+        return false; /* it is there no more */
     }
     *size = record_size(lengths_of(&record));
     return true;
 }
 
 /* How far records of `size` bytes at `begin` have to move up to be clear of one that is kept; 0 if
- * nothing is in their way. `oldest` becomes the slot of the oldest that is kept. */
+ * nothing is in their way. `oldest` becomes the sequence of the oldest that is kept. */
 static uint64_t
-kept_in_the_way(const Epoch *self, const Words *words, uint64_t dropped, uint64_t begin,
-                uint64_t size, uint64_t *oldest)
+kept_in_the_way(const Epoch *self, const Words *words, const Space *space, uint64_t size,
+                uint64_t *oldest)
 {
-    const uint64_t budget = self->room.feed_bytes;
-    uint64_t first = UINT64_MAX, move = 0, kept_at, kept_size;
+    const uint64_t budget = self->room.feed_bytes, begin = space->position;
+    uint64_t move = 0, kept_at, kept_size;
+    *oldest = UINT64_MAX;
     for (uint64_t index = 0; index < self->room.max_operations; index++) {
-        if (!is_kept(self, words, index, dropped, &kept_at, &kept_size)) {
+        if (!is_kept(self, words, index, space, &kept_at, &kept_size)) {
             continue;
         }
         const uint64_t seq = load(&slot_at(self, index)->terminal_seq);
-        if (seq < first) {
-            first = seq;
-            *oldest = index;
-        }
+        *oldest = seq < *oldest ? seq : *oldest;
         /* Both are spans of one circle. */
         const uint64_t into = (begin % budget + budget - kept_at % budget) % budget;
         if (into < kept_size) {
@@ -193,21 +197,31 @@ kept_in_the_way(const Epoch *self, const Words *words, uint64_t dropped, uint64_
     return move;
 }
 
-/* Whether a slot holds an operation that has ended, for its watchers. */
 static bool
 is_any_kept(const Epoch *self, const Words *words)
 {
     for (uint64_t index = 0; index < self->room.max_operations; index++) {
-        if (load(&fingerprints_of(self)[index]) != FREE && has_ended(slot_at(self, index), words)) {
+        if (keeps_outcome(self, words, index)) {
             return true;
         }
     }
     return false;
 }
 
+void
+give_up_kept(const Epoch *self, const Words *words, const Space *space)
+{
+    for (uint64_t index = 0; space->given_up != 0 && index < self->room.max_operations; index++) {
+        if (keeps_outcome(self, words, index)
+            && load(&slot_at(self, index)->terminal_seq) <= space->given_up) {
+            free_slot(self, index);
+        }
+    }
+}
+
 bool
-find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size, uint64_t *position,
-          uint64_t *dropped, Refusal *refusal)
+find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size, Space *space,
+          Refusal *refusal)
 {
     const uint64_t last = words->watermark + count;
     if (size > self->room.feed_bytes || count > self->shape.index_count) {
@@ -223,21 +237,20 @@ find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size, 
         kept = false;
         publish(&control->writer.kept, 0);
     }
-    *position = head;
+    *space = (Space){.position = head};
     for (;;) {
-        if (!drop_for(self, words, last, head, *position + size, dropped, refusal)) {
+        if (!drop_for(self, words, last, head, space->position + size, &space->dropped, refusal)) {
             return false;
         }
-        uint64_t oldest = 0;
-        const uint64_t move =
-            kept ? kept_in_the_way(self, words, *dropped, *position, size, &oldest) : 0;
+        uint64_t oldest;
+        const uint64_t move = kept ? kept_in_the_way(self, words, space, size, &oldest) : 0;
         if (move == 0) {
             return true;
         }
-        *position += move;
-        if (*position + size - head > self->room.feed_bytes) {
-            free_slot(self, oldest);
-            *position = head;
+        space->position += move;
+        if (space->position + size - head > self->room.feed_bytes) {
+            space->given_up = oldest;
+            space->position = head;
         }
     }
 }

@@ -32,12 +32,16 @@ from shmepoch.epoch.operations import (
     WaitAllResult,
 )
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
+from shmepoch.epoch.waits import OperationCompletionWatch
 from shmepoch.errors import (
+    AlreadyRegistered,
     DuplicateWaitOperation,
     EpochSealed,
     InvalidTransition,
+    MaxConcurrentExceeded,
     NotFound,
     OutcomeDropped,
+    StoreBehind,
     WaitAlreadyActive,
 )
 from shmepoch.ids import OperationId, RunId
@@ -320,6 +324,58 @@ def test_registrations_come_before_what_is_kept(make_epoch: MakeEpoch) -> None:
     assert outcomes == [Cancelled(f"{turn}") for turn in range(30 - len(outcomes), 30)]
     assert len(outcomes) >= 8
     fill_the_table(registry)
+
+
+def dropped_and_kept(registry: RuntimeOpsLifecycleRegistry) -> OperationCompletionWatch:
+    """A watcher of an outcome that only its slot holds still."""
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    registry.cancel_operation(id, "r" * 3000)
+    feed = registry.completion_feed()
+    while feed.list_since(0).dropped_through < 1:
+        end(registry, "x" * 1500)
+        feed.mark_durable(feed.watermark())
+    return watch
+
+
+@pytest.mark.parametrize("twin", ["registered", "among them", "one too many"])
+def test_a_refused_registration_takes_no_outcome_from_a_watcher(
+    make_epoch: MakeEpoch, twin: str
+) -> None:
+    registry = make_epoch(max_operations=3, max_completed=1, feed_bytes=9 * 1024 + at.PAGE).registry
+    watch = dropped_and_kept(registry)
+    other, new = spec(), spec()
+    registry.register_operation(other)
+    batch = {
+        "registered": [new, other],
+        "among them": [new, new],
+        "one too many": [new, spec(), spec()],
+    }
+    memory, length = registry._segment.memory, registry._segment.layout.size - at.PAGE
+    before = memory.read(at.PAGE, length)
+    with pytest.raises(
+        MaxConcurrentExceeded if twin == "one too many" else AlreadyRegistered
+    ) as refused:
+        registry.register_operations(batch[twin])
+    if isinstance(refused.value, AlreadyRegistered):
+        assert refused.value.id == batch[twin][1].id
+    assert memory.read(at.PAGE, length) == before
+    assert watch.wait(0) == Cancelled("r" * 3000)
+
+
+def test_an_end_that_the_store_is_behind_takes_no_outcome_from_a_watcher(
+    make_epoch: MakeEpoch,
+) -> None:
+    registry = make_epoch(
+        max_operations=4, max_completed=2, feed_bytes=8 * 1024 + at.PAGE, store_wait_ms=1
+    ).registry
+    watch, id = dropped_and_kept(registry), running(registry)
+    end(registry, "x" * 1500)
+    mark = registry.completion_feed().watermark()
+    with pytest.raises(StoreBehind):
+        registry.cancel_operation(id, "y" * 11_000)
+    assert registry.completion_feed().watermark() == mark
+    assert watch.wait(0) == Cancelled("r" * 3000)
 
 
 def test_an_outcome_without_room_is_said_to_be_dropped(make_epoch: MakeEpoch) -> None:
