@@ -48,7 +48,7 @@ def operate_together(bindings: SessionRuntimeBindings, content: str, count: int)
     """Register, start and complete so many operations, each step of all of them at once."""
     ids, registry = [OperationId.new() for _ in range(count)], bindings.ops_lifecycle
     registry.register_operations([specified(id, bindings) for id in ids])
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
     registry.complete_operations([OperationResult(id=id, content=content) for id in ids])
 
 

@@ -26,7 +26,7 @@ class Part(IntEnum):
     """
 
     ATTACHMENTS = 1
-    BELLS = 2
+    DOORBELLS = 2
     BINDINGS = 3
     STORES = 4
 

@@ -1,4 +1,4 @@
-"""Seconds: how long a call waits at most, and how long between two looks."""
+"""Seconds: how long a call waits at most, and how long between two polls."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def deadline_after(timeout: Seconds | None, call: str) -> float | None:
 
 
 def pauses(first_s: float, longest_s: float) -> Iterator[float]:
-    """How long to pause between two looks: twice as long each time, up to the longest."""
+    """How long to pause between two polls: twice as long each time, up to the longest."""
     pause_s = first_s
     while True:
         yield pause_s

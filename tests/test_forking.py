@@ -32,7 +32,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part has hooks, which were registered in another order than the one they run in."""
     monkeypatch.setattr(forking, "_parts", {})
     monkeypatch.setattr(f"{__name__}.called", [])
-    for part in (Part.BELLS, Part.STORES, Part.ATTACHMENTS, Part.BINDINGS):
+    for part in (Part.DOORBELLS, Part.STORES, Part.ATTACHMENTS, Part.BINDINGS):
         on_fork(
             part,
             before=hook(f"before {part.name}"),
@@ -50,8 +50,8 @@ def test_the_parts_follow_in_one_order_and_each_has_its_turn() -> None:
         os._exit(0)
     os.waitpid(pid, 0)
     in_child: Any = ours.recv()
-    before = [f"before {name}" for name in ("STORES", "BINDINGS", "BELLS", "ATTACHMENTS")]
-    order = ("ATTACHMENTS", "BELLS", "BINDINGS", "STORES")
+    before = [f"before {name}" for name in ("STORES", "BINDINGS", "DOORBELLS", "ATTACHMENTS")]
+    order = ("ATTACHMENTS", "DOORBELLS", "BINDINGS", "STORES")
     assert called == before + [f"parent {name}" for name in order]
     assert in_child == before + [f"child {name}" for name in order]
     ours.close()
@@ -60,8 +60,8 @@ def test_the_parts_follow_in_one_order_and_each_has_its_turn() -> None:
 
 @pytest.mark.usefixtures("hooks")
 def test_a_part_has_its_hooks_once() -> None:
-    with pytest.raises(ValueError, match="BELLS"):
-        on_fork(Part.BELLS)
+    with pytest.raises(ValueError, match="DOORBELLS"):
+        on_fork(Part.DOORBELLS)
 
 
 def test_the_whole_library_asks_for_forks_in_one_place() -> None:

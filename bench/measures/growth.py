@@ -104,7 +104,7 @@ def _grow(sizes: list[int]) -> dict[tuple[str, int], float]:
             for size in sizes:
                 while len(epochs) < size:
                     epochs.append(adapter.prepare_bindings(SessionId.new()))
-                for figure, seconds in _look(namespace, epochs):
+                for figure, seconds in _poll(namespace, epochs):
                     found[figure, size] = seconds
         finally:
             for one in epochs:
@@ -112,7 +112,7 @@ def _grow(sizes: list[int]) -> dict[tuple[str, int], float]:
     return found
 
 
-def _look(namespace: str, epochs: list[SessionRuntimeBindings]) -> Iterator[tuple[str, float]]:
+def _poll(namespace: str, epochs: list[SessionRuntimeBindings]) -> Iterator[tuple[str, float]]:
     first = epochs[0]
     advance = first.cursor_state.agent_applied_cursor.advance
     begun = first.cursor_state.agent_applied_cursor.load()

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 #: How soon a new epoch is found; what it completes meanwhile is still in its feed. And how long one
 #: look waits for the end of an epoch to be stored, before it sees to other things.
-_LOOK_S: Final = 0.5
+_POLL_S: Final = 0.5
 #: How long the end waits for a store that fails or is slow.
 _END_TIMEOUT_S: Final = 10.0
 
@@ -43,9 +43,9 @@ def persist(path: Path, namespace: str | None, max_delay: float) -> None:
         channel = PersistenceChannel(store, max_delay=max_delay)
         epochs = _Epochs(chosen, channel)
         try:
-            epochs.look()
-            while not end.asked_for_within(_LOOK_S):
-                epochs.look()
+            epochs.poll()
+            while not end.asked_for_within(_POLL_S):
+                epochs.poll()
             channel.flush(_END_TIMEOUT_S)
         finally:
             channel.close()
@@ -81,13 +81,13 @@ class _Epochs:
         self._followed: dict[SessionId, SessionRuntimeBindings] = {}
         self._said: dict[str, str] = {}
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Follow those that are new, and leave those that have ended."""
         ended = [bindings for bindings in self._followed.values() if bindings.ended]
-        patience = _LOOK_S
+        patience = _POLL_S
         for bindings in ended:
             if not self._is_stored(bindings, patience):
-                patience = _LOOK_S / 10  # the store may be down; a look does not wait for all
+                patience = _POLL_S / 10  # the store may be down; a poll does not wait for all
             else:
                 self._channel.unfollow(bindings)
                 bindings.close()

@@ -184,7 +184,7 @@ class SessionRuntimeBindings:
                 except BaseException:
                     segment.close()
                     raise
-                # A signal handler may have attached meanwhile; after the look none comes between.
+                # A signal handler may have attached meanwhile; after the check none comes between.
                 if "_segment" not in mine:
                     mine.update(_segment=segment, ops_lifecycle=registry)
                 else:
@@ -350,7 +350,7 @@ def _join(handle: EpochHandle) -> SharedSegment:
 
 
 def _remember(kind: type[SessionRuntimeBindings], segment: SharedSegment) -> SessionRuntimeBindings:
-    """The bindings of a segment that this process had none of at the last look."""
+    """The bindings of a segment that this process had none of at the last check."""
     try:
         made = kind(segment)
         bindings = _sole(segment.witness, made)

@@ -17,7 +17,7 @@ from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import pauses
 
-#: How long an event loop pauses, at first and at most, before it looks again how far a store is.
+#: How long an event loop pauses, at first and at most, before it polls again how far a store is.
 _PAUSES_S = 0.001, 0.02
 
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])

@@ -49,7 +49,7 @@ class OpsLifecycleRegistry(Protocol):
         """The operation runs from now on."""
         ...
 
-    def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
+    def start_operations(self, ids: Iterable[OperationId]) -> None:
         """The operations run from now on, if all of them may; else none.
 
         They start one by one: of a process that is killed meanwhile, some may have.

@@ -185,8 +185,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             require(OperationId, id, "provisioning_succeeded", "id")
         self._start((id,))
 
-    def provisionings_succeeded(self, ids: Iterable[OperationId]) -> None:
-        self._start(tuple(require_each(OperationId, ids, "provisionings_succeeded", "ids")))
+    def start_operations(self, ids: Iterable[OperationId]) -> None:
+        self._start(tuple(require_each(OperationId, ids, "start_operations", "ids")))
 
     def _start(self, ids: tuple[OperationId, ...]) -> None:
         try:
@@ -556,7 +556,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def locate(self, id: OperationId) -> Pending:
         """An operation to be waited for; `NotFound` if the registry does not hold it."""
-        since = self._feed.watermark()  # before the look: if it has not ended then, nor had it here
+        since = self._feed.watermark()  # before the check: it has not ended up to here
         view = self._require(id)
         outcome = None if view.entry is None else view.entry.terminal_outcome
         return Pending(self, id, (view.slot, view.birth), since, outcome)
@@ -625,7 +625,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def check(self) -> tuple[CursorAhead, ...]:
         """Verify every invariant of the epoch's memory against the others; what is no damage and
-        yet needs a look.
+        yet needs a check.
 
         Takes the writer lock for a copy, and repairs first, as any transition would. Raises
         `SegmentCorrupted` that names what is wrong.

@@ -109,7 +109,7 @@ class OperationTable:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._epoch = segment.epoch
-        # Specs never change, and decoding one is the dearest part of a look at an operation.
+        # Specs never change, and decoding one is the dearest part of reading an operation.
         self._specs: dict[int, OperationSpec] = {}
 
     def find(self, id: OperationId) -> OperationView | None:

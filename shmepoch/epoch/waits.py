@@ -21,7 +21,7 @@ Place: TypeAlias = tuple[int, int]
 #: An operation that is watched, and the participant that does.
 Watching: TypeAlias = tuple[Place, int]
 
-#: How long a barrier pauses, at first and at most, before it looks again whether a transition is
+#: How long a barrier pauses, at first and at most, before it polls again whether a transition is
 #: over: that takes microseconds, unless its process was stopped.
 _PAUSES_S: Final = 0.001, 0.05
 
@@ -76,15 +76,15 @@ class Pending:
         self._feed = source.completion_feed()
         self._since = since
 
-    def look(self) -> OperationTerminalOutcome | None:
+    def poll(self) -> OperationTerminalOutcome | None:
         if self.outcome is None:
             self.outcome = self._source.outcome_at(self.id, self.place, self._since)
         return self.outcome
 
     def wait(self, deadline: float | None) -> OperationTerminalOutcome:
         while True:
-            watermark = self._feed.watermark()  # before the look: an end after it raises this
-            outcome = self.look()
+            watermark = self._feed.watermark()  # before the poll: an end after it raises this
+            outcome = self.poll()
             if outcome is not None:
                 return outcome
             self._feed.wait_for_advance(watermark, _remaining(deadline))
@@ -92,7 +92,7 @@ class Pending:
     async def wait_async(self) -> OperationTerminalOutcome:
         while True:
             watermark = self._feed.watermark()
-            outcome = self.look()
+            outcome = self.poll()
             if outcome is not None:
                 return outcome
             await self._feed.advanced(watermark)
@@ -241,7 +241,7 @@ class _Watched:
 
     def watch(self) -> bool:
         """Watch them; False if that has to wait for a transition."""
-        live = [pending.place for pending in self.pending if pending.look() is None]
+        live = [pending.place for pending in self.pending if pending.poll() is None]
         watching = self._source.try_watch(live) if live else ()
         if watching is None:
             return False

@@ -1,1 +1,1 @@
-"""Memory that processes share: segments, their locks, participants, waiters and bells."""
+"""Memory that processes share: segments, their locks, participants, waiters and doorbells."""

@@ -164,7 +164,7 @@ def open_held(
     The descriptor, the file's size, its first `length` bytes or what it has of them, and the whole
     file if it is to be `mapped`, or None if `map_shared` has to be asked.
 
-    The lock comes before the last look at the name, that is, at how many the file has: a process
+    The lock comes before the last check of the name, that is, of how many the file has: a process
     that removes it holds the byte alone while it does. Raises `SegmentInRemoval` if that process
     stands still: to finish the removal for it could take the name from a file that has it since.
     """
@@ -182,7 +182,7 @@ def open_held(
         except BaseException:
             opened.close()
             raise
-        # A process removes the file, and holds the lock alone while it does: look again.
+        # A process removes the file, and holds the lock alone while it does: try again.
         opened.close()
         if time.monotonic() > began + _REMOVAL_S:
             raise SegmentInRemoval(os.path.basename(path), _REMOVAL_S)

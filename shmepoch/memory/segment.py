@@ -40,8 +40,8 @@ from shmepoch.errors import (
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
-from shmepoch.memory.bells import SharedWaits
 from shmepoch.memory.claims import Claim, Listed, claim, claims_after_fork, lose_claims
+from shmepoch.memory.doorbells import SharedWaits
 from shmepoch.memory.files import (
     SHM_DIR,
     NewFile,
@@ -334,7 +334,7 @@ class SharedSegment(Segment):
 
     @lazy
     def waiters(self) -> Waiters:
-        """The epoch's waiters: they are in its memory, and in the namespace's bells."""
+        """The epoch's waiters: they are in its memory, and in the namespace's doorbells."""
         return self._make_waiters(SharedWaits(self.memory, self.namespace))
 
     @property
@@ -490,7 +490,7 @@ class SharedSegment(Segment):
             raise EpochGone(self.session_id, self.epoch_id, self.name)
         participants = self._participants_of(opened)
         participant = self._take_slot(participants, self.role)
-        # A signal handler may have attached meanwhile; from the look on, none comes between. This
+        # A signal handler may have attached meanwhile; from this check on, none comes between. This
         # process has its key before it is attached, so that it never writes without one.
         writer = self.writer
         if self._descriptor.inherited:

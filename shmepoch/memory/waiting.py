@@ -140,13 +140,13 @@ class Waiters:
         """Wake every waiter, after the store that they wait for; no system call if none sleeps.
 
         WAIT-1: what was committed stands, so nothing that fails here is raised. A sleeper that was
-        not woken looks by itself before long.
+        not woken polls by itself before long.
         """
         try:
             self._memory.wake(at.EVENT_AT)
             self._waits.notify()
         except Exception as error:
-            report_once("a commit was not told to every sleeper, which will look by itself", error)
+            report_once("a commit was not told to every sleeper, which will poll by itself", error)
 
     def wait_above(self, after: int, timeout: float | None) -> int:
         """Block until the watermark is above `after`, and return it.

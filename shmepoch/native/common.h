@@ -277,7 +277,7 @@ PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t n
 /* What a new mapping begins with, before anything was learned of it. */
 void spin_as_long_as_it_may_pay(Memory *self);
 int64_t monotonic_ns(void);
-/* How long a sleep until `deadline` goes on before it looks again; 0 or below once it has passed. */
+/* How long a sleep until `deadline` goes on before it polls again; 0 or below once it has passed. */
 int64_t sleep_limit(int64_t deadline);
 
 /* A number, or what has a `fileno`. */

@@ -1,4 +1,4 @@
-/* Words that only grow: Cell, one of them behind a gate word that can close it, and Snapshots, several
+/* Words that only grow: Cell, one of them behind a flag that closes it, and Snapshots, several
  * of them read at one instant. */
 
 #include "common.h"
@@ -9,17 +9,17 @@ typedef struct {
     PyObject_HEAD
     PyObject *memory; /* keeps the mapping alive */
     word_t *word;
-    word_t *gate;
+    word_t *closed_flag;
     PyObject *on_closed;
 } Cell;
 
 static PyObject *
 cell_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"memory", "offset", "gate", "on_closed", NULL};
+    static char *keywords[] = {"memory", "offset", "closed_flag", "on_closed", NULL};
     PyObject *memory, *on_closed;
-    Py_ssize_t offset, gate;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnnO:Cell", keywords, &memory, &offset, &gate,
+    Py_ssize_t offset, closed_flag;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnnO:Cell", keywords, &memory, &offset, &closed_flag,
                                      &on_closed)) {
         return NULL;
     }
@@ -31,7 +31,7 @@ cell_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "a Cell lies in a Memory");
         return NULL;
     }
-    if (!check_word((Memory *)memory, offset) || !check_word((Memory *)memory, gate)) {
+    if (!check_word((Memory *)memory, offset) || !check_word((Memory *)memory, closed_flag)) {
         return NULL;
     }
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -41,7 +41,7 @@ cell_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_INCREF(on_closed);
         self->memory = memory;
         self->word = word_at((Memory *)memory, offset);
-        self->gate = word_at((Memory *)memory, gate);
+        self->closed_flag = word_at((Memory *)memory, closed_flag);
         self->on_closed = on_closed;
     }
     return (PyObject *)self;
@@ -81,7 +81,7 @@ cell_dealloc(PyObject *object)
 static bool
 cell_is_open(Cell *self)
 {
-    if (atomic_load_explicit(self->gate, memory_order_acquire) == 0) {
+    if (atomic_load_explicit(self->closed_flag, memory_order_acquire) == 0) {
         return true;
     }
     raise_closed(self->on_closed);

@@ -118,7 +118,7 @@ static const int64_t LOCK_PAUSE_PART = 16;
 static const int64_t LOCK_PAUSE_MIN_NS = 10 * 1000;
 static const int64_t LOCK_PAUSE_MAX_NS = 1000 * 1000;
 
-/* How long a file may have lost its name before a transition hears of it: a look takes as long as
+/* How long a file may have lost its name before a transition hears of it: a check takes as long as
  * the lock itself, and the time of the coarse clock a twentieth of that. */
 static const int64_t LOOK_NS = 500 * 1000 * 1000;
 
@@ -341,7 +341,7 @@ writer_attend(WriterLock *self, LockState state, int error)
     if (self->attend != NULL) {
         PyObject *attended = PyObject_CallFunctionObjArgs(self->attend, NULL);
         if (attended == NULL) {
-            return false; /* and every attempt from now on looks again */
+            return false; /* and every attempt from now on checks again */
         }
         Py_DECREF(attended);
     }

@@ -182,7 +182,7 @@ memory_store(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* Sequentially consistent: a bell mask is set before, or taken after, a look at another word. */
+/* Sequentially consistent: a doorbell mask is set before, or taken after, a check of another word. */
 static PyObject *
 memory_exchange(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

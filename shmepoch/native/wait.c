@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* A sleeping waiter looks again after this long: the process that was to wake it may have been
+/* A sleeping waiter polls again after this long: the process that was to wake it may have been
  * killed between its store and its wake call, and the 32-bit event count may have come round. */
 static const int64_t RECHECK_NS = 250 * 1000 * 1000;
 /* A wait in the main thread looks for signals that came just before it slept after this long. */
@@ -67,7 +67,7 @@ parse_timeout(PyObject *object, int64_t *deadline)
     return true;
 }
 
-/* How long a sleep until `deadline` goes on before it looks again; 0 or below once it has passed.
+/* How long a sleep until `deadline` goes on before it polls again; 0 or below once it has passed.
  *
  * A signal may come just before a sleep, and then no system call is there for it to interrupt. Python
  * runs its handlers in the main thread, so that one looks after them more often. */
@@ -103,7 +103,7 @@ cpu_relax(void)
 typedef struct {
     word_t *value;
     uint64_t above;
-    word_t *gate;
+    word_t *closed_flag;
     Event *event;
 } Wait;
 
@@ -111,7 +111,7 @@ static bool
 wait_is_over(const Wait *wait)
 {
     return atomic_load_explicit(wait->value, memory_order_acquire) > wait->above
-           || atomic_load_explicit(wait->gate, memory_order_acquire) != 0;
+           || atomic_load_explicit(wait->closed_flag, memory_order_acquire) != 0;
 }
 
 /* Spins for as long as spinning has lately paid, and learns. Across cores the other side answers
@@ -174,20 +174,20 @@ wait_sleeping(const Wait *wait, int64_t limit_ns)
     return result == 0 ? 0 : errno;
 }
 
-/* wait_above(value, above, event, gate, timeout_ns) -> bool
+/* wait_above(value, above, event, closed_flag, timeout_ns) -> bool
  *
- * Blocks until the word at `value` is above `above` or the word at `gate` is not zero; False if
+ * Blocks until the word at `value` is above `above` or the word at `closed_flag` is not zero; False if
  * `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits, also those
- * of a signal that came between the last look and the sleep, which no system call tells of. */
+ * of a signal that came between the last check and the sleep, which no system call tells of. */
 PyObject *
 memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
     Memory *self = (Memory *)object;
-    Py_ssize_t value, event, gate;
+    Py_ssize_t value, event, closed_flag;
     Wait wait;
     if (!check_arity("wait_above", nargs, 5) || !parse_word(self, args[0], &value)
         || !as_u64(args[1], &wait.above) || !parse_word(self, args[2], &event)
-        || !parse_word(self, args[3], &gate)) {
+        || !parse_word(self, args[3], &closed_flag)) {
         return NULL;
     }
     int64_t deadline;
@@ -195,7 +195,7 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     wait.value = word_at(self, value);
-    wait.gate = word_at(self, gate);
+    wait.closed_flag = word_at(self, closed_flag);
     wait.event = event_at(self, event);
     if (wait_is_over(&wait)) {
         Py_RETURN_TRUE;
@@ -229,7 +229,7 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 }
 
 /* wake(event) -> whether a waiter may have slept. Called after the store that they wait for. The
- * fence at the end orders it before whatever the caller looks at next (the bells). */
+ * fence at the end orders it before whatever the caller reads next (the doorbells). */
 PyObject *
 memory_wake(PyObject *object, PyObject *offset_object)
 {

@@ -24,7 +24,7 @@ from shmepoch.errors import (
     SessionNotRegistered,
 )
 from shmepoch.ids import SessionId
-from shmepoch.memory.bells import remove_unused_bells
+from shmepoch.memory.doorbells import remove_unused_doorbells
 from shmepoch.memory.namespaces import resolve_namespace
 from shmepoch.memory.removal import remove_leftovers
 from shmepoch.runtime.durability import Durability
@@ -61,7 +61,7 @@ class RuntimeSessionAdapter:
     session wait for each other, and for no other session. After a fork it belongs to the parent.
 
     ADAPTER-1: a store and other processes are waited for with the session's own lock only, which no
-    call about another session, no look and no supervision takes. So one that stands still holds up
+    call about another session, no poll and no supervision takes. So one that stands still holds up
     its own session and no other.
     """
 
@@ -227,7 +227,7 @@ class RuntimeSessionAdapter:
                 self._durability.close()
         finally:
             self._give_up_all()
-        remove_unused_bells(self._namespace)
+        remove_unused_doorbells(self._namespace)
         remove_leftovers(self._namespace)
 
     def __enter__(self) -> Self:

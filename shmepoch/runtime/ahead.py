@@ -20,7 +20,7 @@ class CursorsAhead:
         self._bindings = bindings
         self._said: set[str] = set()
 
-    def look(self, name: str, cursor: CompletionSeq, watermark: CompletionSeq) -> None:
+    def check(self, name: str, cursor: CompletionSeq, watermark: CompletionSeq) -> None:
         """Warn if `cursor`, which was loaded before `watermark`, is above it."""
         if cursor > watermark and name not in self._said:
             self._said.add(name)

@@ -135,7 +135,7 @@ class AgentBoundary:
         self._require_agent()
         applied = self._cursor.load()
         batch = self._feed.list_since(applied)
-        self._ahead.look("agent_applied_cursor", applied, batch.watermark)
+        self._ahead.check("agent_applied_cursor", applied, batch.watermark)
         gap = batch.gap_after(applied)
         entries: list[CompletionEntry] = []
         skipped = [self.bindings.skipped]

@@ -41,7 +41,7 @@ class EpochPersistence(Record, kw_only=True, frozen=True):
         return self.watermark - self.durable_seq
 
 
-class _Standing(NamedTuple):
+class _Fingerprint(NamedTuple):
     """What tells, at little cost, whether there is something to store."""
 
     watermark: CompletionSeq
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
     """What was read of an epoch, and what will be so once the store has it."""
 
     capture: EpochCapture
-    standing: _Standing
+    fingerprint: _Fingerprint
     watermark: CompletionSeq
     gap: CompletionFeedGap | None
     live: dict[OperationId, OperationLifecycleSnapshot]
@@ -78,7 +78,7 @@ class Followed:
         self.waiting: asyncio.Task[None] | None = None
         self._missed = 0
         self._last_gap: CompletionFeedGap | None = None
-        self._stored: _Standing | None = None
+        self._stored: _Fingerprint | None = None
         self._position: CompletionSeq | None = None
         self._live: dict[OperationId, OperationLifecycleSnapshot] = {}
 
@@ -98,7 +98,7 @@ class Followed:
         """
         if self.error is not None:
             return False
-        now = self._standing()
+        now = self._fingerprint()
         return now != self._stored or (thoroughly and now.active > 0)
 
     def locate(self, store: RuntimeStore) -> None:
@@ -113,7 +113,7 @@ class Followed:
         """What the store does not have yet; it was located before."""
         bindings = self.bindings
         assert self._position is not None
-        standing = self._standing()
+        fingerprint = self._fingerprint()
         # `capture_news` keeps PERSIST-1: an operation that ended meanwhile has its entry with it.
         snapshot, batch = bindings.ops_lifecycle.capture_news(
             bindings.epoch_id, bindings.cursor_state, self._position
@@ -135,14 +135,14 @@ class Followed:
                 entries=batch.entries,
                 cursors=snapshot.cursors,
             ),
-            sealed=standing.sealed,
+            sealed=fingerprint.sealed,
         )
         gap = batch.gap_after(self._position)
-        return Reading(capture, standing, batch.watermark, gap, live)
+        return Reading(capture, fingerprint, batch.watermark, gap, live)
 
     def stored(self, reading: Reading) -> None:
         """The store has taken `reading`."""
-        self._stored = reading.standing
+        self._stored = reading.fingerprint
         self._position = self.durable = reading.watermark
         self._live = reading.live
         self.failures, self.is_suspect = 0, False
@@ -177,9 +177,9 @@ class Followed:
             failure=None if self.failure is None else str(self.failure),
         )
 
-    def _standing(self) -> _Standing:
+    def _fingerprint(self) -> _Fingerprint:
         bindings = self.bindings
-        return _Standing(
+        return _Fingerprint(
             self.feed.watermark(),
             bindings.ops_lifecycle.active_count(),
             bindings.cursor_state.snapshot(),

@@ -180,7 +180,7 @@ class RuntimeLoop:
         self._inject = inject
         self._quiescent = quiescent
         self._retries = _Growing(0.05, 5.0)
-        self._looks = _Growing(0.025, 1.0)
+        self._polls = _Growing(0.025, 1.0)
         self._ahead = CursorsAhead(bindings)
         self._run: _Run | None = None
         self._thread: threading.Thread | None = None
@@ -238,7 +238,7 @@ class RuntimeLoop:
             raise failure
 
     def session_changed(self) -> None:
-        """Look again: the session may have become quiescent. From any thread."""
+        """Poll again: the session may have become quiescent. From any thread."""
         run = self._run
         if run is not None:
             run.wake()
@@ -271,7 +271,7 @@ class RuntimeLoop:
         try:
             run.begin()
             self._retries.reset()
-            self._looks.reset()
+            self._polls.reset()
             owed = _Owed(self._cursors.agent_applied_cursor.load())
             while not run.over:
                 await self._pause(run, await self._step(run, owed))
@@ -289,20 +289,20 @@ class RuntimeLoop:
         cursors = self._cursors.snapshot()  # before the batch, which they are held against
         batch = self._feed.list_since(owed.examined)
         for name in EpochCursorSnapshot.__struct_fields__:
-            self._ahead.look(name, getattr(cursors, name), batch.watermark)
+            self._ahead.check(name, getattr(cursors, name), batch.watermark)
         owed.examine(batch)
         is_owed = self._cursors.agent_applied_cursor.load() < owed.through
         promised_for = owed.promised_for() if is_owed else 0.0
         if is_owed and not promised_for:
             accepted = await self._offer(run, batch.watermark)
             if accepted is None:
-                return _Pause(batch.watermark, self._looks.take())
-            self._looks.reset()
+                return _Pause(batch.watermark, self._polls.take())
+            self._polls.reset()
             if not accepted:
                 return _Pause(_THE_END, self._retries.take())
             promised_for = owed.promise(batch.watermark)
             self._cursors.runtime_last_injected_seq.advance(batch.watermark)
-        self._looks.reset()
+        self._polls.reset()
         self._retries.reset()
         self._cursors.runtime_observed_seq.advance(batch.watermark)
         return _Pause(batch.watermark, promised_for or None)

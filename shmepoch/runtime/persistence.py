@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 #: How many seconds the completions of a channel may wait for others at most.
 MOST_DELAY_S: Final = 3600.0
 #: How often epochs are looked at for what wakes no process: cursors, and operations that begin.
-#: Those that something was stored of since the last such look are looked at more often.
-_LOOK_S: Final = 1.0
-_WARM_LOOK_S: Final = 0.05
+#: Those that something was stored of since the last such poll are looked at more often.
+_POLL_S: Final = 1.0
+_WARM_POLL_S: Final = 0.05
 #: How often completions that wait for `max_delay` to pass are counted: in tenths of it, but not
 #: less often than this.
 _COUNT_S: Final = 0.05
@@ -315,7 +315,7 @@ class PersistenceChannel:
             )
 
     async def _keep_storing(self) -> None:
-        next_look = pause = 0.0
+        next_poll = pause = 0.0
         retry_at, retry_s, tried, works = 0.0, _FIRST_RETRY_S, 0, True
         while not self._closed:
             await self._woken(pause)
@@ -326,16 +326,16 @@ class PersistenceChannel:
             await self._coalesce()
             requested = tried = self._requested
             asked = requested > self._served
-            if asked or time.monotonic() >= next_look:
+            if asked or time.monotonic() >= next_poll:
                 candidates: Iterable[Followed] = self._followed()
-                next_look = time.monotonic() + _LOOK_S
+                next_poll = time.monotonic() + _POLL_S
                 self._warm.clear()
             else:
                 candidates = [f for f in self._advanced | self._warm if not f.is_suspect]
             works = self._store_news(candidates, requested, thoroughly=asked)
             if works:
                 retry_s = _FIRST_RETRY_S
-                pause = _WARM_LOOK_S if self._warm else next_look - time.monotonic()
+                pause = _WARM_POLL_S if self._warm else next_poll - time.monotonic()
             else:
                 pause, retry_s = retry_s, min(retry_s * 2, _LAST_RETRY_S)
                 retry_at = time.monotonic() + pause
@@ -365,7 +365,7 @@ class PersistenceChannel:
             await followed.feed.advanced(followed.durable)
         except (EpochSealed, EpochGone):
             pass
-        except Exception as error:  # the next look finds what there is, or what is wrong
+        except Exception as error:  # the next poll finds what there is, or what is wrong
             _log.debug("epoch %s is not waited for: %s", followed.id, error)
         self._advanced.add(followed)
         self._wake.set()

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 #: How often the participants' locks are looked at; a death is noticed within a second.
 _INTERVAL_S: Final = 0.25
-#: At every how many of these looks the names of the segments are looked at.
+#: At every how many of these polls the names of the segments are looked at.
 _NAMES_EVERY: Final = 2
 #: How many of those that ended together are named in a reason, which each operation carries.
 _NAMED: Final = 3
@@ -49,17 +49,17 @@ class EpochSupervisor:
         where all bindings of an epoch are one object, has closed them."""
         return self.lost or not self.bindings.shared_segment().attached
 
-    def look(self) -> int:
+    def poll(self) -> int:
         """Look once; how many operations were ended.
 
         SUPERVISE-1: it waits for nothing, neither for a transition nor for a store. What it cannot
-        do now the next look does, and other epochs do not wait for it.
+        do now the next poll does, and other epochs do not wait for it.
         """
         # Alone, this process has no operations of others to end, until another one joins.
         if self._memory.load(at.JOINED_AT) == self._alone_since:
             return 0
         try:
-            return self._look()
+            return self._poll()
         except (StoreBehind, WriterBusy) as error:
             _log.debug("session %s: %s", self.bindings.session_id, error)
             return 0
@@ -70,7 +70,7 @@ class EpochSupervisor:
         deadline = time.monotonic() + _SETTLE_S
         while True:
             try:
-                self._look()
+                self._poll()
                 return
             except StoreBehind:
                 return
@@ -79,7 +79,7 @@ class EpochSupervisor:
                     return
             time.sleep(_SETTLE_PAUSE_S)
 
-    def look_for_name(self) -> None:
+    def check_name(self) -> None:
         """Notice that the session's name is not this segment's any more."""
         segment = self.bindings.shared_segment()
         if self.lost or not segment.attached or segment.named or segment.sealed:
@@ -97,7 +97,7 @@ class EpochSupervisor:
         with contextlib.suppress(EpochGone):
             segment.require_name()  # tells the others, if the file is gone and not only its place
 
-    def _look(self) -> int:
+    def _poll(self) -> int:
         segment = self.bindings.shared_segment()
         if not segment.attached:
             return 0
@@ -107,11 +107,11 @@ class EpochSupervisor:
         alone = len(present) <= 1 and not participants.others_hold_slots()
         if alone:
             # Once more, after the locks: a participant that has joined by now and holds none is
-            # gone, and the rest of this look finds what it left.
+            # gone, and the rest of this poll finds what it left.
             present = participants.list(me=segment.participant)
         dead = [participant for participant in present if not participant.alive]
         # Besides those found dead, a participant may have left in good order with operations
-        # running, or have joined and gone since the last look, or have taken a dead one's slot.
+        # running, or have joined and gone since the last poll, or have taken a dead one's slot.
         known = joined, tuple(participant.key for participant in present if participant.alive)
         ended = 0
         if dead or alone or known != self._known:
@@ -153,7 +153,7 @@ class Supervisor:
         self._epochs = epochs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shmepoch-supervisor", daemon=True)
-        #: What failed at the last look, so that it is told once.
+        #: What failed at the last poll, so that it is told once.
         self._failing: dict[EpochSupervisor, str] = {}
 
     def start(self) -> None:
@@ -176,8 +176,8 @@ class Supervisor:
             for epoch in self._epochs():
                 try:
                     if changed:
-                        epoch.look_for_name()
-                    epoch.look()
+                        epoch.check_name()
+                    epoch.poll()
                 # Another thread or process ended it or left it just now.
                 except (EpochSealed, EpochGone, BindingsClosed) as error:
                     _log.debug("not supervised: %s", error)
@@ -192,7 +192,7 @@ class _Names:
     """Whether names in shared memory may have changed: one look for every epoch.
 
     A directory's time is as coarse as the kernel's clock, so a change may be followed by another
-    that does not show. One that shows counts for the next look, too, which is later than that.
+    that does not show. One that shows counts for the next poll, too, which is later than that.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ def test_the_next_run_removes_what_killed_runs_left(namespace: str, tmp_path: Pa
         waiting(tmp_path, 2)
         kill_all(namespace)
         ended(process)
-    assert len([path for path in segments_in(namespace) if path.suffix != ".bells"]) == 2
+    assert len([path for path in segments_in(namespace) if path.suffix != ".doorbells"]) == 2
     assert run("-", stdin="true\n").returncode == 0
     nothing_left(namespace)
 

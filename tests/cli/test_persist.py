@@ -161,7 +161,7 @@ def test_who_asks_twice_does_not_wait_for_the_store(
 def test_without_descriptors_it_goes_on(
     adapter: RuntimeSessionAdapter, sessions: list[SessionRuntimeBindings], tmp_path: Path
 ) -> None:
-    """It says that it cannot look, and looks again."""
+    """It says that it cannot look, and polls again."""
     path = tmp_path / "store"
     end(sessions[0], TOOL)
     with persisting(path) as process:

@@ -115,7 +115,7 @@ def test_after_every_process_was_killed_the_live_epochs_go_on(
         eventually(lambda: len(with_status(store, OperationStatus.COMPLETED)) == 8, within=60)
         kill_all(namespace)
         ended(process)
-    (segment,) = (path for path in segments_in(namespace) if path.suffix != ".bells")
+    (segment,) = (path for path in segments_in(namespace) if path.suffix != ".doorbells")
     monkeypatch.setenv("SHMEPOCH_NAMESPACE", f"{namespace}-other")
     (tmp_path / "waiting").unlink()
     with started(*arguments, "--resume", stdin=stdin) as process:

@@ -204,7 +204,7 @@ CONTROL: Final = {
     "runtime_injected": at.CURSORS_AT + 2 * at.LINE,
     "watermark": at.WATERMARK_AT,
     "event": at.EVENT_AT,
-    "bells": at.DOORBELLS_AT,
+    "doorbells": at.DOORBELLS_AT,
     "dropped_through": at.DROPPED_AT,
     "intent": at.INTENT_AT,
     "registrations": at.REGISTRATIONS_AT,

@@ -377,7 +377,7 @@ def test_a_clock_that_shows_no_time_of_ours(
     registry.complete_operation(id, result(id))
     live = [OperationId.new(), OperationId.new()]
     registry.register_operations([spec(id=id) for id in live])
-    registry.provisionings_succeeded(live)
+    registry.start_operations(live)
     registry.complete_operations([result(id) for id in live])
     nearest = min(max(now_ms, 0), 2**63 - 1)
     for each in registry.list_operations():

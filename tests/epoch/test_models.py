@@ -206,7 +206,7 @@ class RegistryMachine(RuleBasedStateMachine):
             if ends:
                 self.registry.complete_operations([result_of(id, "x" * size) for id in ids])
             else:
-                self.registry.provisionings_succeeded(ids)
+                self.registry.start_operations(ids)
 
         if refusals:
             with pytest.raises(tuple(refusals)):

@@ -37,7 +37,7 @@ def registered(registry: Registry, count: int) -> list[OperationId]:
 
 def running(registry: Registry, count: int) -> list[OperationId]:
     ids = registered(registry, count)
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
     return ids
 
 
@@ -50,7 +50,7 @@ def test_operations_live_together(registry: Registry) -> None:
     assert [taken(registry, id).display_name for id in ids] == [f"number {n}" for n in range(10)]
     assert registry.active_count() == 10
 
-    registry.provisionings_succeeded(ids[:7])
+    registry.start_operations(ids[:7])
     assert [taken(registry, id).status is RUNNING for id in ids] == [True] * 7 + [False] * 3
     for id in ids[:7]:
         found = taken(registry, id)
@@ -79,7 +79,7 @@ def test_the_order_is_that_of_the_call(registry: Registry) -> None:
 def test_each_keeps_what_is_its_own(registry: Registry) -> None:
     child, tool = spec("child", kind=CHILD), spec("tool")
     registry.register_operations([child, tool])
-    registry.provisionings_succeeded([tool.id, child.id])
+    registry.start_operations([tool.id, child.id])
     registry.report_progress(tool.id, UPDATE)
     registry.request_retire(child.id)
     registry.complete_operations([result(child.id, "c"), result(tool.id, "t")])
@@ -96,7 +96,7 @@ def test_each_keeps_what_is_its_own(registry: Registry) -> None:
 def test_anything_that_can_be_gone_through_once(registry: Registry) -> None:
     specs = [spec() for _ in range(3)]
     registry.register_operations(each for each in specs)
-    registry.provisionings_succeeded({each.id: each for each in specs})
+    registry.start_operations({each.id: each for each in specs})
     registry.complete_operations(map(result, [each.id for each in specs]))
     assert registry.completion_feed().watermark() == 3
 
@@ -105,7 +105,7 @@ def test_none_at_all(registry: Registry) -> None:
     running(registry, 2)
     before = state(registry)
     registry.register_operations([])
-    registry.provisionings_succeeded([])
+    registry.start_operations([])
     registry.complete_operations([])
     assert state(registry) == before
 
@@ -206,11 +206,11 @@ def test_one_that_cannot_start(registry: Registry, last: str) -> None:
         "twice": (ids[0], InvalidTransition, RUNNING),
         "ended": (reach(registry, OperationStatus.FAILED), InvalidTransition, "failed"),
     }[last]
-    raised = refused(registry, error, lambda: registry.provisionings_succeeded([*ids, wrong]))
+    raised = refused(registry, error, lambda: registry.start_operations([*ids, wrong]))
     assert raised.id == wrong
     if status is not None:
         assert (raised.status, raised.action) == (status, Action.PROVISIONING_SUCCEEDED)
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
 
 
 @pytest.mark.parametrize("last", ["unknown", "provisioning", "twice", "ended"])
@@ -271,7 +271,7 @@ def test_a_sealed_epoch_refuses_all_three(epoch: Epoch) -> None:
     epoch.seal()
     for act in (
         lambda: registered_four(registry),
-        lambda: registry.provisionings_succeeded(provisioning),
+        lambda: registry.start_operations(provisioning),
         lambda: registry.complete_operations([result(id) for id in ids]),
         lambda: registry.complete_operations([]),
     ):

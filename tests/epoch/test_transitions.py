@@ -57,7 +57,7 @@ def live_together(
     moment(n % 3)
     if n % 5 == 0 and count > 1:
         registry.cancel_operation(ids.pop(), None)
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
     moment(n % 11)
     ids.reverse()
     registry.complete_operations(result(id, "x" * (n * 37 % 700)) for id in ids)
@@ -99,7 +99,7 @@ def test_what_was_left_behind_is_repaired_first(left: str) -> None:
         lambda: registry.register_operation(spec(id=other)),
         lambda: registry.complete_operation(id, result(id)),
         lambda: registry.register_operations([several[0], several[1]]),
-        lambda: registry.provisionings_succeeded([each.id for each in several]),
+        lambda: registry.start_operations([each.id for each in several]),
         lambda: registry.complete_operations([result(each.id) for each in several]),
     )
     for act in acts:
@@ -134,7 +134,7 @@ def test_words_that_contradict_each_other_stop_every_transition(offset: int, val
         lambda: registry.register_operation(spec()),
         lambda: registry.fail_operation(id, "broke"),
         lambda: registry.register_operations([spec(), spec()]),
-        lambda: registry.provisionings_succeeded([id]),
+        lambda: registry.start_operations([id]),
         lambda: registry.complete_operations([result(id)]),
     )
     for act in acts:
@@ -160,7 +160,7 @@ def test_none_starts_alone_though_the_clock_was_set_back(monkeypatch: pytest.Mon
         monkeypatch.setattr(time, "time_ns", lambda ms=second * 1_000: ms * 1_000_000)
         registry.register_operation(each)
     monkeypatch.setattr(time, "time_ns", lambda: 2_000_000 * 1_000_000)
-    registry.provisionings_succeeded([each.id for each in specs])
+    registry.start_operations([each.id for each in specs])
     found = [registry.snapshot(each.id) for each in specs]
     assert [one and one.started_at_ms for one in found] == [2_000_000, 3_000_000]
 
@@ -171,7 +171,7 @@ def one_by_one(registry: Registry, id: OperationId) -> None:
 
 
 def together(registry: Registry, id: OperationId) -> None:
-    registry.provisionings_succeeded([id])
+    registry.start_operations([id])
     registry.complete_operations([result(id)])
 
 

@@ -42,7 +42,7 @@ def test_a_gate_closes_a_cell(memory: Memory) -> None:
 
 
 def test_a_cell_only_grows(memory: Memory) -> None:
-    cell = Cell(memory, offset=0, gate=8, on_closed=Closed)
+    cell = Cell(memory, offset=0, closed_flag=8, on_closed=Closed)
     moves = [cell.advance(value) for value in (3, 3, 2, 0, TOP, 5)]
     assert moves == [True, False, False, False, True, False]
     assert cell.load() == TOP

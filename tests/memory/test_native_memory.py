@@ -46,9 +46,9 @@ WORD_CALLS: Final[dict[str, Call]] = {
     "write": lambda m, at: m.write(at, b"12345678"),
     "wait_above value": lambda m, at: m.wait_above(at, 0, 8, 16, 0),
     "wait_above event": lambda m, at: m.wait_above(0, 0, at, 16, 0),
-    "wait_above gate": lambda m, at: m.wait_above(0, 0, 8, at, 0),
+    "wait_above closed_flag": lambda m, at: m.wait_above(0, 0, 8, at, 0),
     "cell": lambda m, at: Cell(m, at, 0, ValueError),
-    "cell gate": lambda m, at: Cell(m, 0, at, ValueError),
+    "cell closed_flag": lambda m, at: Cell(m, 0, at, ValueError),
 }
 
 #: For each function that takes an unsigned word: a call with everything else in order.

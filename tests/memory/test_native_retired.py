@@ -185,7 +185,7 @@ def test_an_error_of_what_attends_is_raised(fd: int) -> None:
 
 
 def test_a_file_without_a_name_is_looked_at_now_and_then(fd: int, tmp_path: Path) -> None:
-    """Twice a second at most: the look takes as long as the lock."""
+    """Twice a second at most: the check takes as long as the lock."""
     calls: list[int] = []
 
     def hears_of(attached: Attached) -> bool:

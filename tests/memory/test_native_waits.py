@@ -19,12 +19,12 @@ SIZE: Final = 4096
 TOP: Final = 2**64 - 1
 
 
-VALUE, EVENT, GATE = 0, 128, 256
+VALUE, EVENT, CLOSED_FLAG = 0, 128, 256
 SECOND: Final = 10**9
 
 
 def wait(memory: Memory, above: int, timeout_ns: int | None = None) -> bool:
-    return memory.wait_above(VALUE, above, EVENT, GATE, timeout_ns)
+    return memory.wait_above(VALUE, above, EVENT, CLOSED_FLAG, timeout_ns)
 
 
 @pytest.mark.parametrize("timeout_ns", [0, 1, 1000, 10**6, -1, -(2**63), -(10**9)])
@@ -39,7 +39,7 @@ def test_a_wait_times_out(memory: Memory, timeout_ns: int) -> None:
 def test_a_wait_that_is_over(memory: Memory, timeout_ns: int | None) -> None:
     memory.store(VALUE, 5)
     assert wait(memory, 4, timeout_ns) is True
-    memory.store(GATE, 1)
+    memory.store(CLOSED_FLAG, 1)
     assert wait(memory, 5, timeout_ns) is True
 
 
@@ -49,9 +49,9 @@ def test_a_timeout_that_is_none(memory: Memory, timeout: Any) -> None:
         wait(memory, 0, timeout)
 
 
-@pytest.mark.parametrize("word", [VALUE, GATE])
+@pytest.mark.parametrize("word", [VALUE, CLOSED_FLAG])
 def test_a_sleeper_is_woken(memory: Memory, word: int) -> None:
-    """By the value, and by the gate; by every wake call, but none is made for nobody."""
+    """By the value, and by the closed_flag; by every wake call, but none is made for nobody."""
     assert memory.wake(EVENT) is False
 
     def asleep(sleepers: list[Future[bool]]) -> bool:
@@ -59,7 +59,7 @@ def test_a_sleeper_is_woken(memory: Memory, word: int) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         for value in range(1, 20):
-            memory.store(GATE, 0)
+            memory.store(CLOSED_FLAG, 0)
             sleepers = [pool.submit(wait, memory, memory.load(VALUE)) for _ in range(3)]
             eventually(partial(asleep, sleepers))
             memory.store(word, value)
@@ -93,7 +93,7 @@ def test_processes_wake_each_other(fds: tuple[int, int]) -> None:
         try:
             theirs = Memory(fds[1], SIZE)
             for value in range(1, rounds):
-                theirs.wait_above(8, value - 1, EVENT + 64, GATE, None)
+                theirs.wait_above(8, value - 1, EVENT + 64, CLOSED_FLAG, None)
                 theirs.store(VALUE, value)
                 theirs.wake(EVENT)
         finally:

@@ -574,7 +574,7 @@ def test_the_sessions_of_a_namespace_are_listed(namespace: str, allocate: Alloca
     made = [allocate() for _ in range(3)]
     for segment in made:
         segment.publish()
-    others = [f"{namespace}.bells", f"{namespace}-x.{'0' * 32}", f"{namespace}.{'0' * 31}"]
+    others = [f"{namespace}.doorbells", f"{namespace}-x.{'0' * 32}", f"{namespace}.{'0' * 31}"]
     paths = [SHM_DIR / f"shmepoch.{name}" for name in others]
     for path in paths:
         path.touch()

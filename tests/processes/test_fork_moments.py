@@ -28,7 +28,7 @@ from shmepoch import (
     Terminated,
     WaitAlreadyActive,
 )
-from shmepoch.memory import bells, segment
+from shmepoch.memory import doorbells, segment
 from shmepoch.memory.participants import Participants
 from shmepoch.runtime.supervision import Supervisor
 from tests.epoch.deadline import run
@@ -197,13 +197,13 @@ def test_a_child_waits_for_nothing_and_holds_nothing_of_its_parent(
                 adapter.unregister_session(session_id)
         finally:
             os.kill(child, signal.SIGKILL)
-    eventually(lambda: no_bells_in(adapter._namespace))  # of the child, which was killed
+    eventually(lambda: no_doorbells_in(adapter._namespace))  # of the child, which was killed
 
 
-def no_bells_in(namespace: str) -> bool:
+def no_doorbells_in(namespace: str) -> bool:
     """Whether the page of those that were killed is gone."""
-    bells.remove_unused_bells(namespace)
-    return not bells.bells_path(namespace).exists()
+    doorbells.remove_unused_doorbells(namespace)
+    return not doorbells.doorbells_path(namespace).exists()
 
 
 def close_there(bindings: None, test: Channel, adapter: RuntimeSessionAdapter) -> None:

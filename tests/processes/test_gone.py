@@ -33,14 +33,14 @@ from shmepoch import (
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.ids import RuntimeEpochId
-from shmepoch.memory import bells
-from shmepoch.memory.bells import Bells
+from shmepoch.memory import doorbells
+from shmepoch.memory.doorbells import Doorbells
 from shmepoch.memory.segment import SharedSegment
 from tests.epoch.deadline import DEADLINE_S, run
 from tests.processes.children import Channel, start
 from tests.support import empty_shared_memory, eventually, held_writer, result, spec
 
-#: A transition looks for the name half a second after the last look, at the latest.
+#: A transition looks for the name half a second after the last check, at the latest.
 LOOK_S: Final = 0.6
 
 
@@ -83,7 +83,7 @@ def many(bindings: SessionRuntimeBindings) -> None:
     registry = bindings.ops_lifecycle
     specs = [spec() for _ in range(3)]
     registry.register_operations(specs)
-    registry.provisionings_succeeded([one.id for one in specs])
+    registry.start_operations([one.id for one in specs])
     registry.complete_operations([result(one.id) for one in specs])
 
 
@@ -184,8 +184,8 @@ def test_who_notices_it_wakes_those_that_wait(
     doomed: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They do not have to look by themselves."""
-    monkeypatch.setattr(bells, "_RECHECK_NS", 10 * round(DEADLINE_S * 1e9))
-    listening = Bells.of(namespace)
+    monkeypatch.setattr(doorbells, "_RECHECK_NS", 10 * round(DEADLINE_S * 1e9))
+    listening = Doorbells.of(namespace)
 
     async def wait() -> None:
         waiting = asyncio.ensure_future(advanced(doomed.ops_lifecycle.completion_feed()))

@@ -184,7 +184,7 @@ def test_a_stopped_watcher_gets_what_the_feed_has_dropped_since(
     registry = bindings.ops_lifecycle
     ids = [OperationId.new() for _ in range(3)]
     registry.register_operations([spec(id=id) for id in ids])
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
     with start(watch_and_stop, bindings, ids, way, method=method) as child:
         eventually(lambda: all(one.watcher_count == 1 for one in registry.list_operations()))
         if way != "watch":
@@ -195,7 +195,7 @@ def test_a_stopped_watcher_gets_what_the_feed_has_dropped_since(
         while feed.list_since(0).dropped_through < len(ids):
             others = [OperationId.new() for _ in range(100)]
             registry.register_operations([spec(id=id) for id in others])
-            registry.provisionings_succeeded(others)
+            registry.start_operations(others)
             registry.complete_operations([result(id, "r" * 500) for id in others])
         child.signal(signal.SIGCONT)
         assert child.hear() == [Completed(result(id, "r" * 3_000)) for id in ids]

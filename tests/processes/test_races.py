@@ -122,7 +122,7 @@ def test_groups_that_overlap_are_completed_whole_or_not_at_all(
     specs = [spec() for _ in range(100)]
     registry.register_operations(specs)
     ids = [each.id for each in specs]
-    registry.provisionings_succeeded(ids)
+    registry.start_operations(ids)
     with racing(complete_overlapping, bindings, ids) as children:
         said = [child.result() for child in children]
     batch = registry.completion_feed().list_since(0)

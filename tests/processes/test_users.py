@@ -11,7 +11,7 @@ import pytest
 
 from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings
 from shmepoch.errors import SegmentForeign
-from shmepoch.memory.bells import Bells, bells_path
+from shmepoch.memory.doorbells import Doorbells, doorbells_path
 from shmepoch.memory.namespaces import list_sessions, segment_path
 from shmepoch.memory.removal import remove_unused
 from shmepoch.memory.segment import SharedSegment
@@ -35,7 +35,7 @@ async def wait_for_one(bindings: SessionRuntimeBindings, meanwhile: Callable[[],
     feed = bindings.ops_lifecycle.completion_feed()
     waiting = asyncio.ensure_future(feed.advanced(feed.watermark()))
     await asyncio.sleep(0)
-    wait_until(lambda: Bells.of(bindings.shared_segment().namespace)._fd is not None)
+    wait_until(lambda: Doorbells.of(bindings.shared_segment().namespace)._fd is not None)
     meanwhile()
     end(bindings, TOOL)
     await asyncio.wait_for(waiting, 30)
@@ -55,8 +55,8 @@ def use(test: Channel, namespace: str) -> list[SessionId]:
         test.say(seen)
         test.hear()
         adapter.unregister_session(bindings.session_id)
-        Bells.of(namespace).stop()  # a forked child ends without the functions that run at exit
-        assert not bells_path(namespace).exists()
+        Doorbells.of(namespace).stop()  # a forked child ends without the functions that run at exit
+        assert not doorbells_path(namespace).exists()
     return seen
 
 

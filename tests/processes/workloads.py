@@ -95,7 +95,7 @@ def several_operations(registry: RuntimeOpsLifecycleRegistry, random_: random.Ra
     """Lead some operations through their lives together."""
     specs = [spec("together") for _ in range(random_.randrange(1, 6))]
     registry.register_operations(specs)
-    registry.provisionings_succeeded(each.id for each in specs)
+    registry.start_operations(each.id for each in specs)
     registry.complete_operations(result(each.id, sealed_text(random_, 60)) for each in specs)
 
 

@@ -19,7 +19,7 @@ class WatchedStore(InMemoryRuntimeStore):
         self.saves: list[list[EpochCapture]] = []
         #: How often a save was begun.
         self.attempts = 0
-        #: What every save and every look raises while it is not None.
+        #: What every save and every poll raises while it is not None.
         self.failure: Callable[[], Exception] | None = None
         #: Saves wait here while it is not set.
         self.gate = threading.Event()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import shmepoch.memory.bells
+import shmepoch.memory.doorbells
 import shmepoch.memory.files
 import shmepoch.memory.namespaces
 from shmepoch import (
@@ -92,7 +92,7 @@ def test_standalone_bindings_cannot_leave_the_process() -> None:
 def test_a_standalone_build_works_without_shared_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module in (shmepoch.memory.files, shmepoch.memory.namespaces, shmepoch.memory.bells):
+    for module in (shmepoch.memory.files, shmepoch.memory.namespaces, shmepoch.memory.doorbells):
         monkeypatch.setattr(module, "SHM_DIR", tmp_path / "there is none")
     with (
         RuntimeSessionAdapter.ephemeral(namespace="none") as adapter,

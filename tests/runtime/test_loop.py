@@ -409,7 +409,7 @@ def test_a_busy_session_is_looked_at_when_something_may_have_changed(session: Se
     session.quiet = False
     end(session.bindings, TOOL)
     loop = session.loop()
-    loop._looks = _Growing(10_000.0, 10_000.0)
+    loop._polls = _Growing(10_000.0, 10_000.0)
     with loop:
         eventually(lambda: session.looks == 1)
         # It looks once for each time that something may have changed, and never in between.

@@ -154,7 +154,7 @@ Change: TypeAlias = Callable[[SessionRuntimeBindings, OperationId], object]
 CHANGES: dict[str, Change] = {
     "register_operation": lambda b, id: b.ops_lifecycle.register_operation(spec()),
     "register_operations": lambda b, id: b.ops_lifecycle.register_operations([spec(), spec()]),
-    "provisionings_succeeded": lambda b, id: b.ops_lifecycle.provisionings_succeeded([id]),
+    "start_operations": lambda b, id: b.ops_lifecycle.start_operations([id]),
     "terminate_and_seal": lambda b, id: b.ops_lifecycle.terminate_and_seal("over"),
     "terminate_where": lambda b, id: b.ops_lifecycle.terminate_where(lambda _: True, "over"),
     "collect_completed": lambda b, id: b.ops_lifecycle.collect_completed(),

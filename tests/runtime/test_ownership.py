@@ -458,13 +458,13 @@ def descriptors() -> int:
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             in_shm = os.readlink(link).startswith("/dev/shm/")
-            found += in_shm and link.stat().st_size > at.PAGE  # that of the bells is a page
+            found += in_shm and link.stat().st_size > at.PAGE  # that of the doorbells is a page
     return found
 
 
 def files(namespace: str) -> list[str]:
     """The names of segments, and of what is to replace one."""
-    return [name for name in names_in(namespace) if not name.endswith(".bells")]
+    return [name for name in names_in(namespace) if not name.endswith(".doorbells")]
 
 
 def works(adapter: RuntimeSessionAdapter, session_id: SessionId) -> SessionRuntimeBindings:

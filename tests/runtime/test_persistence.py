@@ -115,7 +115,7 @@ def test_an_epoch_is_recorded_before_anything_happens_in_it(
 def test_an_epoch_that_is_followed_is_looked_at_at_once(
     store: WatchedStore, adapter: RuntimeSessionAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(persistence, "_LOOK_S", NEVER)
+    monkeypatch.setattr(persistence, "_POLL_S", NEVER)
     first, second = (adapter.prepare_bindings(SessionId.new()) for _ in range(2))
     with PersistenceChannel(store) as channel:
         for bindings in (first, second):
@@ -297,7 +297,7 @@ def test_completions_within_the_delay_share_a_transaction(
 def test_what_wakes_nobody_is_looked_for_soon_after_something_happened(
     store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(persistence, "_LOOK_S", NEVER)
+    monkeypatch.setattr(persistence, "_POLL_S", NEVER)
     with PersistenceChannel(store) as channel:
         channel.follow(bindings)
         complete(bindings)
@@ -329,7 +329,7 @@ def test_and_seldom_once_nothing_happens(
 def test_a_flush_does_not_wait_for_the_next_look(
     store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for pause in ("_LOOK_S", "_WARM_LOOK_S"):
+    for pause in ("_POLL_S", "_WARM_POLL_S"):
         monkeypatch.setattr(persistence, pause, NEVER)
     with PersistenceChannel(store) as channel:
         channel.follow(bindings)

@@ -255,7 +255,7 @@ def test_what_runs_in_a_dead_process_is_ended_once_there_is_room(
     child.join()
     assert child.exitcode == 0
     assert held_up.ops_lifecycle.active_count() == 4
-    assert EpochSupervisor(held_up).look() == 0
+    assert EpochSupervisor(held_up).poll() == 0
     store.gate.set()
     eventually(lambda: held_up.ops_lifecycle.active_count() == 0)
 

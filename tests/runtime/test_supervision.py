@@ -67,7 +67,7 @@ def config() -> OpsLifecycleConfig:
 
 @pytest.fixture
 def alone(namespace: str, config: OpsLifecycleConfig) -> Iterator[SessionRuntimeBindings]:
-    """Bindings of a runtime whose adapter does not look by itself."""
+    """Bindings of a runtime whose adapter does not poll by itself."""
     segment = SharedSegment.allocate(
         namespace,
         config,
@@ -112,7 +112,7 @@ def test_who_lives_is_left_alone(
     alone.ops_lifecycle.register_operation(spec(id=mine))
     worker().run()
     supervisor = EpochSupervisor(alone)
-    assert [supervisor.look() for _ in range(3)] == [0, 0, 0]
+    assert [supervisor.poll() for _ in range(3)] == [0, 0, 0]
     assert ended(alone) == {}
 
 
@@ -125,15 +125,15 @@ def test_what_the_dead_ran_is_ended_with_a_reason(
     mine = OperationId.new()
     alone.ops_lifecycle.register_operation(spec(id=mine))
     supervisor = EpochSupervisor(alone)
-    assert supervisor.look() == 0
+    assert supervisor.poll() == 0
     doomed.die()
-    assert supervisor.look() == 2
+    assert supervisor.poll() == 2
     outcomes = ended(alone)
     assert list(outcomes) == ids
     for outcome in outcomes.values():
         assert isinstance(outcome, Terminated)
         assert f"ended without finishing it (worker process {os.getpid()})" in outcome.reason
-    assert supervisor.look() == 0
+    assert supervisor.poll() == 0
     assert len(alone.participants()) == 2
 
 
@@ -144,7 +144,7 @@ def test_many_dead_are_one_commit(
     ids = [one.run() for one in workers]
     for one in workers:
         one.die()
-    assert EpochSupervisor(alone).look() == 3
+    assert EpochSupervisor(alone).poll() == 3
     outcomes = ended(alone)
     assert list(outcomes) == ids
     assert len(set(map(repr, outcomes.values()))) == 1
@@ -166,7 +166,7 @@ def test_however_many_die_together_everything_ends(
     ids = [one.run("n" * 350) for one in workers for _ in range(2)]
     for one in workers:
         one.die()
-    assert EpochSupervisor(alone).look() == 120
+    assert EpochSupervisor(alone).poll() == 120
     outcomes = ended(alone)
     assert list(outcomes) == ids
     for outcome in outcomes.values():
@@ -200,7 +200,7 @@ def test_an_end_is_told_as_what_is_known_of_it(
         one.run()
     for one in workers:
         one.die()
-    EpochSupervisor(alone).look()
+    EpochSupervisor(alone).poll()
     [record] = caplog.records
     assert record.levelno == level
     assert told.format(pid=os.getpid()) in record.getMessage()
@@ -213,9 +213,9 @@ def test_who_leaves_with_nothing_running_is_not_told(
 ) -> None:
     caplog.set_level(logging.INFO, "shmepoch")
     supervisor, one = EpochSupervisor(alone), worker()
-    supervisor.look()
+    supervisor.poll()
     one.leave()
-    supervisor.look()
+    supervisor.poll()
     assert caplog.records == []
 
 
@@ -224,9 +224,9 @@ def test_who_left_in_good_order_is_noticed_too(
 ) -> None:
     supervisor, one = EpochSupervisor(alone), worker()
     id = one.run()
-    supervisor.look()
+    supervisor.poll()
     one.leave()
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     [(ended_id, outcome)] = ended(alone).items()
     assert ended_id == id
     assert outcome == Terminated("the process that ran it ended without finishing it (it left)")
@@ -236,11 +236,11 @@ def test_who_came_and_went_between_two_looks_is_noticed(
     alone: SessionRuntimeBindings, worker: Callable[..., Worker]
 ) -> None:
     supervisor = EpochSupervisor(alone)
-    supervisor.look()
+    supervisor.poll()
     one = worker()
     id = one.run()
     one.leave()
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     assert list(ended(alone)) == [id]
 
 
@@ -248,7 +248,7 @@ def test_who_took_the_slot_of_the_dead_is_not_taken_for_it(
     alone: SessionRuntimeBindings, worker: Callable[..., Worker]
 ) -> None:
     supervisor, first = EpochSupervisor(alone), worker()
-    supervisor.look()
+    supervisor.poll()
     before = first.run()
     first.die()
     second = worker()
@@ -258,7 +258,7 @@ def test_who_took_the_slot_of_the_dead_is_not_taken_for_it(
         second = worker()
         slots[1] = second.segment.participant & 0xFF
     after = second.run()
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     assert list(ended(alone)) == [before]
     operation = alone.ops_lifecycle.snapshot(after)
     assert operation is not None
@@ -280,7 +280,7 @@ def test_the_dead_watch_nothing(
 
     assert watchers() == 3
     dying.die()
-    EpochSupervisor(alone).look()
+    EpochSupervisor(alone).poll()
     assert watchers() == 1
     watches[-1].close()
     assert watchers() == 0
@@ -291,9 +291,9 @@ def test_a_look_at_nothing_new_takes_no_lock(
 ) -> None:
     worker().run()
     supervisor = EpochSupervisor(alone)
-    supervisor.look()
+    supervisor.poll()
     with held_writer(alone.shared_segment()):  # it would wait for ever
-        assert supervisor.look() == 0
+        assert supervisor.poll() == 0
 
 
 def test_a_look_at_an_epoch_that_no_other_process_joined_is_one_load(
@@ -302,7 +302,7 @@ def test_a_look_at_an_epoch_that_no_other_process_joined_is_one_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     supervisor = EpochSupervisor(alone)
-    supervisor.look()
+    supervisor.poll()
     loads: list[int] = []
     memory = alone.shared_segment().memory
 
@@ -314,12 +314,12 @@ def test_a_look_at_an_epoch_that_no_other_process_joined_is_one_load(
     monkeypatch.setattr(supervisor, "_memory", Watched())
     with monkeypatch.context() as patch:
         patch.setattr(supervisor, "bindings", None)
-        assert supervisor.look() == 0
+        assert supervisor.poll() == 0
     assert loads == [at.JOINED_AT]
     one = worker()
     id = one.run()
     one.die()
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     assert list(ended(alone)) == [id]
 
 
@@ -332,13 +332,13 @@ def test_who_is_about_to_join_is_not_overlooked(
     assert try_lock(late.fd, at.PARTICIPANT_BYTE + slot, False)
     number = late.memory.fetch_add(at.JOINED_AT, 1) + 1
     supervisor = EpochSupervisor(alone)
-    assert [supervisor.look() for _ in range(2)] == [0, 0]
+    assert [supervisor.poll() for _ in range(2)] == [0, 0]
     late.memory.store(Layout.participant(slot), number << 8 | Role.WORKER.number)
     late.participant = number << 8 | slot
     id = OperationId.new()
     RuntimeOpsLifecycleRegistry(late).register_operation(spec(id=id))
     late._descriptor.close()
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     assert list(ended(alone)) == [id]
 
 
@@ -351,10 +351,10 @@ def test_a_look_waits_for_no_transition(
     doomed.die()
     supervisor = EpochSupervisor(alone)
     with ThreadPoolExecutor(1) as pool, held_writer(stopped.segment):
-        assert pool.submit(supervisor.look).result(DEADLINE_S) == 0
+        assert pool.submit(supervisor.poll).result(DEADLINE_S) == 0
         pool.submit(supervisor.settle).result(DEADLINE_S)  # it gives up, some time
     assert ended(alone) == {}
-    assert supervisor.look() == 1
+    assert supervisor.poll() == 1
     assert watch.wait(DEADLINE_S) == ended(alone)[id]
 
 
@@ -430,10 +430,10 @@ def test_a_change_of_names_is_looked_at_twice(
 
 def test_an_epoch_that_was_sealed_may_lose_its_name(alone: SessionRuntimeBindings) -> None:
     epoch = EpochSupervisor(alone)
-    epoch.look_for_name()
+    epoch.check_name()
     alone.shared_segment().seal()
     alone.shared_segment().unlink()
-    epoch.look_for_name()
+    epoch.check_name()
     assert not epoch.lost
 
 
@@ -444,7 +444,7 @@ def test_a_transition_that_killed_its_writer_is_repaired(
     id = doomed.run()
     doomed.segment.memory.store(at.INTENT_AT, 1)
     doomed.die()
-    assert EpochSupervisor(alone).look() == 1
+    assert EpochSupervisor(alone).poll() == 1
     assert list(ended(alone)) == [id]
     alone.ops_lifecycle.check()
 
@@ -476,7 +476,7 @@ def test_bindings_that_were_closed_are_left_alone(
     supervisor = EpochSupervisor(alone)
     alone.close()  # by an unregister, after the supervisor was given the list of epochs
     with contextlib.suppress(ShmepochError):
-        assert supervisor.look() == 0
+        assert supervisor.poll() == 0
 
 
 class Broken:
@@ -484,10 +484,10 @@ class Broken:
 
     looks = 0
 
-    def look_for_name(self) -> None:
+    def check_name(self) -> None:
         pass
 
-    def look(self) -> int:
+    def poll(self) -> int:
         self.looks += 1
         raise OSError("not expected")
 

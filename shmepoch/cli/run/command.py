@@ -50,7 +50,7 @@ _LAST_TURN_S: Final = 5.0
 _OTHERS: Final = 16
 #: How long the children of a killed runtime have to notice it and end, and how often one looks.
 _LEAVE_S: Final = 15.0
-_LOOK_S: Final = 0.05
+_POLL_S: Final = 0.05
 #: How long everything that has ended may take to be in the store.
 _STORE_S: Final = 10.0
 #: How long a run still waits for its store after a second signal.
@@ -254,7 +254,7 @@ class _Run:
                 return
             if time.monotonic() > deadline:
                 raise ChildrenLeft(left)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         for bindings in opened:
             EpochSupervisor(bindings).settle()
 

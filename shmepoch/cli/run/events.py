@@ -11,7 +11,7 @@ from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 
 
-class Standing(Protocol):
+class SessionFigures(Protocol):
     """One session as a view may show it."""
 
     @property
@@ -56,23 +56,23 @@ class Standing(Protocol):
 class View(Protocol):
     """Shows a run to its user."""
 
-    def began(self, sessions: Sequence[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[SessionFigures], commands: int) -> None:
         """The sessions are there."""
         ...
 
-    def assigned(self, session: Standing, job: Job) -> None:
+    def assigned(self, session: SessionFigures, job: Job) -> None:
         """A worker has taken a command."""
         ...
 
-    def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
+    def ended(self, session: SessionFigures, job: Job, entry: CompletionEntry) -> None:
         """A command's operation has ended."""
         ...
 
-    def told(self, session: Standing, through: int) -> None:
+    def told(self, session: SessionFigures, through: int) -> None:
         """The agent has taken a turn and knows of every completion through this one."""
         ...
 
-    def lost_child(self, session: Standing, child: Child) -> None:
+    def lost_child(self, session: SessionFigures, child: Child) -> None:
         """A child was killed; another one is being started."""
         ...
 

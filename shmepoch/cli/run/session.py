@@ -138,7 +138,7 @@ class SessionRun:
         self._collect()
         self._give_up(len(self._attempts))
         self._attempts.clear()
-        self._look_if_finished()
+        self._end_if_finished()
 
     def abandon(self) -> None:
         """Kill every child, and start none in its place."""
@@ -237,7 +237,7 @@ class SessionRun:
         self._view.told(self, self.bindings.cursor_state.agent_applied_cursor.load())
         self._loop.session_changed()
         self._assign()
-        self._look_if_finished()
+        self._end_if_finished()
 
     def _agent_died(self, child: Child) -> None:
         self._agent_idle = False
@@ -325,7 +325,7 @@ class SessionRun:
         self.watermark = batch.watermark
         for entry in batch.entries:
             self._decide(entry)
-        self._look_if_finished()
+        self._end_if_finished()
 
     def _decide(self, entry: CompletionEntry) -> None:
         self._sequence[entry.seq] = entry.operation_id
@@ -367,7 +367,7 @@ class SessionRun:
         self.undecided -= 1
         self.not_completed += status is not OperationStatus.COMPLETED
 
-    def _look_if_finished(self) -> None:
+    def _end_if_finished(self) -> None:
         applied = self.bindings.cursor_state.agent_applied_cursor.load()
         ended = not self._pending and not self._attempts
         if ended and self._agent_idle and applied >= self.watermark:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 from rich.text import Text
 
 from shmepoch.cli.run.children import Child
-from shmepoch.cli.run.events import Standing, View
+from shmepoch.cli.run.events import SessionFigures, View
 from shmepoch.cli.run.jobs import Job
 from shmepoch.cli.run.outcomes import ending
 from shmepoch.cli.run.terminal import LastingStream
@@ -46,26 +46,26 @@ class LineView:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
 
-    def began(self, sessions: Sequence[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[SessionFigures], commands: int) -> None:
         before = sum(session.decided for session in sessions)
         finished = f", {before} of them finished before" if before else ""
         where = counted(len(sessions), "session")
         self._say(f"{counted(commands, 'command')} in {where}{finished}")
 
-    def assigned(self, session: Standing, job: Job) -> None:
+    def assigned(self, session: SessionFigures, job: Job) -> None:
         self._say(f"session {session.number}: started    line {job.line}: {job.command}")
 
-    def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
+    def ended(self, session: SessionFigures, job: Job, entry: CompletionEntry) -> None:
         status = status_of(entry.terminal_outcome)
         self._say(f"session {session.number}: {status:10} line {job.line}{_how(entry)}")
         for line in _printed(entry):
             self._say(line)
 
-    def told(self, session: Standing, through: int) -> None:
+    def told(self, session: SessionFigures, through: int) -> None:
         told = counted(through, "completion")
         self._say(f"session {session.number}: agent has been told of {told}")
 
-    def lost_child(self, session: Standing, child: Child) -> None:
+    def lost_child(self, session: SessionFigures, child: Child) -> None:
         self._say(f"session {session.number}: {_loss(child)}")
 
     def interrupted(self, name: str, running: int, waiting: int) -> None:
@@ -84,21 +84,21 @@ class TableView:
             BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
         )
         self._live = Live(console=console, auto_refresh=False)
-        self._sessions: Sequence[Standing] = ()
+        self._sessions: Sequence[SessionFigures] = ()
         self._bar = TaskID(0)
         self._next: asyncio.TimerHandle | None = None
         self._stale = False
 
-    def began(self, sessions: Sequence[Standing], commands: int) -> None:
+    def began(self, sessions: Sequence[SessionFigures], commands: int) -> None:
         self._sessions = sessions
         self._bar = self._progress.add_task("commands", total=commands)
         self._live.start()
         self._draw()
 
-    def assigned(self, session: Standing, job: Job) -> None:
+    def assigned(self, session: SessionFigures, job: Job) -> None:
         self._changed()
 
-    def ended(self, session: Standing, job: Job, entry: CompletionEntry) -> None:
+    def ended(self, session: SessionFigures, job: Job, entry: CompletionEntry) -> None:
         status = status_of(entry.terminal_outcome)
         if status is not OperationStatus.COMPLETED:
             self._say(f"line {job.line} {status}{_how(entry)}: {job.command}")
@@ -106,10 +106,10 @@ class TableView:
                 self._say(line)
         self._changed()
 
-    def told(self, session: Standing, through: int) -> None:
+    def told(self, session: SessionFigures, through: int) -> None:
         self._changed()
 
-    def lost_child(self, session: Standing, child: Child) -> None:
+    def lost_child(self, session: SessionFigures, child: Child) -> None:
         self._say(f"session {session.number}: {_loss(child)}")
         self._changed()
 
@@ -163,7 +163,7 @@ class TableView:
         return max(1, (self._console.width - _NAME_WIDTH) // _FIGURE_WIDTH - 1)
 
 
-def _figures(session: Standing) -> dict[str, int]:
+def _figures(session: SessionFigures) -> dict[str, int]:
     """What there is to say of a session, by the names of the table's rows."""
     cursors = session.cursors()
     return {

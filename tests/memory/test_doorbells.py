@@ -1,4 +1,4 @@
-"""Bells: coroutines that wait for any number of epochs, served by one thread."""
+"""Doorbells: coroutines that wait for any number of epochs, served by one thread."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from shmepoch import (
 from shmepoch import _native as at
 from shmepoch._native import Memory
 from shmepoch.errors import SharedMemoryExhausted
-from shmepoch.memory import bells as bells_module
+from shmepoch.memory import doorbells as doorbells_module
 from shmepoch.memory import waiting as waiting_module
-from shmepoch.memory.bells import Bells, bells_path, remove_unused_bells
+from shmepoch.memory.doorbells import Doorbells, doorbells_path, remove_unused_doorbells
 from shmepoch.memory.files import SHM_DIR, NewFile, map_shared, open_owned
 from shmepoch.memory.waiting import AsyncWait, LocalWaits
 from tests.processes.children import Channel, start, wait_until
@@ -60,12 +60,12 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def listeners() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "shmepoch-bells"]
+    return [thread for thread in threading.enumerate() if thread.name == "shmepoch-doorbells"]
 
 
 def hears(namespace: str) -> bool:
     """Whether this process has joined the listeners of a page."""
-    return Bells.of(namespace)._fd is not None
+    return Doorbells.of(namespace)._fd is not None
 
 
 async def advanced(bindings: SessionRuntimeBindings, after: int = 0) -> int:
@@ -103,7 +103,7 @@ def test_no_wait_starts_nothing(bindings: SessionRuntimeBindings, namespace: str
     end(bindings, TOOL)
     assert run(advanced(bindings)) == 1
     assert listeners() == []
-    assert not bells_path(namespace).exists()
+    assert not doorbells_path(namespace).exists()
 
 
 def test_the_listener_ends_by_itself_and_takes_its_page_along(
@@ -113,12 +113,12 @@ def test_the_listener_ends_by_itself_and_takes_its_page_along(
         waiting = asyncio.ensure_future(advanced(bindings))
         await asyncio.sleep(0)
         assert len(listeners()) == 1
-        eventually(bells_path(namespace).exists)
+        eventually(doorbells_path(namespace).exists)
         end(bindings, TOOL)
         await waiting
 
     run(wait())
-    eventually(lambda: not listeners() and not bells_path(namespace).exists())
+    eventually(lambda: not listeners() and not doorbells_path(namespace).exists())
     for seq in range(1, 4):  # and starts again when needed
         run(_one_more(bindings, seq))
 
@@ -167,12 +167,12 @@ def test_who_was_cancelled_is_forgotten(bindings: SessionRuntimeBindings, namesp
             wait.cancel()
         gone = await asyncio.gather(*waits[:4], return_exceptions=True)
         assert all(isinstance(error, asyncio.CancelledError) for error in gone)
-        assert len(Bells.of(namespace)._waits) == 1
+        assert len(Doorbells.of(namespace)._waits) == 1
         end(bindings, TOOL)
         assert await waits[4] == 1
 
     run(give_up())
-    assert Bells.of(namespace)._waits == set()
+    assert Doorbells.of(namespace)._waits == set()
     eventually(lambda: not listeners())
 
 
@@ -183,7 +183,7 @@ def test_a_timeout_is_a_cancellation(bindings: SessionRuntimeBindings, namespace
                 await asyncio.wait_for(advanced(bindings), 0.01)
 
     run(time_out())
-    assert Bells.of(namespace)._waits == set()
+    assert Doorbells.of(namespace)._waits == set()
 
 
 def test_a_loop_that_was_closed_while_it_waited_is_no_trouble(
@@ -205,7 +205,7 @@ def wait_and_exit(bindings: SessionRuntimeBindings, test: Channel) -> None:
     """Wait in a thread that is not waited for, and end."""
     thread = threading.Thread(target=lambda: asyncio.run(advanced(bindings)), daemon=True)
     thread.start()
-    while not Bells.of(bindings.shared_segment().namespace)._waits:
+    while not Doorbells.of(bindings.shared_segment().namespace)._waits:
         pass
     test.say("waiting")
 
@@ -217,7 +217,7 @@ def test_a_process_that_ends_while_it_waits_takes_its_page_along(
         assert child.hear() == "waiting"
         assert child.hear() is None
         assert child.join() == 0
-    assert not bells_path(namespace).exists()
+    assert not doorbells_path(namespace).exists()
 
 
 def test_ctrl_c_reaches_who_waits(bindings: SessionRuntimeBindings) -> None:
@@ -258,7 +258,7 @@ def leave_a_page(bindings: SessionRuntimeBindings, namespace: str) -> int:
     with start(wait_for_ever, bindings) as child:
         assert child.hear() == "waiting"
         child.kill()
-    return bells_path(namespace).stat().st_ino
+    return doorbells_path(namespace).stat().st_ino
 
 
 async def wait_and_end(bindings: SessionRuntimeBindings, after: int, namespace: str) -> int:
@@ -266,7 +266,7 @@ async def wait_and_end(bindings: SessionRuntimeBindings, after: int, namespace: 
     waiting = asyncio.ensure_future(advanced(bindings, after))
     await asyncio.sleep(0)
     eventually(lambda: hears(namespace))
-    inode = bells_path(namespace).stat().st_ino
+    inode = doorbells_path(namespace).stat().st_ino
     end(bindings, TOOL)
     await waiting
     return inode
@@ -277,16 +277,16 @@ def test_a_page_that_a_killed_listener_left_is_taken_over(
 ) -> None:
     left = leave_a_page(bindings, namespace)
     assert run(wait_and_end(bindings, 0, namespace)) == left
-    eventually(lambda: not bells_path(namespace).exists())
+    eventually(lambda: not doorbells_path(namespace).exists())
 
 
 def test_a_page_that_a_killed_listener_left_is_removed(
     bindings: SessionRuntimeBindings, namespace: str
 ) -> None:
     leave_a_page(bindings, namespace)
-    remove_unused_bells(namespace)
-    assert not bells_path(namespace).exists()
-    remove_unused_bells(namespace)
+    remove_unused_doorbells(namespace)
+    assert not doorbells_path(namespace).exists()
+    remove_unused_doorbells(namespace)
 
 
 def test_a_page_that_is_listened_to_is_not_removed(
@@ -294,14 +294,14 @@ def test_a_page_that_is_listened_to_is_not_removed(
 ) -> None:
     with start(wait_for_ever, bindings) as child:
         assert child.hear() == "waiting"
-        remove_unused_bells(namespace)
-        assert bells_path(namespace).exists()
+        remove_unused_doorbells(namespace)
+        assert doorbells_path(namespace).exists()
         child.kill()
 
 
 def retire(namespace: str) -> None:
     """Do half of a removal: the process that did this was killed before the other half."""
-    fd = open_owned(bells_path(namespace))
+    fd = open_owned(doorbells_path(namespace))
     map_shared(fd, 4096).store(RETIRED_AT, 1)
     fd.close()
 
@@ -313,7 +313,7 @@ def test_a_writer_does_not_wait_for_a_page_that_is_left_to_go(
     retire(namespace)
     end(bindings, TOOL)
     assert run(advanced(bindings)) == 1
-    remove_unused_bells(namespace)
+    remove_unused_doorbells(namespace)
 
 
 def test_a_page_that_is_being_removed_is_replaced(
@@ -325,7 +325,7 @@ def test_a_page_that_is_being_removed_is_replaced(
 
 
 def ring_now_and_then(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """End an operation each time that it is told to; it keeps its page of bells in between."""
+    """End an operation each time that it is told to; it keeps its page of doorbells in between."""
     while test.hear():
         end(bindings, TOOL)
 
@@ -333,7 +333,7 @@ def ring_now_and_then(bindings: SessionRuntimeBindings, test: Channel) -> None:
 def test_a_writer_that_has_an_old_page_rings_the_new_one(
     bindings: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bells_module, "_RECHECK_NS", 50_000_000_000)  # only a bell wakes it
+    monkeypatch.setattr(doorbells_module, "_RECHECK_NS", 50_000_000_000)  # only a doorbell wakes it
     feed = bindings.ops_lifecycle.completion_feed()
 
     async def wait(after: int) -> None:
@@ -346,8 +346,8 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
     with start(ring_now_and_then, bindings, method="spawn") as writer:
         for after in range(4):
             asyncio.run(asyncio.wait_for(wait(after), 30))
-            Bells.of(namespace).stop()
-            assert not bells_path(namespace).exists()
+            Doorbells.of(namespace).stop()
+            assert not doorbells_path(namespace).exists()
         writer.say(True)  # nobody listens
         feed.wait_for_advance(4, 60)
         writer.say(False)
@@ -361,9 +361,9 @@ def test_a_wait_without_room_for_a_page_looks_by_itself(
         raise SharedMemoryExhausted(size, 0, str(SHM_DIR))
 
     with monkeypatch.context() as full:
-        full.setattr(bells_module, "NewFile", no_room)
+        full.setattr(doorbells_module, "NewFile", no_room)
         run(_one_more(bindings, 0))
-        assert not bells_path(namespace).exists()
+        assert not doorbells_path(namespace).exists()
         run(_one_more(bindings, 1))
 
     async def hear_again() -> None:
@@ -383,8 +383,8 @@ def test_a_page_that_lost_its_name_is_made_anew(
         waiting = asyncio.ensure_future(advanced(bindings))
         await asyncio.sleep(0)
         eventually(lambda: hears(namespace))
-        bells_path(namespace).unlink()
-        eventually(bells_path(namespace).exists)
+        doorbells_path(namespace).unlink()
+        eventually(doorbells_path(namespace).exists)
         end(bindings, TOOL)
         assert await waiting == 1
 
@@ -428,7 +428,7 @@ REPLACED = {"empty", "short", "long", "noise", "sparse"}
 def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
     bindings: SessionRuntimeBindings, namespace: str, what: str
 ) -> None:
-    path = bells_path(namespace)
+    path = doorbells_path(namespace)
     before = os.umask(0)
     try:
         IN_ITS_PLACE[what](path)
@@ -441,7 +441,7 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
     run(_one_more(bindings, 1))
     run(_one_more(bindings, 2))
     eventually(lambda: not listeners())
-    remove_unused_bells(namespace)
+    remove_unused_doorbells(namespace)
     assert path.exists() != (what in REPLACED)
     if path.is_dir():
         path.rmdir()
@@ -453,7 +453,7 @@ def test_what_is_no_page_is_replaced_by_one(
     bindings: SessionRuntimeBindings, namespace: str, what: str
 ) -> None:
     """To use it would end well as long as there is room."""
-    path = bells_path(namespace)
+    path = doorbells_path(namespace)
     IN_ITS_PLACE[what](path)
     path.chmod(0o600)
     with path.open("rb") as put:  # so that its number is not another file's
@@ -467,7 +467,7 @@ STEPS = ("open_owned", "NewFile", "publish", "map_shared", "try_lock", "unlink")
 
 
 def owner_of(step: str) -> Any:
-    return NewFile if step == "publish" else bells_module
+    return NewFile if step == "publish" else doorbells_module
 
 
 def stand_still() -> None:
@@ -494,7 +494,7 @@ def listen_and_stop(
 
     setattr(owner, step, stop_there)
     position = asyncio.run(advanced(bindings))
-    Bells.of(bindings.shared_segment().namespace).stop()
+    Doorbells.of(bindings.shared_segment().namespace).stop()
     test.say(position)
 
 
@@ -508,7 +508,7 @@ def test_others_go_on_though_a_process_stands_still_in_the_middle(
         return child.stopped() or not child.silent
 
     with start(listen_and_stop, bindings, step, after, times, method="fork") as child:
-        eventually(lambda: child.stopped() or bells_path(namespace).exists())
+        eventually(lambda: child.stopped() or doorbells_path(namespace).exists())
         end(bindings, TOOL)
         eventually(heard_or_stopped)
         for seq in range(1, 4):
@@ -517,8 +517,8 @@ def test_others_go_on_though_a_process_stands_still_in_the_middle(
         for seq in range(4, 6):  # while the other one goes on with what is no longer there
             run(_one_more(bindings, seq))
         assert child.hear() >= 1
-    remove_unused_bells(namespace)
-    eventually(lambda: not listeners() and not bells_path(namespace).exists())
+    remove_unused_doorbells(namespace)
+    eventually(lambda: not listeners() and not doorbells_path(namespace).exists())
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -527,23 +527,23 @@ def test_others_go_on_though_a_process_is_killed_in_the_middle(
     bindings: SessionRuntimeBindings, namespace: str, step: str, after: bool
 ) -> None:
     with start(listen_and_stop, bindings, step, after, 1, method="fork") as child:
-        eventually(lambda: child.stopped() or bells_path(namespace).exists())
+        eventually(lambda: child.stopped() or doorbells_path(namespace).exists())
         end(bindings, TOOL)
         eventually(lambda: child.stopped() or not child.silent)
         child.kill()
     for seq in range(1, 4):
         run(_one_more(bindings, seq))
-    eventually(lambda: not listeners() and not bells_path(namespace).exists())
+    eventually(lambda: not listeners() and not doorbells_path(namespace).exists())
 
 
 def wait_in_the_child(
     bindings: SessionRuntimeBindings, test: Channel, go_on: threading.Event
 ) -> tuple[list[str], int]:
-    """What it inherited of pages of bells, and what a wait of its own gives."""
+    """What it inherited of pages of doorbells, and what a wait of its own gives."""
     go_on.set()  # the patched step is this process's, too
-    inherited = [file for file in open_files() if ".bells" in file]
+    inherited = [file for file in open_files() if ".doorbells" in file]
     position = asyncio.run(_wait_here(bindings))
-    Bells.of(bindings.shared_segment().namespace).stop()
+    Doorbells.of(bindings.shared_segment().namespace).stop()
     return inherited, position
 
 
@@ -664,7 +664,7 @@ def test_what_fails_after_the_commit_is_logged_once(
         raise error
 
     monkeypatch.setattr(waiting_module, "_reported", set())
-    monkeypatch.setattr(Bells, "ring", fail)
+    monkeypatch.setattr(Doorbells, "ring", fail)
     for _ in range(3):
         bindings.shared_segment().memory.fetch_or(at.DOORBELLS_AT, 1)
         end(bindings, TOOL)
@@ -681,7 +681,7 @@ def wait_at_the_end():
     print(asyncio.run(asyncio.wait_for(wait_for_one(1), 30)))
 
 from shmepoch import SessionRuntimeBindings
-from tests.memory.test_bells import advanced
+from tests.memory.test_doorbells import advanced
 from tests.runtime.completions import TOOL, end
 bindings = SessionRuntimeBindings.from_token(sys.argv[1])
 
@@ -706,7 +706,7 @@ def test_a_function_that_runs_at_exit_may_wait(
         timeout=60,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("1\n2\n", "", 0)
-    assert not bells_path(namespace).exists()
+    assert not doorbells_path(namespace).exists()
 
 
 # --- code of others, at any moment ---------------------------------------------------------------
@@ -719,7 +719,7 @@ class Interrupted(Exception):
 def interrupt_at(line: int) -> Callable[..., Any]:
     """A trace function that raises at the n-th line of the waiting modules, as a signal handler
     may."""
-    files = {bells_module.__file__, waiting_module.__file__}
+    files = {doorbells_module.__file__, waiting_module.__file__}
     left = line
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -804,7 +804,7 @@ def test_waits_that_the_garbage_collector_ends_block_nothing(
 def test_a_wait_that_ends_in_the_middle_of_an_addition_blocks_nothing(
     namespace: str, private: bool
 ) -> None:
-    waits = LocalWaits() if private else Bells(bells_path(namespace))
+    waits = LocalWaits() if private else Doorbells(doorbells_path(namespace))
 
     class Interrupted(set[AsyncWait]):
         def add(self, wait: AsyncWait) -> None:
@@ -824,7 +824,7 @@ def test_a_wait_that_ends_in_the_middle_of_an_addition_blocks_nothing(
             each.end()
 
     run(wait())
-    if isinstance(waits, Bells):
+    if isinstance(waits, Doorbells):
         waits.stop()
 
 
@@ -836,7 +836,7 @@ def come_and_go(bindings: SessionRuntimeBindings, test: Channel, rounds: int) ->
     namespace, position = bindings.shared_segment().namespace, 0
     for _ in range(rounds):
         position = asyncio.run(advanced(bindings, position))
-        Bells.of(namespace).stop()
+        Doorbells.of(namespace).stop()
     return position
 
 
@@ -853,5 +853,5 @@ def test_listeners_that_come_and_go_miss_nothing(
             end(bindings, TOOL)
         for child in children:
             assert child.result() >= 40
-    remove_unused_bells(namespace)
-    assert not bells_path(namespace).exists()
+    remove_unused_doorbells(namespace)
+    assert not doorbells_path(namespace).exists()

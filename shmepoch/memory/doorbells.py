@@ -1,14 +1,14 @@
-"""Bells: how one thread hears of commits in any number of epochs of other processes.
+"""Doorbells: how one thread hears of commits in any number of epochs of other processes.
 
 A thread can sleep on one futex, and a process may await thousands of epochs. So a user has a page
-of bells in each namespace. A process whose coroutines wait picks one bell, sets the bell's bit in
-every epoch that it awaits, and has one thread that sleeps on the bell. A writer takes the bits
-after its commit and rings those bells; it pays for this only if a process awaits its epoch.
+of doorbells in each namespace. A process whose coroutines wait picks one doorbell, sets its bit in
+every epoch that it awaits, and has one thread that sleeps on the doorbell. A writer takes the bits
+after its commit and rings those doorbells; it pays for this only if a process awaits its epoch.
 
 The page is made by the first process that listens and removed by the last.
 
-BELLS-1: no process waits for another one here, and a file that is in the page's place does no harm.
-A process may be stopped or killed between any two steps of making or removing a page, so
+DOORBELLS-1: no process waits for another one here, and a file in the page's place does no harm. A
+process may be stopped or killed between any two steps of making or removing a page, so
 
 - a page that was left for good says so. A writer that has it opens what has the name now, once; a
   listener joins anew. A listener that finds a page on its way out ends its removal and makes one.
@@ -40,14 +40,16 @@ from shmepoch.memory.files import (
 from shmepoch.memory.namespaces import name_prefix
 from shmepoch.memory.waiting import RECHECK_S, AsyncWait, report_once
 
-BELLS: Final = 32
+DOORBELLS: Final = 32
 _SIZE: Final = at.PAGE
 _BLOCK: Final = 512  # what stat(2) counts a file's memory in
 
 #    offset  field    meaning
 _RETIRED: Final = 0  # not 0: the page was left for good
-_FIRST_BELL: Final = at.PAGE // 2  # each bell, every 64 bytes: how often it rang, event word
-_BELL_SIZE: Final = 64
+_FIRST_DOORBELL: Final = (
+    at.PAGE // 2
+)  # each doorbell, every 64 bytes: how often it rang, event word
+_DOORBELL_SIZE: Final = 64
 _LISTENERS_BYTE: Final = 0  # lock byte: shared by listeners, exclusive to remove
 
 _RECHECK_NS: Final = round(RECHECK_S * 1e9)
@@ -56,21 +58,21 @@ _PATIENCE: Final = 2
 #: Pages that a listener finds on their way out, one after the other, before it goes without.
 _ATTEMPTS: Final = 8
 #: How long a writer rings a page before it looks what has the name: the page may have lost it to
-#: a process that does not know of bells, such as a cleaner of temporary files.
+#: a process that does not know of doorbells, such as a cleaner of temporary files.
 _PAGE_S: Final = 1.0
 #: How long a process that ends waits for its listener.
 _END_S: Final = 1.0
 
 
-class Bells:
-    """This process's end of its namespace's bells."""
+class Doorbells:
+    """This process's end of its namespace's doorbells."""
 
     def __init__(self, path: Path) -> None:
         self._path: Final = path
         self._waits: set[AsyncWait]
         self._listening: threading.Lock  # held by the one thread that listens
         self._stopping: bool
-        self._bell: int
+        self._doorbell: int
         self._page: Memory | None  # as a writer, until `_page_ends` on the monotonic clock
         self._page_ends: float
         self._heard: Memory | None  # as a listener
@@ -78,23 +80,23 @@ class Bells:
         self._reset()
 
     @staticmethod
-    def of(namespace: str) -> Bells:
-        """The one `Bells` of this process for `namespace`."""
-        path = bells_path(namespace)
+    def of(namespace: str) -> Doorbells:
+        """The one `Doorbells` of this process for `namespace`."""
+        path = doorbells_path(namespace)
         # Not in one step: it would make one each time. Of two that are made at once, one stays.
-        return _bells.get(path) or _bells.setdefault(path, Bells(path))
+        return _doorbells.get(path) or _doorbells.setdefault(path, Doorbells(path))
 
     def ring(self, bits: int) -> None:
-        """Ring every bell whose bit is set. Raises `OSError` or `SegmentForeign` if it cannot."""
+        """Ring every doorbell whose bit is set. Raises `OSError` if it cannot."""
         page, now = self._page, time.monotonic()
-        # A page that is left only after this look has no successor yet that the bits could be of.
+        # A page that is left only after this check has no successor yet that the bits could be of.
         if page is None or page.load(_RETIRED) or now >= self._page_ends:
             page = self._page = self._open_page()
             self._page_ends = now + _PAGE_S
         if page is not None:
-            for bell in range(BELLS):
-                if bits >> bell & 1:
-                    _ring(page, bell)
+            for doorbell in range(DOORBELLS):
+                if bits >> doorbell & 1:
+                    _ring(page, doorbell)
 
     def add(self, wait: AsyncWait) -> None:
         """Have the listening thread resolve `wait` once it is over."""
@@ -102,7 +104,7 @@ class Bells:
         # One that is about to end looks for waits after it has given up the listening.
         if not self._listening.locked() and not self._start():
             wait.look_by_itself()
-        # Armed before the look: a commit after the look finds the bit and rings.
+        # Armed before the check: a commit after the check finds the bit and rings.
         self._arm(wait)
         if wait.over:
             wait.resolve()
@@ -116,7 +118,7 @@ class Bells:
         self._stopping = True
         heard = self._heard
         if heard is not None:
-            _ring(heard, self._bell)
+            _ring(heard, self._doorbell)
         if self._listening.acquire(timeout=_END_S):
             self._listening.release()
 
@@ -128,14 +130,14 @@ class Bells:
         self._waits = set()
         self._listening = threading.Lock()
         self._stopping = False
-        self._bell = random.randrange(BELLS)
+        self._doorbell = random.randrange(DOORBELLS)
         self._page = None
         self._page_ends = 0.0
         self._heard = None
         self._fd = None
 
     def _arm(self, wait: AsyncWait) -> None:
-        bit = 1 << self._bell
+        bit = 1 << self._doorbell
         if not wait.memory.load(at.DOORBELLS_AT) & bit:
             wait.memory.fetch_or(at.DOORBELLS_AT, bit)
 
@@ -145,9 +147,9 @@ class Bells:
             return False  # it would leave its page behind, and newer interpreters refuse it
         self._stopping = False
         try:
-            threading.Thread(target=self._listen, name="shmepoch-bells", daemon=True).start()
+            threading.Thread(target=self._listen, name="shmepoch-doorbells", daemon=True).start()
         except RuntimeError as error:
-            report_once("no thread listens for commits; each wait looks by itself", error)
+            report_once("no thread listens for commits; each wait polls by itself", error)
             return False
         return True
 
@@ -168,12 +170,12 @@ class Bells:
                 self._listening.release()
 
     def _serve(self) -> None:
-        bell = _FIRST_BELL + self._bell * _BELL_SIZE
+        doorbell = _FIRST_DOORBELL + self._doorbell * _DOORBELL_SIZE
         patience = _PATIENCE
         page = self._join_listeners()
         try:
             while True:
-                rung = page.load(bell)
+                rung = page.load(doorbell)
                 waits = list(self._waits)
                 patience = _PATIENCE if waits else patience - 1
                 if self._stopping or patience < 0:
@@ -183,7 +185,7 @@ class Bells:
                     if wait.over:
                         wait.resolve()
                         self._waits.discard(wait)
-                told = page.wait_above(bell, rung, bell + at.WORD, _RETIRED, _RECHECK_NS)
+                told = page.wait_above(doorbell, rung, doorbell + at.WORD, _RETIRED, _RECHECK_NS)
                 if page.load(_RETIRED) or not (told or self._is_named()):
                     self._leave_listeners(page, last=False)
                     page = self._join_listeners()
@@ -273,8 +275,8 @@ class Bells:
         return None if page is None or page.load(_RETIRED) else page
 
 
-def _ring(page: Memory, bell: int) -> None:
-    offset = _FIRST_BELL + bell * _BELL_SIZE
+def _ring(page: Memory, doorbell: int) -> None:
+    offset = _FIRST_DOORBELL + doorbell * _DOORBELL_SIZE
     page.fetch_add(offset, 1)
     page.wake(offset + at.WORD)
 
@@ -292,8 +294,8 @@ def _retire(page: Memory | None, fd: Descriptor, path: Path) -> None:
     one, and a writer that has this one is to know by then."""
     if page is not None:
         page.store(_RETIRED, 1)
-        for bell in range(BELLS):
-            page.wake(_FIRST_BELL + bell * _BELL_SIZE + at.WORD)
+        for doorbell in range(DOORBELLS):
+            page.wake(_FIRST_DOORBELL + doorbell * _DOORBELL_SIZE + at.WORD)
     unlink(fd, path)
 
 
@@ -303,14 +305,14 @@ def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
         _retire(page, fd, path)
 
 
-def bells_path(namespace: str) -> Path:
-    """Where this user's bells of a namespace lie while a process listens."""
-    return SHM_DIR / f"{name_prefix(namespace)}{os.geteuid()}.bells"
+def doorbells_path(namespace: str) -> Path:
+    """Where this user's doorbells of a namespace lie while a process listens."""
+    return SHM_DIR / f"{name_prefix(namespace)}{os.geteuid()}.doorbells"
 
 
-def remove_unused_bells(namespace: str) -> None:
+def remove_unused_doorbells(namespace: str) -> None:
     """Remove what listeners that were killed left behind. What is another user's stays."""
-    path = bells_path(namespace)
+    path = doorbells_path(namespace)
     try:
         fd = open_owned(path)
     except OSError:
@@ -329,35 +331,35 @@ class SharedWaits:
         self._namespace = namespace
 
     @lazy
-    def _bells(self) -> Bells:
-        return Bells.of(self._namespace)  # at the first wait: most segments never have one
+    def _doorbells(self) -> Doorbells:
+        return Doorbells.of(self._namespace)  # at the first wait: most segments never have one
 
     def add(self, wait: AsyncWait, /) -> None:
-        self._bells.add(wait)
+        self._doorbells.add(wait)
 
     def discard(self, wait: AsyncWait, /) -> None:
-        self._bells.discard(wait)
+        self._doorbells.discard(wait)
 
     def notify(self) -> None:
         if self._memory.load(at.DOORBELLS_AT):
-            self._bells.ring(self._memory.exchange(at.DOORBELLS_AT, 0))
+            self._doorbells.ring(self._memory.exchange(at.DOORBELLS_AT, 0))
 
 
-_bells: Final[dict[Path, Bells]] = {}
+_doorbells: Final[dict[Path, Doorbells]] = {}
 _exiting = False
 
 
 def _after_fork_in_child() -> None:
-    for bells in list(_bells.values()):
-        bells.after_fork()
+    for doorbells in list(_doorbells.values()):
+        doorbells.after_fork()
 
 
 @atexit.register
 def _stop_listening() -> None:
     global _exiting
     _exiting = True
-    for bells in list(_bells.values()):
-        bells.stop()
+    for doorbells in list(_doorbells.values()):
+        doorbells.stop()
 
 
-on_fork(Part.BELLS, after_in_child=_after_fork_in_child)
+on_fork(Part.DOORBELLS, after_in_child=_after_fork_in_child)
