@@ -556,7 +556,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def locate(self, id: OperationId) -> Pending:
         """An operation to be waited for; `NotFound` if the registry does not hold it."""
-        since = self._feed.watermark()  # before the check: it has not ended up to here
+        since = self._feed.watermark()  # before the check: if it has not ended, nor had it here
         view = self._require(id)
         outcome = None if view.entry is None else view.entry.terminal_outcome
         return Pending(self, id, (view.slot, view.birth), since, outcome)

@@ -134,8 +134,9 @@ register_body(void *argument)
         const Entrant *entrant = &all->entrants[i];
         const int64_t slot = take_free_slot(self, &one->words);
         if (slot < 0) {
+            publish(&control->writer.intent, i != 0); /* the next one repairs what was prepared */
             corrupt(&one->refusal, "free slots", -1, 1, self->room.max_operations, 0);
-            return; /* the next transition repairs what was prepared */
+            return;
         }
         fill_slot(self, (uint64_t)slot, all, entrant, ++birth);
         atomic_store_explicit(&self->hints[entrant->key.fingerprint % HINTS], (uint32_t)slot,
