@@ -7,7 +7,10 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
+
+from shmepoch import _native
 
 _TRACEME: Final = 0
 _CONT: Final = 7
@@ -93,13 +96,34 @@ def interleave(pid: int, n: int, happen: Callable[[], object]) -> bool:
     return False
 
 
+def native_steps(pid: int) -> list[int]:
+    """The numbers of those steps at which a child of this thread's is inside the native module, and
+    not in what of the interpreter is around it; it exits with 0 in the end."""
+    spans: list[range] = []
+    inside = []
+    for step, _ in enumerate(steps(pid)):
+        spans = spans or list(_code_of_the_native_module(pid))
+        *_, counter = Path(f"/proc/{pid}/syscall").read_text().split()
+        if any(int(counter, 16) in span for span in spans):
+            inside.append(step)
+    return inside
+
+
+def _code_of_the_native_module(pid: int) -> Iterator[range]:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        addresses, rights, *_, file = line.split()
+        if "x" in rights and file == _native.__file__:
+            begin, end = addresses.split("-")
+            yield range(int(begin, 16), int(end, 16))
+
+
 def _run_to_the_end(pid: int) -> None:
-    status = 0
-    while not os.WIFEXITED(status):
-        assert not os.WIFSIGNALED(status)
+    while True:
         _ptrace(_CONT, pid)
         _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+        if not os.WIFSTOPPED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
 
 
 def images(pid: int, fd: int, size: int) -> list[bytes]:
