@@ -23,6 +23,7 @@ from shmepoch._native import Epoch, Refused
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.operations import (
+    Completed,
     OperationLifecycleSnapshot,
     OperationPeerHandle,
     OperationProgressUpdate,
@@ -42,10 +43,20 @@ from shmepoch.memory.segment import SharedSegment
 from tests.epoch.deadline import DEADLINE_S, run
 from tests.epoch.dying import attached, survived
 from tests.epoch.operations import CHILD, UPDATE, Registry, end, result, spec
-from tests.epoch.stepping import TRANSITIONS, Stepped, images, interleave, steps
+from tests.epoch.stepping import (
+    TRANSITIONS,
+    Stepped,
+    images,
+    interleave,
+    native_steps,
+    steps,
+)
 from tests.support import eventually, is_free
 
 CONFIG = OpsLifecycleConfig(max_operations=6, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
+
+#: The participant slot of a child, beside this process's.
+CHILD_LANE: Final = 1
 
 #: The operation that the survivor registers, and that no state that is compared includes.
 NEXT = "next"
@@ -170,6 +181,17 @@ def ended(registry: Registry) -> None:
     registry.cancel_operation(IDS[0])
 
 
+def watched(registry: Registry) -> None:
+    """An operation that the next participant to join watches, and not the first of its epoch."""
+    end(registry)
+    running(registry, IDS[0])
+    writer = registry._segment.writer
+    assert writer is not None
+    mine, writer.participant = writer.participant, CHILD_LANE
+    registry.register_watcher(IDS[0])
+    writer.participant = mine
+
+
 OTHER_PEER = OperationPeerHandle("n" * 100, TrustedPeerSpec("n" * 100, "p-2", "inproc://p-2"))
 
 CASES = {
@@ -213,6 +235,11 @@ CASES = {
         lambda r: r.complete_operation(IDS[0], result(IDS[0], "c" * 1500)),
         InvalidTransition,
     ),
+    "complete what is watched": Case(
+        watched,
+        lambda r: r.complete_operation(IDS[0], result(IDS[0])),
+        InvalidTransition,
+    ),
     "complete two": Case(
         lambda r: running(r, *IDS[:4]), lambda r: completing(r, IDS[2], IDS[0]), InvalidTransition
     ),
@@ -247,12 +274,7 @@ class End(NamedTuple):
 
 def watched_and_ended(registry: Registry) -> None:
     """An operation that the next participant to join watches still."""
-    running(registry, IDS[0])
-    writer = registry._segment.writer
-    assert writer is not None
-    mine, writer.participant = writer.participant, CHILD_LANE
-    registry.register_watcher(IDS[0])
-    writer.participant = mine
+    watched(registry)
     registry.complete_operation(IDS[0], result(IDS[0]))
 
 
@@ -261,13 +283,10 @@ def is_slot_free(segment: SharedSegment) -> bool:
     return segment.memory.load(segment.layout.fingerprint(0)) == 0
 
 
-#: The participant slot of a child, beside this process's.
-CHILD_LANE: Final = 1
-
 ENDS: dict[str, End] = {
     "seal": End(Case(ended, lambda r: r._segment.seal()), lambda segment: segment.sealed),
     "unwatch": End(
-        Case(watched_and_ended, lambda r: r._epoch.watch_each(((0, 1),), False)), is_slot_free
+        Case(watched_and_ended, lambda r: r._epoch.watch_each(((0, 2),), False)), is_slot_free
     ),
     "forget the watchers of the dead": End(
         Case(
@@ -292,8 +311,12 @@ class Survivor:
         self.case = case
         self.registry = Registry(self.segment)
         case.prepare(self.registry)
-        self._image = os.pread(self.segment.fd, self.segment.layout.size, 0)
+        self._image = self.image()
         self.before = State.of(self.registry)
+
+    def image(self) -> bytes:
+        """What the memory holds."""
+        return os.pread(self.segment.fd, self.segment.layout.size, 0)
 
     def put_back(self, image: bytes | None = None) -> None:
         """Start over; with a new registry, since time has gone backwards for the old one. Or go on
@@ -325,21 +348,22 @@ class Survivor:
         self.segment.close()
 
 
+Survive: TypeAlias = Callable[[str | Case], Survivor]
+
+
 @pytest.fixture
-def survive(namespace: str) -> Iterator[Callable[[str], Survivor]]:
+def survive(namespace: str) -> Iterator[Survive]:
     made: list[Survivor] = []
 
-    def make(name: str) -> Survivor:
-        case = CASES[name] if name in CASES else ENDS[name].case
+    def make(case: str | Case) -> Survivor:
+        if isinstance(case, str):
+            case = CASES[case] if case in CASES else ENDS[case].case
         made.append(Survivor(namespace, case))
         return made[-1]
 
     yield make
     for survivor in made:
         survivor.close()
-
-
-Survive: TypeAlias = Callable[[str], Survivor]
 
 
 def next_transition(registry: Registry) -> None:
@@ -446,6 +470,44 @@ def test_killed_after_any_instruction_of_an_end(survive: Survive, name: str) -> 
     assert set(seen) == {False, True}
 
 
+def test_an_epoch_that_is_sealed_has_no_operation_left(survive: Survive) -> None:
+    """Killed between the two commits, it leaves an open one in which every operation has ended."""
+    survivor = survive(
+        Case(lambda r: running(r, *IDS[:2]), lambda r: r.terminate_and_seal("it is over"))
+    )
+    seen = []
+    for image in survivor.images():
+        survivor.put_back(image)
+        seen.append((survivor.segment.sealed, survivor.registry.active_count()))
+    assert seen == sorted(seen, key=lambda found: (found[0], -found[1]))
+    assert set(seen) == {(False, 2), (False, 0), (True, 0)}
+
+
+@pytest.mark.parametrize("name", ["unwatch", "forget the watchers of the dead"])
+def test_a_slot_that_nobody_watches_is_given_back(survive: Survive, name: str) -> None:
+    """By the next writer at the latest, wherever the process was killed that gave up the watch."""
+    survivor = survive(name)
+    watchers = survivor.segment.layout.slot(0) + at.SLOT_WATCHERS
+    for image in survivor.images():
+        survivor.put_back(image)
+        survivor.registry.check()
+        assert is_slot_free(survivor.segment) is (word_of(image, watchers) == 0)
+
+
+def test_a_watcher_gets_what_a_killed_writer_had_committed(survive: Survive) -> None:
+    """Though the feed has dropped it since: what keeps an outcome stands before the commit."""
+    survivor = survive("complete what is watched")
+    for image in survivor.images():
+        survivor.put_back(image)
+        registry = survivor.registry
+        if registry.completion_feed().watermark() == 1:
+            survivor.case.act(registry)
+        for _ in range(8):
+            end(registry, "r" * 2200)
+        assert registry.completion_feed().list_since(0).dropped_through > 1
+        assert registry.outcome_at(IDS[0], (0, 2), 1) == Completed(result(IDS[0]))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_stopped_after_some_instructions(survive: Survive, name: str) -> None:
     """Readers and cursors go on beside a stopped writer; other writers go on after it."""
@@ -504,6 +566,18 @@ def test_registrations_that_were_undone_take_no_room(survive: Survive) -> None:
     registry.check()
 
 
+def test_an_ending_that_was_undone_takes_no_room(survive: Survive) -> None:
+    """However often a writer is killed in one: the next record begins where its own would have."""
+    survivor = survive("complete around the end of the ring")
+    passed = survivor.images()
+    watermark, head = (word_of(passed[0], offset) for offset in (at.WATERMARK_AT, at.HEAD_AT))
+    for image in passed:
+        survivor.put_back(image)
+        survivor.registry.check()
+        moved = survivor.segment.memory.load(at.HEAD_AT) > head
+        assert moved is (survivor.segment.memory.load(at.WATERMARK_AT) > watermark)
+
+
 def test_sleepers_are_woken_though_the_writer_died_before_it_woke_them(survive: Survive) -> None:
     survivor = survive("complete")
     feed = survivor.registry.completion_feed()
@@ -535,8 +609,13 @@ LOOKS: dict[str, Callable[[Registry, OperationId], object]] = {
     "outcome": lambda r, op: r.outcome_at(op, (0, 1), 0),
 }
 READS: Final = frozenset(("find", "slot", "record", "list_since", "outcome"))
-#: At how many of a read's instructions something happens.
+#: After how many of a read's instructions something happens.
 POINTS: Final = 14
+
+
+def some(steps: list[int], count: int) -> list[int]:
+    """So many of them, evenly."""
+    return steps[:: max(1, len(steps) // count)]
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -557,17 +636,24 @@ def test_a_reader_is_not_misled_by_what_happens_meanwhile(survive: Survive, look
         for _ in range(4):
             end(survivor.registry, "r" * 2200)
 
-    total = sum(1 for _ in steps(survivor.start(act, READS)))
-    for point in range(POINTS):
+    for step in some(native_steps(survivor.start(act, READS)), 2 * POINTS):
         survivor.put_back()
-        interleave(survivor.start(act, READS), point * total // POINTS, turn_over)
+        interleave(survivor.start(act, READS), step, turn_over)
         survivor.registry.check()
 
 
-def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive) -> None:
+#: How a reader looks for the first operation.
+SEARCHES: dict[str, Callable[[Registry], list[OperationLifecycleSnapshot | None]]] = {
+    "snapshot": lambda r: [r.snapshot(IDS[0])],
+    "list": lambda r: [found for found in r.list_operations() if found.id == IDS[0]],
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive, search: str) -> None:
     """The sequence of an ending that was not committed goes to the next one that is."""
     survivor = survive("complete")
-    ended, other = IDS[:2]
+    other = IDS[1]
     half_ended = next(
         image
         for image in survivor.images()
@@ -577,15 +663,69 @@ def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive) -> None:
     assert survivor.segment.memory.load(at.WATERMARK_AT) == 0
 
     def act(reader: Registry) -> None:
-        found = reader.snapshot(ended)
+        [found] = SEARCHES[search](reader)
         assert found is not None
         assert found.status is OperationStatus.RUNNING
 
-    total = sum(1 for _ in steps(survivor.start(act, READS)))
-    for point in range(2 * POINTS):
+    for step in some(native_steps(survivor.start(act, READS)), 3 * POINTS):
         survivor.put_back(half_ended)
         cancel = partial(survivor.registry.cancel_operation, other, "another")
-        interleave(survivor.start(act, READS), point * total // POINTS // 2, cancel)
+        interleave(survivor.start(act, READS), step, cancel)
+
+
+def pass_on(registry: Registry) -> None:
+    """End an operation, and enter another one in its slot."""
+    registry.complete_operation(IDS[0], result(IDS[0]))
+    registry.register_operation(spec("another", id=IDS[1]))
+
+
+def test_a_reader_is_not_misled_by_a_slot_that_is_being_filled(survive: Survive) -> None:
+    """Perhaps by a writer that is killed then: the slot's word alone says that it passes on."""
+    survivor = survive(Case(lambda r: running(r, IDS[0]), pass_on))
+    passed, slot = survivor.images(), survivor.segment.layout.slot(0)
+    before = [image for image in passed if word_of(image, slot + at.SLOT_BIRTH) == 1]
+    spec_at = slice(slot + at.SLOT_SPEC, slot + at.SLOT_DETAIL)
+    filled = [image for image in passed if b"another" in image[spec_at]]
+
+    def act(reader: Registry) -> None:
+        found = reader._table.slot(0)
+        assert found is None or found.id == IDS[found.birth - 1].bytes
+        assert found is None or (b"another" in found.head) is (found.birth == 2)
+
+    survivor.put_back()
+    for n, step in enumerate(some(native_steps(survivor.start(act, READS)), 4 * POINTS)):
+        survivor.put_back(before[-(n % 2)])  # the first, or the last before the other is there
+        fill = partial(survivor.put_back, filled[n // 2 % len(filled)])
+        interleave(survivor.start(act, READS), step, fill)
+
+
+def test_an_operation_that_ends_while_it_is_looked_for_is_found(survive: Survive) -> None:
+    """In its slot, or in the record that ended it: it is in one of them at every moment."""
+    survivor = survive("complete")
+
+    def act(reader: Registry) -> None:
+        assert reader.snapshot(IDS[0]) is not None
+
+    for step in some(native_steps(survivor.start(act, READS)), 4 * POINTS):
+        survivor.put_back()
+        interleave(survivor.start(act, READS), step, partial(survivor.case.act, survivor.registry))
+
+
+def test_a_feed_that_goes_round_as_its_reading_begins_is_not_corrupt(survive: Survive) -> None:
+    """Then more was dropped than there was by the watermark that was read before."""
+    survivor = survive("complete around the end of the ring")
+    for _ in range(8):
+        end(survivor.registry, "r" * 2200)
+    gone_round = survivor.image()
+
+    def act(reader: Registry) -> None:
+        assert reader.completion_feed().list_since(0).watermark
+
+    survivor.put_back()
+    # After its arguments were looked at, and before it looks at any record.
+    for step in native_steps(survivor.start(act, READS))[6 * POINTS : 15 * POINTS]:
+        survivor.put_back()
+        interleave(survivor.start(act, READS), step, partial(survivor.put_back, gone_round))
 
 
 def test_operations_are_counted_at_one_moment(survive: Survive) -> None:
@@ -596,6 +736,6 @@ def test_operations_are_counted_at_one_moment(survive: Survive) -> None:
     def act(reader: Registry) -> None:
         assert reader.active_count() == 2
 
-    total = sum(1 for _ in steps(survivor.start(act, methods)))
-    for point in range(0, total, max(1, total // 40)):
-        interleave(survivor.start(act, methods), point, partial(end, survivor.registry))
+    for step in native_steps(survivor.start(act, methods)):
+        survivor.put_back()
+        interleave(survivor.start(act, methods), step, partial(end, survivor.registry))
