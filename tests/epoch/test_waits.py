@@ -378,6 +378,20 @@ def test_an_end_that_the_store_is_behind_takes_no_outcome_from_a_watcher(
     assert watch.wait(0) == Cancelled("r" * 3000)
 
 
+def test_where_there_is_no_other_room_the_oldest_outcome_gives_way(make_epoch: MakeEpoch) -> None:
+    """Three that are kept leave no room for another record; two of them do."""
+    registry = make_epoch(**SMALL).registry
+    ids = [running(registry) for _ in range(3)]
+    oldest, *others = [registry.register_watcher(id) for id in ids]
+    for turn, id in enumerate(ids):
+        registry.cancel_operation(id, f"{turn}" * 4000)
+    turn_over(registry)
+    with pytest.raises(OutcomeDropped):
+        oldest.wait(0)
+    for turn, watch in enumerate(others, 1):
+        assert watch.wait(0) == Cancelled(f"{turn}" * 4000)
+
+
 def test_an_outcome_without_room_is_said_to_be_dropped(make_epoch: MakeEpoch) -> None:
     """More than the memory of an epoch holds: its watchers hear that it ended, at once."""
     registry = make_epoch(**SMALL).registry
