@@ -209,6 +209,20 @@ def test_a_file_without_a_name_is_looked_at_now_and_then(fd: int, tmp_path: Path
         eventually(partial(hears_of, named))
 
 
+def test_no_lock_is_held_while_a_file_without_a_name_is_attended_to(fd: int) -> None:
+    """What attends may make a transition of its own, and so may another process."""
+
+    def attend() -> None:
+        found.append(is_locked(fd, BYTE))
+        if len(found) == 1:
+            found.append(one.is_busy())
+
+    found: list[bool] = []
+    one = Attached(fd, attend=attend)
+    eventually(lambda: one.is_busy() or found)
+    assert set(found) == {False}
+
+
 def test_a_lock_that_is_retired_while_a_transition_opens_its_descriptor(fd: int) -> None:
     one: Attached
     one = Attached(fd, attend=lambda: one.lock.retire(Retired))
