@@ -424,6 +424,54 @@ def test_a_limit_of_its_own() -> None:
     assert refused.value.args == ("limit", "", 0, 0, 0, 2)
 
 
+def test_a_limit_above_the_table_is_that_of_the_table() -> None:
+    one = Private(Room(max_concurrent=9))
+    register(one, 1, 2)
+    before = one.epoch.words()
+    with pytest.raises(Refused) as refused:
+        register(one, 3, 4, 5)
+    assert refused.value.args == ("limit", "", 2, 0, 0, 2)
+    assert one.epoch.words() == before
+    register(one, 3, 4)
+
+
+def test_a_store_may_have_just_what_is_dropped(one: Private) -> None:
+    """DURABLE-2: the last that is dropped is enough, and the one before it is not."""
+    for number in (2, 3):
+        one.put(number, b"x" * 200)
+    ending = ((ID, b"x" * 600),)
+    one.memory.store(at.DURABLE_AT, 1)
+    with pytest.raises(Refused) as refused:
+        one.epoch.end(ending, LIVE, 5, 9, True)
+    assert refused.value.args == ("store_behind", "", -1, 0, 0, 2)
+    one.memory.store(at.DURABLE_AT, 2)
+    assert one.epoch.end(ending, LIVE, 5, 9, True) == 3
+
+
+def test_more_may_end_together_than_a_recovery_skips() -> None:
+    """Though no store can have any of them before: it is asked for what was committed before."""
+    count = at.RECOVERY_SKIP + 10
+    one = Private(Room(max_operations=count, feed_bytes=2**18))
+    register(one, *range(count))
+    endings = tuple((Id.of(number), b"outcome") for number in range(count))
+    assert one.epoch.end(endings, LIVE, 5, 9, True) == 1
+    register(one, count)
+    with pytest.raises(Refused) as refused:
+        end(one, count, waits=True)
+    assert refused.value.args == ("store_behind", "", -1, 0, 0, 11)
+
+
+def test_watchers_are_counted_in_a_lane_of_their_own(one: Private) -> None:
+    """One more than it holds, and one less than none, leave the next participant's alone."""
+    watchers = one.parts["slots"] + at.SLOT_WATCHERS
+    one.memory.store(watchers, 1 << 16 | 0xFFFF)
+    one.epoch.watch(ID)
+    assert one.memory.load(watchers) == 1 << 16 | 0xFFFF
+    one.memory.store(watchers, 1 << 16)
+    assert one.epoch.watch_each(((0, 1),), False) == (True,)
+    assert one.memory.load(watchers) == 1 << 16
+
+
 # --- what it is made of ---------------------------------------------------------------------------
 
 

@@ -130,6 +130,37 @@ def test_records_that_are_longer_than_the_ring(at_once: int) -> None:
     assert one.image() == before
 
 
+def test_details_are_left_out_where_they_do_not_fit_with_the_outcomes() -> None:
+    """FEED-3: of all that end together; so nothing but outcomes has to fit."""
+    one = Private()
+    detail, outcome = b"d" * 200, b"o" * 200
+    assert 2 * (size_of(outcome) + len(detail)) > one.room.feed_bytes > 2 * size_of(outcome)
+    ids = [one.register(number) for number in range(3)]
+    for slot, id in enumerate(ids):
+        one.epoch.start((id,), 3)
+        held = one.epoch.slot(slot)
+        assert held is not None
+        one.epoch.change(id, LIVE, 0, held[0], detail)
+    one.epoch.end(tuple((id, outcome) for id in ids[:2]), LIVE, 5, 9, False)
+    found = [one.epoch.record(seq) for seq in (1, 2)]
+    assert [record and record[-3:] for record in found] == [(outcome, b"", b"")] * 2
+    one.epoch.end(((ids[2], outcome),), LIVE, 5, 9, False)
+    last = one.epoch.record(3)
+    assert last is not None
+    assert last[-3:] == (outcome, b"", detail)
+
+
+def test_no_operation_took_less_than_no_time() -> None:
+    """The machine may have restarted since it was registered, and its clock with it."""
+    one = Private()
+    id = one.register(1)
+    one.epoch.end(((id, b"outcome"),), LIVE, 5, 999_999, False)
+    record = one.epoch.record(1)
+    assert record is not None
+    elapsed_ms = record[4]
+    assert elapsed_ms == 0
+
+
 @pytest.mark.parametrize("position", [4, 1, LAST_POSITION + 8, TOP - 7, TOP])
 def test_a_head_that_is_none(position: int) -> None:
     one = Private()
