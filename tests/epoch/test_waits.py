@@ -428,6 +428,19 @@ def test_what_a_dead_participant_watched_is_given_back(make_epoch: MakeEpoch) ->
     fill_the_table(registry)
 
 
+def test_what_a_dead_participant_ran_and_watched_is_given_back(make_epoch: MakeEpoch) -> None:
+    """Its slot, by the call that ends it: nobody watches what has just ended."""
+    registry = make_epoch(**SMALL).registry
+    id = running(registry)
+    watch = registry.register_watcher(id)
+    dead = {registry.participant for _ in range(2)}  # of two attachments, if there are
+    assert registry.terminate_where(lambda _: True, "it died", dead=dead) == 1
+    layout = registry._segment.layout
+    column = registry._segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
+    assert not any(column)
+    assert watch.wait(0) == Terminated("it died")
+
+
 def test_an_id_that_was_used_again_is_another_operation(registry: Registry) -> None:
     id = running(registry)
     first = registry.register_watcher(id)
