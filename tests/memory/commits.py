@@ -49,7 +49,7 @@ def provisioning(registry: Registry) -> None:
 
 def running(registry: Registry) -> None:
     provisioning(registry)
-    registry.provisionings_succeeded(IDS[:3])
+    registry.start_operations(IDS[:3])
 
 
 def peered(registry: Registry) -> None:
@@ -106,8 +106,8 @@ CASES: Final[dict[str, Case]] = {
     "register": Case(running, lambda r: r.register_operation(spec())),
     "register several": Case(running, lambda r: r.register_operations([spec(), spec()])),
     "start": Case(provisioning, lambda r: r.provisioning_succeeded(ONE)),
-    "start several": Case(provisioning, lambda r: r.provisionings_succeeded(IDS[:3]), 3),
-    "start none": Case(provisioning, lambda r: r.provisionings_succeeded([]), 0),
+    "start several": Case(provisioning, lambda r: r.start_operations(IDS[:3]), 3),
+    "start none": Case(provisioning, lambda r: r.start_operations([]), 0),
     "progress": Case(running, lambda r: r.report_progress(ONE, UPDATE)),
     "peer": Case(running, lambda r: r.peer_ready(ONE, PEER)),
     "retire": Case(running, lambda r: r.request_retire(ONE)),
@@ -151,7 +151,7 @@ CASES: Final[dict[str, Case]] = {
     "start again": Case(running, lambda r: r.provisioning_succeeded(ONE), 0, InvalidTransition),
     "start twice": Case(
         provisioning,
-        lambda r: r.provisionings_succeeded([ONE, IDS[1], ONE]),
+        lambda r: r.start_operations([ONE, IDS[1], ONE]),
         0,
         InvalidTransition,
     ),
