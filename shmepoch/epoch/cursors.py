@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Final, Protocol, Self, TypeAlias, runtime_checkable
 
 from msgspec import Meta, Struct
@@ -10,7 +10,7 @@ from msgspec.structs import asdict, astuple
 
 from shmepoch import _native as at
 from shmepoch._native import Memory
-from shmepoch.arguments import require
+from shmepoch.arguments import require, require_each
 from shmepoch.epoch.codec import Record, decode_json
 from shmepoch.lazy import lazy
 from shmepoch.memory.layout import Layout
@@ -155,9 +155,10 @@ class EpochCursorState:
 
     @lazy
     def values(self) -> NDArray[np.uint64]:
-        """The cursors as a read-only array, for monitors.
+        """The live words of the three cursors as a read-only array, for monitors.
 
-        Each element is whole, but they are not of one instant; `snapshot` is.
+        It follows the cursors, and keeps their memory for as long as it is there, after the epoch
+        was left too. Each element is whole, but they are not of one instant; `snapshot` is.
         """
         import numpy as np  # half the import time of the whole library, and only monitors need it
 
@@ -168,6 +169,19 @@ class EpochCursorState:
             offset=at.CURSORS_AT,
             strides=(at.LINE,),
         )
+
+    @staticmethod
+    def stacked(states: Iterable[EpochCursorState]) -> NDArray[np.uint64]:
+        """The cursors of many epochs as they stand now, for dashboards: an array of a row for each
+        epoch and a column for each cursor, in the order of `EpochCursorSnapshot`.
+
+        Each row is of one instant. Unlike `values`, it is a copy. Raises `ArgumentInvalid`.
+        """
+        import numpy as np
+
+        listed = require_each(EpochCursorState, states, "EpochCursorState.stacked", "states")
+        rows = [astuple(state.snapshot()) for state in listed]
+        return np.array(rows, dtype=np.uint64).reshape(len(rows), at.CURSORS)
 
     @classmethod
     def new(cls) -> Self:

@@ -97,7 +97,7 @@ static bool
 admit(Registration *all)
 {
     Transition *one = &all->base;
-    const Epoch *self = one->self;
+    Epoch *self = one->self;
     const uint64_t most = self->room.max_operations;
     const uint64_t limit =
         self->max_concurrent != 0 && self->max_concurrent < most ? self->max_concurrent : most;

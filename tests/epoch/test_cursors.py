@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shmepoch.epoch.cursors import CursorCell, CursorState, EpochCursorSnapshot, EpochCursorState
-from shmepoch.errors import EpochSealed
+from shmepoch.errors import ArgumentInvalid, EpochSealed
 from shmepoch.memory.segment import SharedSegment
 from tests.epoch.implementations import Epoch, shared
 
@@ -194,6 +194,23 @@ def test_nothing_is_stored_through_the_view(cursors: EpochCursorState) -> None:
 def test_a_view_outlives_its_cursors() -> None:
     values = EpochCursorState.from_recovered(1, 2, 3).values
     assert values.tolist() == [1, 2, 3]
+
+
+def test_the_cursors_of_many_epochs_are_one_array(cursors: EpochCursorState) -> None:
+    others = [EpochCursorState.from_recovered(n, 10 * n, TOP - n) for n in range(1, 4)]
+    cursors.runtime_observed_seq.advance(TOP)
+    stacked = EpochCursorState.stacked(iter([*others, cursors]))
+    assert stacked.dtype == np.dtype(np.uint64)
+    assert stacked.tolist() == [
+        [1, 10, TOP - 1],
+        [2, 20, TOP - 2],
+        [3, 30, TOP - 3],
+        [0, TOP, 0],
+    ]
+    assert EpochCursorState.stacked([]).shape == (0, 3)
+    for wrong in (cursors, [cursors, EpochCursorSnapshot()], "cursors"):
+        with pytest.raises(ArgumentInvalid, match="stacked"):
+            EpochCursorState.stacked(wrong)  # type: ignore[arg-type]
 
 
 def test_cursors_of_a_sealed_epoch_stand(epoch: Epoch) -> None:
