@@ -23,7 +23,7 @@ from shmepoch.stores import SqliteRuntimeStore
 _log = logging.getLogger(__name__)
 
 #: How soon a new epoch is found; what it completes meanwhile is still in its feed. And how long one
-#: look waits for the end of an epoch to be stored, before it sees to other things.
+#: poll waits for the end of an epoch to be stored, before it sees to other things.
 _POLL_S: Final = 0.5
 #: How long the end waits for a store that fails or is slow.
 _END_TIMEOUT_S: Final = 10.0

@@ -168,7 +168,7 @@ def test_replacing_is_one_step(
     second.publish(replace=True)
     assert names_in(namespace) == [segment.name]
     assert attach().epoch_id == second.epoch_id
-    # Who was attached keeps what it had, and removes nothing that is not its own.
+    # An attachment keeps what it had, and removes nothing that is not its own.
     assert old.epoch_id == segment.epoch_id
     old.unlink()
     segment.unlink()

@@ -229,7 +229,7 @@ def keep_changing(change: Callable[[], object]) -> None:
 def test_the_end_of_an_epoch_is_not_its_loss(
     adapter: RuntimeSessionAdapter, doomed: SessionRuntimeBindings
 ) -> None:
-    """Who ends it takes its name away, too."""
+    """The process that ends it takes its name away, too."""
     segment = doomed.shared_segment()
     other = SharedSegment.attach_epoch(
         segment.namespace, segment.session_id, segment.epoch_id, segment.witness

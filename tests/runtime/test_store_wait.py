@@ -113,7 +113,7 @@ def test_a_full_feed_waits_for_the_store(
     with ThreadPoolExecutor() as pool:
         work = pool.submit(complete, held_up, id)
         eventually(lambda: waiting(work, held_up))
-        # Whoever needs no room goes on meanwhile.
+        # A writer that needs no room goes on meanwhile.
         held_up.ops_lifecycle.report_progress(other, OperationProgressUpdate("half way"))
         assert held_up.cursor_state.agent_applied_cursor.advance(1)
         begin(held_up)

@@ -489,7 +489,7 @@ def test_a_file_that_was_removed_is_noticed(path: Path) -> None:
             part.unlink()
         with pytest.raises(StoreWriteFailed, match=r"store.db: the file was moved or removed"):
             store.save([epoch.capture([completion(2)])])
-        # The next save goes to what the path names now. Whoever reads has to notice, too.
+        # The next save goes to what the path names now. A reader has to notice, too.
         store.save([epoch.capture(completions(1, 2))])
         with pytest.raises(StoreReadFailed, match="moved or removed"):
             store.last_seq(epoch.id)
