@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -175,6 +176,8 @@ def _segments() -> tuple[SharedSegment, SharedSegment]:
         )
         for _ in range(2)
     )
+    for segment in one, other:
+        atexit.register(segment.close)
     return one, other
 
 
