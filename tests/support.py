@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,10 +30,12 @@ def eventually(look: Callable[[], T | None], *, within: float = 20.0) -> T:
     return answer
 
 
-def in_a_child(act: Callable[[], object]) -> None:
-    """Do this in a forked child, which has to succeed."""
+def forked(act: Callable[[], object]) -> int:
+    """The exit code of a forked child that acts: 0, or 1 if it raises, or that of an alarm."""
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
         try:
             act()
             os._exit(0)
@@ -40,7 +43,12 @@ def in_a_child(act: Callable[[], object]) -> None:
             traceback.print_exc()
         finally:
             os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_a_child(act: Callable[[], object]) -> None:
+    """Do this in a forked child, which has to succeed."""
+    assert forked(act) == 0
 
 
 def segments_in(namespace: str) -> list[Path]:

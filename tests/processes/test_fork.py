@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -38,28 +37,13 @@ from shmepoch.epoch.reading import OperationReader
 from shmepoch.memory.removal import remove_unused
 from shmepoch.memory.segment import SharedSegment
 from tests.processes.children import Channel, start
-from tests.support import eventually, held_writer, spec
+from tests.support import eventually, forked, held_writer, spec
 
 
 def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> list[int]:
     """Register an operation; the processes that are attached then."""
     bindings.ops_lifecycle.register_operation(spec("the child's", id=id))
     return [one.pid for one in bindings.participants()]
-
-
-def forked(act: Callable[[], object]) -> int:
-    """The exit code of a forked child that acts: 0, or 1 if it raises, or that of an alarm."""
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
-        try:
-            act()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
 
 
 def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(

@@ -26,7 +26,7 @@ from shmepoch.errors import StoreConflict, StoreReadFailed, StoreUnusable, Store
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.stores import SqliteRuntimeStore, database
 from tests.stores.samples import Epoch, completion, completions
-from tests.support import eventually
+from tests.support import eventually, forked
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -42,18 +42,6 @@ def require_sound(path: Path) -> None:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
     finally:
         connection.close()
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child; its exit code, 0 if it returned."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            work()
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -208,7 +196,7 @@ def test_a_forked_child_uses_the_store_of_its_parent(sqlite: SqliteRuntimeStore)
         assert sqlite.last_seq(mine.id) == 1
         sqlite.save([theirs.capture(completions(1, 2))])
 
-    assert in_child(child) == 0
+    assert forked(child) == 0
     assert sqlite.last_seq(theirs.id) == 2
     sqlite.save([mine.capture([completion(2)])])
     assert sqlite.last_seq(mine.id) == 2
@@ -222,7 +210,7 @@ def test_no_connection_is_inherited(sqlite: SqliteRuntimeStore) -> None:
             with contextlib.suppress(FileNotFoundError):  # the listing's own
                 assert "store.db" not in str(link.readlink())
 
-    assert in_child(child) == 0
+    assert forked(child) == 0
 
 
 def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -> None:
@@ -249,7 +237,7 @@ def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -
                     sqlite.save([child.capture([completion(seq)])])
                 sqlite.close()
 
-            assert in_child(save) == 0
+            assert forked(save) == 0
     finally:
         stop.set()
         for thread in threads:
@@ -355,14 +343,14 @@ def test_a_fork_that_is_interrupted_leaves_no_lock(sqlite: SqliteRuntimeStore) -
         inside.wait()
         threads[1].start()
         with contextlib.suppress(Interrupt):
-            children.append(in_child(lambda: sqlite.save([Epoch().capture()])))
+            children.append(forked(lambda: sqlite.save([Epoch().capture()])))
         for thread in threads:
             thread.join()
     assert raised
     assert forked_while_it_ran == [False]
     assert children == [0]
     sqlite.save([epoch.capture([completion(1)])])
-    assert in_child(lambda: sqlite.save([Epoch().capture()])) == 0
+    assert forked(lambda: sqlite.save([Epoch().capture()])) == 0
     assert len(list(sqlite.sessions())) == 3
 
 
@@ -377,7 +365,7 @@ def test_a_fork_that_is_interrupted_at_its_end_leaves_no_lock(
         return let_go_on()
 
     monkeypatch.setattr(database, "_let_go_on", interrupted)
-    assert in_child(lambda: sqlite.save([Epoch().capture()])) == 0
+    assert forked(lambda: sqlite.save([Epoch().capture()])) == 0
     assert not interrupts
     assert not database._taken
     assert not database._is_owned(database._forking)
@@ -502,7 +490,7 @@ def test_killed_within_a_transaction_nothing_of_it_is_seen(
     with opened(path) as store:
         store.save([before.capture(completions(1, 2), cursors=(2, 2, 2))])
     captures = [first.capture(completions(1, 3)), second.capture(completions(1, 3))]
-    code = in_child(lambda: die_at(path, statement, occurrence, captures))
+    code = forked(lambda: die_at(path, statement, occurrence, captures))
     assert code == -signal.SIGKILL
     with opened(path, busy_timeout=0) as store:
         assert list(store.sessions()) == [before.session_id]
@@ -716,7 +704,7 @@ def unprivileged(work: Callable[[], object]) -> int:
             os.setresuid(65534, 65534, 65534)
         work()
 
-    return in_child(as_nobody)
+    return forked(as_nobody)
 
 
 @pytest.fixture
