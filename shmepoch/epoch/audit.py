@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from shmepoch import _native as at
 from shmepoch.epoch.table import OperationTable
-from shmepoch.errors import SegmentCorrupted
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
-
-_RECORD_BIT = 1
 
 
 class Audit:
@@ -27,7 +25,7 @@ class Audit:
     def check(self) -> None:
         """Check the words, the records, and the slots."""
         if self._memory.load(at.DURABLE_AT) > self._words.watermark:
-            raise self._corrupted(
+            raise self._segment.corrupted(
                 "durable_seq", f"at most {self._words.watermark}", self._memory.load(at.DURABLE_AT)
             )
         kept = self._check_slots()
@@ -39,28 +37,30 @@ class Audit:
         spans = list(kept)
         for seq in range(words.dropped + 1, words.watermark + 1):
             word = self._memory.load(self._layout.index_word(seq))
-            position = word & ~_RECORD_BIT
+            position = word & ~at.HAS_RECORD
             if position < end:
-                raise self._corrupted(f"feed[{seq}].position", f"at least {end}", position)
+                raise self._segment.corrupted(f"feed[{seq}].position", f"at least {end}", position)
             first = position if first is None else first
             end = position
-            if not word & _RECORD_BIT:
+            if not word & at.HAS_RECORD:
                 continue
             view = self._table.in_record(seq)
             if view is not None and view.entry is not None and view.entry.seq != seq:
-                raise self._corrupted(f"feed[{seq}].entry", seq, view.entry.seq)
+                raise self._segment.corrupted(f"feed[{seq}].entry", seq, view.entry.seq)
             end += self._size(seq)
             spans.append((position, end - position))
             if view is not None and seq > words.floor:
                 place = self._table.place(view.spec.id)
                 if place != (-1, seq):
-                    raise self._corrupted(f"feed[{seq}].fingerprint", f"found at {seq}", place)
+                    raise self._segment.corrupted(
+                        f"feed[{seq}].fingerprint", f"found at {seq}", place
+                    )
         head = self._memory.load(at.HEAD_AT)
         if end > head:
-            raise self._corrupted("head", f"at least {end}", head)
+            raise self._segment.corrupted("head", f"at least {end}", head)
         room = self._segment.layout.feed_bytes
         if first is not None and head - first > room:
-            raise self._corrupted("head", f"at most {first + room}", head)
+            raise self._segment.corrupted("head", f"at most {first + room}", head)
         self._check_apart(spans)
 
     def _check_apart(self, spans: list[tuple[int, int]]) -> None:
@@ -70,15 +70,15 @@ class Audit:
             for offset in range(0, size, at.WORD):
                 word_at = (position + offset) % room
                 if taken[word_at]:
-                    raise self._corrupted("records", "apart", f"two at {word_at}")
+                    raise self._segment.corrupted("records", "apart", f"two at {word_at}")
                 taken[word_at] = 1
 
     def _size(self, seq: int) -> int:
         record = self._table.record(seq)
         if record is None:
-            raise self._corrupted(f"feed[{seq}].record", "a record", None)
+            raise self._segment.corrupted(f"feed[{seq}].record", "a record", None)
         first, second = record.head + record.outcome, record.rest + record.detail
-        return at.RECORD_SIZE + _padded(len(first)) + _padded(len(second))
+        return Layout.record_size(len(first), len(second))
 
     def _check_slots(self) -> list[tuple[int, int]]:
         """The places and sizes of records that slots keep and the feed does not hold any more."""
@@ -87,31 +87,31 @@ class Audit:
             found = self._table.slot(slot)
             field = f"slot[{slot}]"
             if found is None:
-                raise self._corrupted(f"{field}.word", "of an operation", None)
+                raise self._segment.corrupted(f"{field}.word", "of an operation", None)
             seq, id = found.terminal_seq, found.id
             offset = self._layout.slot(slot)
             position = self._memory.load(offset + at.SLOT_POSITION)
             if seq:
                 if self._table.outcome(slot, found.birth, 0) is None:
-                    raise self._corrupted(f"{field}.position", "of its record", position)
+                    raise self._segment.corrupted(f"{field}.position", "of its record", position)
                 if seq <= words.dropped:
                     kept.append((position, self._record_size(position)))
                 if not self._memory.load(at.KEPT_AT):
-                    raise self._corrupted("kept", "set", 0)
+                    raise self._segment.corrupted("kept", "set", 0)
                 continue
             live += 1
             view = self._table.in_slot(slot)
             if view is None or id in seen:
-                raise self._corrupted(f"{field}.id", "held once", id.hex())
+                raise self._segment.corrupted(f"{field}.id", "held once", id.hex())
             seen.add(id)
             if self._memory.load(self._layout.fingerprint(slot)) != view.spec.id.fingerprint:
-                raise self._corrupted(f"{field}.fingerprint", "that of its id", "another")
+                raise self._segment.corrupted(f"{field}.fingerprint", "that of its id", "another")
             uncommitted = self._memory.load(offset + at.SLOT_TERMINAL_SEQ)
             if uncommitted:
-                raise self._corrupted(f"{field}.terminal_seq", 0, uncommitted)
+                raise self._segment.corrupted(f"{field}.terminal_seq", 0, uncommitted)
         active = words.registrations - (words.watermark - words.origin)
         if live != active:
-            raise self._corrupted("registrations", f"{live} operations live", active)
+            raise self._segment.corrupted("registrations", f"{live} operations live", active)
         return kept
 
     def _record_size(self, position: int) -> int:
@@ -120,11 +120,4 @@ class Audit:
         lengths = self._memory.load(self._layout.records + offset)
         head, outcome = lengths >> 32 & 0xFFF, lengths & 0xFFFFFFFF
         rest, detail = lengths >> 44 & 0x3FF, lengths >> 54
-        return at.RECORD_SIZE + _padded(head + outcome) + _padded(rest + detail)
-
-    def _corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
-        return SegmentCorrupted(self._segment.name, field, expected, actual)
-
-
-def _padded(length: int) -> int:
-    return -(-length // at.WORD) * at.WORD
+        return Layout.record_size(head + outcome, rest + detail)

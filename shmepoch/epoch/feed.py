@@ -13,7 +13,7 @@ from shmepoch.arguments import require_position
 from shmepoch.epoch.codec import wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.encoding import ENTRY_TEMPLATE
-from shmepoch.errors import EpochGone, EpochSealed, SegmentCorrupted
+from shmepoch.errors import EpochGone, EpochSealed
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import pauses
 
@@ -51,7 +51,7 @@ class SegmentFeed:
                 entries = _entries_decoder.decode(data)
             except (msgspec.DecodeError, ValueError) as error:
                 field = f"feed above {max(after_seq, dropped)}"
-                raise self._corrupted(field, "decodable entries", str(error)) from error
+                raise self._segment.corrupted(field, "decodable entries", str(error)) from error
         return CompletionBatch(entries=entries, watermark=watermark, dropped_through=dropped)
 
     def wait_for_advance(
@@ -103,6 +103,3 @@ class SegmentFeed:
     def _require_durable(self, seq: CompletionSeq) -> None:
         if self.durable_through() < seq:
             raise self._segment.closed_error()
-
-    def _corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
-        return SegmentCorrupted(self._segment.name, field, expected, actual)

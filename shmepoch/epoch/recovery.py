@@ -17,6 +17,7 @@ from shmepoch.epoch.operations import LAST_COUNT, OperationLifecycleSnapshot, Op
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
 from shmepoch.ids import OperationId
+from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
 
 _log = logging.getLogger(__name__)
@@ -99,8 +100,7 @@ def room_for(
 def _record_size(entry: CompletionEntry) -> int:
     """What a record of an entry takes at most."""
     first = encode_head(entry.kind, entry.display_name) + encode_outcome(entry.terminal_outcome)
-    longest = at.RECORD_SIZE + len(first) + at.SPEC_LIMIT + at.DETAIL_LIMIT
-    return (longest // at.WORD + 1) * at.WORD
+    return Layout.record_size(len(first), at.SPEC_LIMIT + at.DETAIL_LIMIT)
 
 
 def require_room(
@@ -185,8 +185,8 @@ class _Record:
     @property
     def size(self) -> int:
         """What it takes of the feed."""
-        parts = self._head + self._outcome, self._rest + self._detail
-        return at.RECORD_SIZE + sum(-(-len(part) // at.WORD) * at.WORD for part in parts)
+        first, second = self._head + self._outcome, self._rest + self._detail
+        return Layout.record_size(len(first), len(second))
 
     def at_birth(self, birth: int) -> RestoredRecord:
         """It, as the native module takes it."""

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
+from shmepoch import _native as at
 from shmepoch._native import Refused
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.encoding import (
@@ -16,7 +17,6 @@ from shmepoch.epoch.encoding import (
     decode_spec,
 )
 from shmepoch.epoch.operations import OperationSpec, OperationStatus, status_of
-from shmepoch.errors import SegmentCorrupted
 from shmepoch.ids import OperationId
 from shmepoch.memory.segment import Segment
 
@@ -29,7 +29,6 @@ STATUSES: Final = (
     OperationStatus.RUNNING,
     OperationStatus.RETIRING,
 )
-_STATUS_MASK: Final = 3
 
 
 class Words(NamedTuple):
@@ -99,7 +98,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
         """Where it is in its lifecycle."""
         if self.entry is not None:
             return status_of(self.entry.terminal_outcome)
-        return STATUSES[self.word & _STATUS_MASK]
+        return STATUSES[self.word & at.STATUS_MASK]
 
 
 class OperationTable:
@@ -165,7 +164,7 @@ class OperationTable:
         if spec is None:
             spec = self.remember(found.birth, self._spec(field, found))
         if spec.id.bytes != found.id:
-            raise self._corrupted(f"{field}.id", spec.id.bytes.hex(), found.id.hex())
+            raise self._segment.corrupted(f"{field}.id", spec.id.bytes.hex(), found.id.hex())
         return OperationView(
             spec=spec,
             detail=self.decode(field, decode_detail, found.detail),
@@ -249,10 +248,7 @@ class OperationTable:
         try:
             return decode(*data)
         except (msgspec.DecodeError, ValueError) as error:
-            raise self._corrupted(field, "a decodable operation", str(error)) from error
-
-    def _corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
-        return SegmentCorrupted(self._segment.name, field, expected, actual)
+            raise self._segment.corrupted(field, "a decodable operation", str(error)) from error
 
 
 def _started_at_ms(started: int) -> int | None:

@@ -67,6 +67,11 @@ class Layout:
         return self.index + seq % self.entries * at.WORD
 
     @staticmethod
+    def record_size(first: int, second: int) -> int:
+        """What a record takes of the feed whose two parts have so many bytes; each is padded."""
+        return at.RECORD_SIZE + sum(-(-part // at.WORD) * at.WORD for part in (first, second))
+
+    @staticmethod
     def cursor(index: int) -> int:
         """The offset of a cursor."""
         return at.CURSORS_AT + index * at.LINE

@@ -168,13 +168,17 @@ class Segment:
             if index >= 0:
                 field = f"{holder}[{index}].{name}"
             expected = least if least == most else f"{least} to {most}"
-            return SegmentCorrupted(self.name, field, expected, actual)
+            return self.corrupted(field, expected, actual)
         if reason == "busy":
             return WriterBusy(self.epoch_id)
         if reason == "read_only":
             return self._read_only_error()
         assert reason == "ended", reason
         return self.closed_error()
+
+    def corrupted(self, field: str, expected: object, actual: object) -> SegmentCorrupted:
+        """The error that names a field of this segment that is damaged."""
+        return SegmentCorrupted(self.name, field, expected, actual)
 
     def _read_only_error(self) -> Exception:
         return ObserverReadOnly(self.epoch_id)

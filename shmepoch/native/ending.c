@@ -61,18 +61,11 @@ compose(const Ending *ending, const Subject *subject, uint64_t seq)
         .elapsed_ms = elapsed_ns / 1000000,
         .lengths = pack_lengths(lengths),
     };
-    unsigned char spec[SPEC_LIMIT], *at = ending->scratch;
+    unsigned char spec[SPEC_LIMIT], detail[DETAIL_LIMIT];
     copy_out(slot->spec, spec, lengths.head + lengths.rest);
-    memset(at, 0, record_size(lengths)); /* what pads the parts */
-    memcpy(at, &record, sizeof record);
-    at += sizeof record;
-    memcpy(at, spec, lengths.head);
-    memcpy(at + lengths.head, subject->outcome, lengths.outcome);
-    at += padded(lengths.head + lengths.outcome);
-    memcpy(at, spec + lengths.head, lengths.rest);
-    copy_out(slot->details[buffer_of(load(&slot->word))], at + lengths.rest, lengths.detail);
-    seal_record(ending->scratch);
-    return record_size(lengths);
+    copy_out(slot->details[buffer_of(load(&slot->word))], detail, lengths.detail);
+    const Parts parts = {spec, subject->outcome, spec + lengths.head, detail};
+    return compose_record(record, &parts, ending->scratch);
 }
 
 /* What a store has to have before a commit that ends at `last` and drops through `dropped`.
@@ -127,7 +120,7 @@ end_together(Ending *ending)
         Slot *slot = slot_at(self, subject->slot);
         const uint64_t seq = words->watermark + 1 + i, length = compose(ending, subject, seq);
         ring_copy_in(self, position, ending->scratch, length);
-        publish(index_word(self, seq), position | RECORD_BIT);
+        publish(index_word(self, seq), position | HAS_RECORD);
         publish(retained_word(self, words, seq), load(&fingerprints_of(self)[subject->slot]));
         publish(&slot->position, position);
         publish(&slot->terminal_seq, seq);
@@ -218,18 +211,17 @@ is_among(const uint64_t *keys, uint64_t count, uint64_t key)
 
 /* In the order of their registration: an insertion for each, since they mostly are in order. */
 static void
-find_live(Ending *ending, uint64_t most)
+find_live(Ending *ending)
 {
     Transition *one = &ending->all.base;
     const Epoch *self = one->self;
     Subject *subjects = ending->all.subjects;
     const Subject outcome = subjects[0]; /* the same for all */
     uint64_t count = 0;
-    for (uint64_t index = 0; index < most; index++) {
+    for (uint64_t index = 0; index < self->room.max_operations; index++) {
         const Slot *slot = slot_at(self, index);
         const uint64_t birth = load(&slot->birth);
-        if (load(&fingerprints_of(self)[index]) == FREE || birth == 0
-            || birth > one->words.registrations || has_ended(slot, &one->words)
+        if (load(&fingerprints_of(self)[index]) == FREE || !is_active(slot, &one->words)
             || (ending->participants != NULL
                 && !is_among(ending->participants, ending->participant_count,
                              load(&slot->participant)))) {
@@ -251,11 +243,11 @@ find_live(Ending *ending, uint64_t most)
 static void
 forget_watchers(Epoch *self, const Words *words, uint64_t participant)
 {
-    const uint64_t lane = lane_of(participant), shift = 16 * (lane % 4);
+    const uint64_t shift = watcher_shift(participant);
     publish(&control_of(self)->writer.intent, 1);
     for (uint64_t index = 0; index < self->room.max_operations; index++) {
         Slot *slot = slot_at(self, index);
-        word_t *word = &slot->watchers[lane / 4];
+        word_t *word = watcher_word(slot, participant);
         const uint64_t counts = load(word);
         if (load(&fingerprints_of(self)[index]) == FREE || (counts >> shift & UINT16_MAX) == 0) {
             continue;
@@ -282,7 +274,7 @@ terminate_body(void *argument)
             return;
         }
     }
-    find_live(ending, one->self->room.max_operations);
+    find_live(ending);
     if (!end_together(ending)) {
         return;
     }

@@ -167,6 +167,14 @@ has_ended(const Slot *slot, const Words *words)
     return seq != 0 && seq <= words->watermark;
 }
 
+/* Whether a slot that is not free has one of the operations that `active` counts. */
+static inline bool
+is_active(const Slot *slot, const Words *words)
+{
+    const uint64_t birth = load(&slot->birth);
+    return birth != 0 && birth <= words->registrations && !has_ended(slot, words);
+}
+
 static inline uint64_t
 status_of(uint64_t word)
 {
@@ -197,6 +205,33 @@ rest_length(uint64_t spec_lengths)
     return spec_lengths >> 32;
 }
 
+/* The slot of a participant, by its key: also the lane of its count among a slot's watchers. */
+static inline uint64_t
+lane_of(uint64_t participant)
+{
+    return participant & 0xff;
+}
+
+/* How many words the counts of a slot's watchers take. */
+static inline uint64_t
+watcher_words(const Epoch *self)
+{
+    return padded(2 * self->room.max_participants) / WORD;
+}
+
+/* The word that has a participant's count, and where in it. */
+static inline word_t *
+watcher_word(Slot *slot, uint64_t participant)
+{
+    return &slot->watchers[lane_of(participant) / 4];
+}
+
+static inline uint64_t
+watcher_shift(uint64_t participant)
+{
+    return 16 * (lane_of(participant) % 4);
+}
+
 /* Whether each word of a slot is within its bounds. */
 bool check_slot(const Epoch *self, uint64_t index, Refusal *refusal);
 bool is_watched(const Epoch *self, const Slot *slot);
@@ -213,6 +248,11 @@ bool repair(const Epoch *self, const Words *words, Refusal *refusal);
 typedef struct {
     uint64_t head, outcome, rest, detail;
 } Lengths;
+
+/* The parts themselves. */
+typedef struct {
+    const unsigned char *head, *outcome, *rest, *detail;
+} Parts;
 
 static inline uint64_t
 pack_lengths(Lengths of)
@@ -235,6 +275,13 @@ static inline uint64_t
 record_size(Lengths of)
 {
     return sizeof(Record) + padded(of.head + of.outcome) + padded(of.rest + of.detail);
+}
+
+/* The position in a word of the index, of a record or of the next one. */
+static inline uint64_t
+position_in(uint64_t word)
+{
+    return word & ~(uint64_t)HAS_RECORD;
 }
 
 /* The place of a sequence's word in the index. */
@@ -260,8 +307,8 @@ void ring_copy_in(const Epoch *self, uint64_t position, const unsigned char *sou
                   uint64_t length);
 /* Whether what lies at a position can be the record of a sequence. It is copied to `record`. */
 bool load_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record);
-/* Fills in the checksums of a composed record. */
-void seal_record(unsigned char *composed);
+/* Composes a record of its words, but for the checksums, and its parts; its size. */
+uint64_t compose_record(Record record, const Parts *parts, unsigned char *composed);
 /* Whether a part of a record that was copied is what was written. */
 bool is_whole_first(const Record *record, const unsigned char *first);
 bool is_whole_second(const Record *record, const unsigned char *second);

@@ -6,10 +6,6 @@
 
 #include "transition.h"
 
-/* How often a reader begins anew, at most, where writers are faster than it. */
-#define PASSES 100000
-
-
 #define ARRAY_HEADER 5 /* MessagePack's array32: one byte, then a 32-bit big-endian count */
 #define ENTRY_PARTS 5
 
@@ -74,10 +70,10 @@ measure(const Epoch *self, const Template *template, uint64_t first, uint64_t co
         const uint64_t word = load_published(index_word(self, first + i));
         Record record;
         sizes[i] = 0;
-        if (!(word & RECORD_BIT)) {
+        if (!(word & HAS_RECORD)) {
             continue;
         }
-        if (!load_record(self, word & ~(uint64_t)RECORD_BIT, first + i, &record)) {
+        if (!load_record(self, position_in(word), first + i, &record)) {
             sizes[i] = -1;
             continue;
         }
@@ -95,9 +91,9 @@ take_entry(const Epoch *self, const Template *template, uint64_t seq, uint64_t s
            unsigned char *target)
 {
     const uint64_t word = load_published(index_word(self, seq));
-    const uint64_t position = word & ~(uint64_t)RECORD_BIT;
+    const uint64_t position = position_in(word);
     Record record;
-    if (!(word & RECORD_BIT) || !load_record(self, position, seq, &record)
+    if (!(word & HAS_RECORD) || !load_record(self, position, seq, &record)
         || entry_size(template, &record) != size) {
         return false;
     }

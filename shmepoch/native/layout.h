@@ -149,7 +149,7 @@ typedef struct {
 
 /* An index word is the position of a sequence's record, with this bit; without it, the sequence was
  * skipped, and the next record begins at the position. */
-#define RECORD_BIT 1
+#define HAS_RECORD 1
 
 #define OFFSET(field, at) \
     _Static_assert(offsetof(Control, field) == (at), "the place of " #field " is part of the layout")
@@ -283,6 +283,7 @@ shape_of(const Capacities *room, Shape *shape)
     X("SLOT_DETAIL", offsetof(Slot, details)) X("SLOT_WATCHERS", offsetof(Slot, watchers))           \
     X("SPEC_LIMIT", SPEC_LIMIT) X("DETAIL_LIMIT", DETAIL_LIMIT)                                      \
     X("RECORD_SIZE", sizeof(Record)) X("RECORD_LENGTHS", offsetof(Record, lengths))                  \
+    X("HAS_RECORD", HAS_RECORD) X("STATUS_MASK", STATUS_MASK)                                        \
     X("RECORD_CHECKSUMS", offsetof(Record, checksums)) X("HEAD_LIMIT", HEAD_LIMIT)                   \
     X("MAX_PARTICIPANTS", MAX_PARTICIPANTS)                                                          \
     X("MIN_FEED_ENTRIES", MIN_FEED_ENTRIES) X("RECOVERY_SKIP", RECOVERY_SKIP)                        \

@@ -13,7 +13,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-
 /* `count` spans of `length` bytes, `stride` apart, from `offset` on: inside, and word-aligned. */
 bool
 check_spans(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
@@ -255,8 +254,8 @@ memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return tuple;
 }
 
-
-/* find(offset, count, value, start[, stride]) -> index or -1; without a stride, of words that lie side by side */
+/* find(offset, count, value, start[, stride]) -> index or -1; without a stride, of words that lie side by
+ * side */
 static PyObject *
 memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -277,16 +276,10 @@ memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     if (start < 0) {
         return PyErr_Format(PyExc_IndexError, "a search starts at 0 or above, not %zd", start);
     }
-    return PyLong_FromSsize_t(apart ? find_word(word_at(self, offset), count, stride, value, start)
-                                    : find_word(word_at(self, offset), count, WORD, value, start));
+    return PyLong_FromSsize_t(find_word(word_at(self, offset), count, stride, value, start));
 }
 
 /* --- bytes ------------------------------------------------------------------------------------- */
-
-
-
-
-
 
 static PyObject *
 memory_read(PyObject *object, PyObject *const *args, Py_ssize_t nargs)

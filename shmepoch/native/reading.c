@@ -4,23 +4,6 @@
 
 #include "transition.h"
 
-/* How often a reader begins anew, at most, where writers are faster than it. */
-#define PASSES 100000
-
-static bool
-parse_index(const Epoch *self, PyObject *object, uint64_t *index)
-{
-    if (!as_u64(object, index)) {
-        return false;
-    }
-    if (*index >= self->room.max_operations) {
-        PyErr_Format(PyExc_IndexError, "no slot %llu: there are %llu", (unsigned long long)*index,
-                     (unsigned long long)self->room.max_operations);
-        return false;
-    }
-    return true;
-}
-
 /* words() -> (registrations, watermark, origin, skipped_after, skipped_through, dropped, collected,
  * floor) */
 PyObject *
@@ -151,7 +134,7 @@ copy_slot(Epoch *self, uint64_t index, CopiedSlot *copy)
         copy->spec_lengths = load(&slot->spec_lengths);
         copy->detail_length = load(&slot->detail_length[buffer_of(copy->word)]);
         copy->watchers = 0;
-        for (uint64_t i = 0; i < padded(2 * self->room.max_participants) / WORD; i++) {
+        for (uint64_t i = 0; i < watcher_words(self); i++) {
             for (uint64_t lanes = load(&slot->watchers[i]); lanes != 0; lanes >>= 16) {
                 copy->watchers += lanes & UINT16_MAX;
             }
@@ -245,8 +228,8 @@ take_retained(Epoch *self, uint64_t seq, Record *record, PyObject **data)
     *data = NULL;
     const uint64_t word = load_published(index_word(self, seq));
     RecordState state = RECORD_TORN;
-    if (seq > load_published(&control->writer.dropped_through) && (word & RECORD_BIT)) {
-        state = take_record(self, word & ~(uint64_t)RECORD_BIT, seq, record, data);
+    if (seq > load_published(&control->writer.dropped_through) && (word & HAS_RECORD)) {
+        state = take_record(self, position_in(word), seq, record, data);
     }
     atomic_thread_fence(memory_order_acquire);
     if (state == RECORD_ERROR) {
@@ -255,7 +238,7 @@ take_retained(Epoch *self, uint64_t seq, Record *record, PyObject **data)
     if (seq <= load(&control->writer.dropped_through)) {
         Py_CLEAR(*data);
     }
-    else if (state == RECORD_TORN && (word & RECORD_BIT)) {
+    else if (state == RECORD_TORN && (word & HAS_RECORD)) {
         corrupt(&refusal, "feed.record", (int64_t)seq, seq, seq, record->seq);
         raise_refused((PyObject *)self, &refusal);
         return false;
@@ -362,7 +345,7 @@ take_from_feed(Epoch *self, uint64_t birth, uint64_t since)
         const uint64_t word = load_published(index_word(self, seq));
         Record record = {0};
         PyObject *data;
-        if (!(word & RECORD_BIT) || !load_record(self, word & ~(uint64_t)RECORD_BIT, seq, &record)
+        if (!(word & HAS_RECORD) || !load_record(self, position_in(word), seq, &record)
             || record.birth != birth) {
             continue;
         }

@@ -44,7 +44,7 @@ fill_slot(const Epoch *self, uint64_t index, const Registration *all, const Entr
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         atomic_store_explicit(fields[i].word, fields[i].value, memory_order_relaxed);
     }
-    for (uint64_t word = 0; word < padded(2 * self->room.max_participants) / WORD; word++) {
+    for (uint64_t word = 0; word < watcher_words(self); word++) {
         atomic_store_explicit(&slot->watchers[word], 0, memory_order_relaxed);
     }
     unsigned char spec[SPEC_LIMIT];

@@ -6,7 +6,7 @@
 typedef struct {
     Record record;
     Key key;
-    const unsigned char *head, *outcome, *rest, *detail;
+    Parts parts;
 } Restored;
 
 static bool
@@ -33,10 +33,10 @@ parse_restored(const Epoch *self, PyObject *each, Restored *restored)
     if (!as_u64(PyTuple_GetItem(each, 0), &record->seq)
         || !as_u64(PyTuple_GetItem(each, 3), &record->started)
         || !parse_key(self, PyTuple_GetItem(each, 6), &restored->key)
-        || !parse_bytes(PyTuple_GetItem(each, 7), HEAD_LIMIT, &restored->head, &lengths.head)
-        || !parse_bytes(PyTuple_GetItem(each, 8), room, &restored->outcome, &lengths.outcome)
-        || !parse_bytes(PyTuple_GetItem(each, 9), SPEC_LIMIT, &restored->rest, &lengths.rest)
-        || !parse_bytes(PyTuple_GetItem(each, 10), DETAIL_LIMIT, &restored->detail,
+        || !parse_bytes(PyTuple_GetItem(each, 7), HEAD_LIMIT, &restored->parts.head, &lengths.head)
+        || !parse_bytes(PyTuple_GetItem(each, 8), room, &restored->parts.outcome, &lengths.outcome)
+        || !parse_bytes(PyTuple_GetItem(each, 9), SPEC_LIMIT, &restored->parts.rest, &lengths.rest)
+        || !parse_bytes(PyTuple_GetItem(each, 10), DETAIL_LIMIT, &restored->parts.detail,
                         &lengths.detail)) {
         return false;
     }
@@ -92,30 +92,19 @@ restore_body(void *argument)
         refuse(&one->refusal, "changed", -1, one->words.watermark);
         return;
     }
-    one->words.skipped_after = all->skipped_after; /* which places the fingerprints */
-    one->words.skipped_through = all->last;
     publish(index_word(self, all->dropped), head);
     for (uint64_t i = 0; i < all->count; i++) {
         const Restored *each = &all->restored[i];
         const Record *record = &each->record;
-        const Lengths of = lengths_of(record);
-        unsigned char *first = all->scratch + sizeof *record;
-        unsigned char *second = first + padded(of.head + of.outcome);
         for (; next < record->seq; next++) {
             publish(index_word(self, next), head);
         }
-        memset(all->scratch, 0, record_size(of));
-        memcpy(all->scratch, record, sizeof *record);
-        memcpy(first, each->head, of.head);
-        memcpy(first + of.head, each->outcome, of.outcome);
-        memcpy(second, each->rest, of.rest);
-        memcpy(second + of.rest, each->detail, of.detail);
-        seal_record(all->scratch);
-        ring_copy_in(self, head, all->scratch, record_size(of));
-        publish(index_word(self, record->seq), head | RECORD_BIT);
+        const uint64_t size = compose_record(*record, &each->parts, all->scratch);
+        ring_copy_in(self, head, all->scratch, size);
+        publish(index_word(self, record->seq), head | HAS_RECORD);
         publish(retained_word(self, &one->words, record->seq),
                 record->birth != 0 ? each->key.fingerprint : FREE);
-        head += record_size(of);
+        head += size;
         next = record->seq + 1;
         if (record->birth != 0) {
             collected = held++ == 0 ? record->seq - 1 : collected;

@@ -90,16 +90,20 @@ second_checksum(const Record *record, const unsigned char *second)
     return checksum(seed, second, lengths.rest + lengths.detail);
 }
 
-void
-seal_record(unsigned char *composed)
+uint64_t
+compose_record(Record record, const Parts *parts, unsigned char *composed)
 {
-    Record record;
-    memcpy(&record, composed, sizeof record);
-    const Lengths lengths = lengths_of(&record);
-    const unsigned char *first = composed + sizeof record;
-    const unsigned char *second = first + padded(lengths.head + lengths.outcome);
+    const Lengths of = lengths_of(&record);
+    unsigned char *first = composed + sizeof record;
+    unsigned char *second = first + padded(of.head + of.outcome);
+    memset(composed, 0, record_size(of)); /* what pads the parts */
+    memcpy(first, parts->head, of.head);
+    memcpy(first + of.head, parts->outcome, of.outcome);
+    memcpy(second, parts->rest, of.rest);
+    memcpy(second + of.rest, parts->detail, of.detail);
     record.checksums = second_checksum(&record, second) << 32 | first_checksum(&record, first);
     memcpy(composed, &record, sizeof record);
+    return record_size(of);
 }
 
 bool
@@ -119,7 +123,7 @@ is_whole_second(const Record *record, const unsigned char *second)
 static uint64_t
 position_of(const Epoch *self, uint64_t seq)
 {
-    return load(index_word(self, seq)) & ~(uint64_t)RECORD_BIT;
+    return position_in(load(index_word(self, seq)));
 }
 
 /* Through which sequence entries are dropped, so that records through `end` have their room and their

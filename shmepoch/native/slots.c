@@ -90,18 +90,16 @@ has_key(const Slot *slot, const Key *key)
 static bool
 is_live(const Slot *slot, const Words *words)
 {
-    const uint64_t birth = load(&slot->birth);
-    return birth != 0 && birth <= words->registrations
-           && status_of(load(&slot->word)) != STATUS_ABSENT && !has_ended(slot, words);
+    return status_of(load(&slot->word)) != STATUS_ABSENT && is_active(slot, words);
 }
 
 /* Whether a sequence's record is of the operation of this key. */
 static bool
 records(const Epoch *self, uint64_t seq, const Key *key)
 {
-    const uint64_t word = load(index_word(self, seq)), position = word & ~(uint64_t)RECORD_BIT;
+    const uint64_t word = load(index_word(self, seq)), position = position_in(word);
     Record record;
-    return (word & RECORD_BIT) && load_record(self, position, seq, &record)
+    return (word & HAS_RECORD) && load_record(self, position, seq, &record)
            && record.id[0] == key->id[0] && record.id[1] == key->id[1];
 }
 
@@ -184,7 +182,7 @@ check_slot(const Epoch *self, uint64_t index, Refusal *refusal)
         {"slot.word's spare bits", 0, load(&slot->word) & SPARE_BITS},
         {"slot.birth", LAST_COUNT, load(&slot->birth)},
         {"slot.terminal_seq", LAST_SEQ, load(&slot->terminal_seq)},
-        {"slot.participant's slot", self->room.max_participants - 1, load(&slot->participant) & 0xff},
+        {"slot.participant's slot", self->room.max_participants - 1, lane_of(load(&slot->participant))},
         {"slot.created_at_ms", LAST_COUNT, load(&slot->created_at_ms)},
         {"slot.created_mono_ns", LAST_COUNT, load(&slot->created_mono_ns)},
         {"slot.started", LAST_COUNT + 1, load(&slot->started)},
@@ -205,7 +203,7 @@ check_slot(const Epoch *self, uint64_t index, Refusal *refusal)
 bool
 is_watched(const Epoch *self, const Slot *slot)
 {
-    for (uint64_t word = 0; word < padded(2 * self->room.max_participants) / WORD; word++) {
+    for (uint64_t word = 0; word < watcher_words(self); word++) {
         if (load(&slot->watchers[word]) != 0) {
             return true;
         }
@@ -264,10 +262,10 @@ repair(const Epoch *self, const Words *words, Refusal *refusal)
     }
     Control *control = control_of(self);
     const uint64_t word = load(index_word(self, words->watermark));
-    const uint64_t position = word & ~(uint64_t)RECORD_BIT;
+    const uint64_t position = position_in(word);
     Record last;
     /* Of a commit that was broken off before it said where it ends; its record is whole. */
-    if ((word & RECORD_BIT) && load(&control->writer.head) <= position) {
+    if ((word & HAS_RECORD) && load(&control->writer.head) <= position) {
         if (position > LAST_POSITION || !load_record(self, position, words->watermark, &last)) {
             return corrupt(refusal, "feed.position", (int64_t)words->watermark, 0, LAST_POSITION,
                            position);

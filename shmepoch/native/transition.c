@@ -114,6 +114,20 @@ parse_bytes(PyObject *object, uint64_t limit, const unsigned char **data, uint64
     return true;
 }
 
+bool
+parse_index(const Epoch *self, PyObject *object, uint64_t *index)
+{
+    if (!as_u64(object, index)) {
+        return false;
+    }
+    if (*index >= self->room.max_operations) {
+        PyErr_Format(PyExc_IndexError, "no slot %llu: there are %llu", (unsigned long long)*index,
+                     (unsigned long long)self->room.max_operations);
+        return false;
+    }
+    return true;
+}
+
 void *
 allocate(uint64_t count, size_t size)
 {

@@ -7,6 +7,8 @@
 
 /* Far above what any feed takes, and what a record's lengths can hold. */
 #define OUTCOME_LIMIT (UINT32_MAX / 2)
+/* How often a reader begins anew, at most, where writers are faster than it. */
+#define PASSES 100000
 
 /* What every body begins with: the epoch, and why it was refused. */
 typedef struct {
@@ -28,17 +30,12 @@ void commit(Epoch *self, word_t *word, uint64_t value);
 /* Ends the epoch for good, under the lock; false where it is gone. */
 bool seal(Transition *one);
 
-/* The slot of a participant, by its key. */
-static inline uint64_t
-lane_of(uint64_t participant)
-{
-    return participant & 0xff;
-}
-
 /* --- arguments --- */
 
 bool check_tuple(PyObject *object, const char *of);
 bool parse_bytes(PyObject *object, uint64_t limit, const unsigned char **data, uint64_t *length);
+/* The index of a slot; IndexError if there is none. */
+bool parse_index(const Epoch *self, PyObject *object, uint64_t *index);
 /* Memory for `count` of a transition's operations, zeroed; at least one, so that NULL is a failure. */
 void *allocate(uint64_t count, size_t size);
 

@@ -36,24 +36,22 @@ epoch_collect(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return run_on_operations(&collection.base, true, collect_body) ? Py_NewRef(Py_None) : NULL;
 }
 
-/* One more or one less watcher of this process's, as a word of a slot. */
-static uint64_t
-counted(const Slot *slot, uint64_t participant, bool more)
-{
-    const uint64_t lane = lane_of(participant), shift = 16 * (lane % 4);
-    const uint64_t counts = load(&slot->watchers[lane / 4]), count = counts >> shift & UINT16_MAX;
-    if (more) {
-        return count < UINT16_MAX ? counts + (UINT64_C(1) << shift) : counts;
-    }
-    return count > 0 ? counts - (UINT64_C(1) << shift) : counts;
-}
-
+/* One more or one less watcher of this process's. */
 static void
 count_watcher(Epoch *self, uint64_t index, bool more)
 {
-    Slot *slot = slot_at(self, index);
     const uint64_t participant = writer_participant(self->lock);
-    commit(self, &slot->watchers[lane_of(participant) / 4], counted(slot, participant, more));
+    const uint64_t shift = watcher_shift(participant), one = UINT64_C(1) << shift;
+    word_t *word = watcher_word(slot_at(self, index), participant);
+    const uint64_t counts = load(word), count = counts >> shift & UINT16_MAX;
+    uint64_t counted = counts;
+    if (more && count < UINT16_MAX) {
+        counted = counts + one;
+    }
+    else if (!more && count > 0) {
+        counted = counts - one;
+    }
+    commit(self, word, counted);
 }
 
 typedef struct {
@@ -151,15 +149,9 @@ epoch_watch_each(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     for (uint64_t i = 0; made && i < all.count; i++) {
         PyObject *each = PyTuple_GetItem(args[0], (Py_ssize_t)i);
         made = check_tuple(each, "a slot and a birth") && PyTuple_Size(each) == 2
-               && as_u64(PyTuple_GetItem(each, 0), &all.watched[i].slot)
+               && parse_index(all.base.self, PyTuple_GetItem(each, 0), &all.watched[i].slot)
                && as_u64(PyTuple_GetItem(each, 1), &all.watched[i].birth);
-        if (made && all.watched[i].slot >= all.base.self->room.max_operations) {
-            PyErr_Format(PyExc_IndexError, "no slot %llu: there are %llu",
-                         (unsigned long long)all.watched[i].slot,
-                         (unsigned long long)all.base.self->room.max_operations);
-            made = false;
-        }
-        else if (!made && !PyErr_Occurred()) {
+        if (!made && !PyErr_Occurred()) {
             PyErr_SetString(PyExc_TypeError, "a tuple of a slot and a birth");
         }
     }
