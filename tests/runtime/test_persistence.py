@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -46,6 +46,9 @@ from shmepoch.stores import (
 from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion
 from tests.support import damage_record, eventually, result, spec
+
+#: How many completions are made where none may be dropped.
+RETAINED: Final = 5000
 
 #: Far longer than any test: only what is asked for, or pressed for, is stored.
 NEVER = 3600.0
@@ -933,9 +936,10 @@ def persist(path: str, token: str, ready: Any) -> None:
 
 
 def work(token: str, stop: Any) -> None:
-    """A worker that ends operations until it is told to stop."""
+    """A worker that ends operations until it is told to stop, or the feed is about to drop some."""
     bindings = SessionRuntimeBindings.from_token(token)
-    while not stop.is_set():
+    feed = bindings.ops_lifecycle.completion_feed()
+    while not stop.is_set() and feed.watermark() < RETAINED:
         complete(bindings)
         time.sleep(0.001)
     bindings.close()
@@ -946,7 +950,7 @@ def test_killed_anywhere_it_loses_and_repeats_nothing(
 ) -> None:
     """Persisting processes are killed one after another while two workers go on; what each had
     stored was whole, and the last one finds everything."""
-    adapter._opener._config = OpsLifecycleConfig(max_completed=5000, feed_bytes=8 * 1024 * 1024)
+    adapter._opener._config = OpsLifecycleConfig(max_completed=RETAINED, feed_bytes=8 * 1024 * 1024)
     bindings = adapter.prepare_bindings(SessionId.new())
     feed = bindings.ops_lifecycle.completion_feed()
     path, token = tmp_path / "store.db", bindings.to_token()
