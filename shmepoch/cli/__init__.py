@@ -10,7 +10,7 @@ from shmepoch import starting
 def main() -> None:
     """Run the command line; exits with its status."""
     starting.end_on_interrupt()
-    from shmepoch.cli import streams
+    from shmepoch.cli import exits, streams
 
     streams.prepare()
     try:
@@ -30,6 +30,6 @@ def main() -> None:
         error.filename = error.filename or "standard output"  # the commands report all the rest
         streams.complain(error)
         streams.discard()
-        sys.exit(1)
+        sys.exit(exits.NOT_CARRIED_OUT)
     except KeyboardInterrupt:
         sys.exit(starting.INTERRUPTED)

@@ -7,8 +7,12 @@ import os
 import select
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Annotated, Final
 
+import typer
+
+from shmepoch.cli.exits import NOT_CARRIED_OUT, NOT_WELL, fail, reporting
+from shmepoch.cli.options import Namespace, Store, seconds
 from shmepoch.cli.run.interruptions import on_interruption
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import ShmepochError, StoreWriteFailed
@@ -17,7 +21,7 @@ from shmepoch.memory.files import require_shm
 from shmepoch.memory.namespaces import list_sessions, resolve_namespace
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment
-from shmepoch.runtime.persistence import PersistenceChannel
+from shmepoch.runtime.persistence import MOST_DELAY_S, PersistenceChannel
 from shmepoch.stores import SqliteRuntimeStore
 
 _log = logging.getLogger(__name__)
@@ -29,7 +33,33 @@ _POLL_S: Final = 0.5
 _END_TIMEOUT_S: Final = 10.0
 
 
-def persist(path: Path, namespace: str | None, max_delay: float) -> None:
+def persist(
+    store: Store,
+    namespace: Namespace = None,
+    max_delay: Annotated[
+        float,
+        typer.Option(
+            callback=seconds(0, MOST_DELAY_S),
+            help="Seconds within which a completion is durable.",
+        ),
+    ] = 0.05,
+) -> None:
+    """Keep every epoch of a namespace in a store, until Ctrl-C, SIGTERM or SIGHUP.
+
+    It then waits until everything is stored. Exit status: 0 if it is, 1 if the store did not take
+    it within 10 seconds, 2 for a bad namespace or file, 3 if there is no shared memory to look at.
+    A second Ctrl-C does not wait; what the store lacks is in shared memory.
+    """
+    with reporting():
+        try:
+            _persist(store, namespace, max_delay)
+        except (StoreWriteFailed, TimeoutError) as error:
+            fail(NOT_WELL, error)
+        except OSError as error:
+            fail(NOT_CARRIED_OUT, error)
+
+
+def _persist(path: Path, namespace: str | None, max_delay: float) -> None:
     """Follow every epoch there is and every one that comes, until SIGINT, SIGTERM or SIGHUP.
 
     Returns once everything is stored; raises `StoreWriteFailed` or `TimeoutError` if the store does

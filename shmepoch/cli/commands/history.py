@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shmepoch.cli.exits import reporting
+from shmepoch.cli.options import Json, Store
 from shmepoch.cli.run.plan import RUNS
 from shmepoch.cli.streams import complain, print_json, visible
 from shmepoch.epoch.operations import (
@@ -37,6 +40,42 @@ _UNBOUNDED_WIDTH: Final = 400
 _LEAST_WIDTH: Final = 72
 
 
+def history(
+    store: Store,
+    session: Annotated[
+        str | None, typer.Argument(help="The session's id; without one, every session is listed.")
+    ] = None,
+    status: Annotated[
+        list[OperationStatus] | None, typer.Option(help="Only these; may be given several times.")
+    ] = None,
+    since: Annotated[datetime | None, typer.Option(help="Ended then or later.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Ended before then.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a store has of a session: how its operations ended, epoch by epoch.
+
+    Times are local. Exit status: 0, or 2 for a session or a file that cannot be read.
+    """
+    with reporting(ShmepochError, ValueError):
+        if session is None:
+            for option, value in (("--status", status), ("--since", since), ("--until", until)):
+                if value:
+                    raise typer.BadParameter(
+                        "chooses among the operations of a session; name the session",
+                        param_hint=option,
+                    )
+            _list_sessions(store, json=json)
+        else:
+            _show(
+                store,
+                SessionId.parse(session),
+                statuses=status or (),
+                since=since,
+                until=until,
+                json=json,
+            )
+
+
 class SessionUnknown(ShmepochError, LookupError):
     """The store has never heard of the session."""
 
@@ -49,7 +88,7 @@ class SessionUnknown(ShmepochError, LookupError):
         )
 
 
-def list_sessions(store: Path, *, json: bool) -> None:
+def _list_sessions(store: Path, *, json: bool) -> None:
     """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable.
 
     What is damaged is left out; standard error has what that is, and how much.
@@ -63,7 +102,7 @@ def list_sessions(store: Path, *, json: bool) -> None:
                     print(session_id)
 
 
-def show(
+def _show(
     store: Path,
     session_id: SessionId,
     *,

@@ -1,0 +1,50 @@
+"""How the command ends: its exit statuses, and which errors lead to them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+from shmepoch.cli import streams
+from shmepoch.errors import (
+    NamespaceInvalid,
+    SessionNotFound,
+    ShmepochError,
+    StoreUnusable,
+)
+
+#: It was done, and all is well.
+DONE: Final = 0
+#: It was done, and not all is well: a command failed, a problem was found.
+NOT_WELL: Final = 1
+#: Nothing was done: an option, a file or a name is wrong.
+REFUSED: Final = 2
+#: It could not be carried out: no shared memory, no process, no store that works.
+NOT_CARRIED_OUT: Final = 3
+
+_REFUSALS: Final = (NamespaceInvalid, SessionNotFound, StoreUnusable)
+
+
+@contextlib.contextmanager
+def reporting(*refusals: type[Exception]) -> Iterator[None]:
+    """Print what was raised inside in one line, and end with the status that it has; `refusals`
+    besides those of every command. An `OSError` is left to `main`."""
+    refused: tuple[type[Exception], ...] = (*_REFUSALS, *refusals)
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        streams.reader_left()
+    except refused as error:
+        fail(REFUSED, error)
+    except ShmepochError as error:
+        fail(NOT_CARRIED_OUT, error)
+
+
+def fail(status: int, error: Exception) -> NoReturn:
+    """Print what went wrong, and end with this status."""
+    streams.complain(error)
+    streams.discard()  # or the end of the process fails once more, with a status of its own
+    sys.exit(status)

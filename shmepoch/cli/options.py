@@ -1,0 +1,35 @@
+"""The options that several commands have, each with one meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+
+def seconds(least: float, most: float) -> Callable[[float | None], float | None]:
+    """A check of a number of seconds; typer's own let NaN pass, in some versions."""
+
+    def check(value: float | None) -> float | None:
+        if value is None or least <= value <= most:
+            return value
+        raise typer.BadParameter(f"{value} is not a number of seconds from {least:g} to {most:g}")
+
+    return check
+
+
+Store: TypeAlias = Annotated[
+    Path, typer.Option("--store", help="SQLite file that the epochs are kept in.")
+]
+Namespace: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--namespace", "-n", help="Whose epochs; SHMEPOCH_NAMESPACE, else default."),
+]
+AllNamespaces: TypeAlias = Annotated[
+    bool, typer.Option("--all-namespaces", "-A", help="The epochs of every namespace.")
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="JSON lines instead of text for people.")
+]
