@@ -34,11 +34,17 @@ def segment_path(namespace: str, session_id: SessionId) -> Path:
 
 def list_sessions(namespace: str) -> Iterator[SessionId]:
     """This user's sessions of a namespace that have a segment, in no order."""
+    return (session_id for _, session_id in list_segments(namespace))
+
+
+def list_segments(namespace: str | None = None) -> Iterator[tuple[str, SessionId]]:
+    """The namespace and the session of each of this user's segments, in no order; of one namespace
+    if that is given."""
     with os.scandir(SHM_DIR) as entries:
         for entry in entries:
             match = _NAME.fullmatch(entry.name)
-            if match and match["namespace"] == namespace and _is_mine(entry):
-                yield SessionId.from_bytes(bytes.fromhex(match["session"]))
+            if match and namespace in (None, match["namespace"]) and _is_mine(entry):
+                yield match["namespace"], SessionId.from_bytes(bytes.fromhex(match["session"]))
 
 
 def _is_mine(entry: os.DirEntry[str]) -> bool:

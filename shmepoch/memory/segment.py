@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final, SupportsIndex
+from typing import Final, Self, SupportsIndex
 
 from shmepoch import _native as at
 from shmepoch._native import (
@@ -48,6 +48,7 @@ from shmepoch.memory.files import (
     is_same,
     map_shared,
     open_held,
+    open_owned,
     unlink,
 )
 from shmepoch.memory.header import SIZE as HEADER_SIZE
@@ -291,7 +292,7 @@ class SharedSegment(Segment):
         self._new = None
 
     @classmethod
-    def attach(cls, namespace: str, session_id: SessionId) -> SharedSegment:
+    def attach(cls, namespace: str, session_id: SessionId) -> Self:
         """The session's segment, checked from its owner to its last capacity before any use.
 
         Raises `FileNotFoundError` if there is none, `SegmentForeign`, `SegmentCorrupted` or
@@ -319,11 +320,26 @@ class SharedSegment(Segment):
         namespace: str,
         session_id: SessionId,
         require: Callable[[Header], None] | None,
-    ) -> SharedSegment:
+    ) -> Self:
         name = segment_name(namespace, session_id)
         descriptor, size, head, memory = open_held(
             f"{_SHM_DIR}/{name}", at.PRESENCE_BYTE, HEADER_SIZE
         )
+        return cls._checked(namespace, session_id, descriptor, size, head, memory, require)
+
+    @classmethod
+    def _checked(
+        cls,
+        namespace: str,
+        session_id: SessionId,
+        descriptor: Descriptor,
+        size: int,
+        head: bytes,
+        memory: Memory | None = None,
+        require: Callable[[Header], None] | None = None,
+    ) -> Self:
+        """The segment of a file that was opened, which is closed if the file holds none."""
+        name = segment_name(namespace, session_id)
         try:
             if size < at.PAGE:
                 raise SegmentCorrupted(name, "file size", f"at least {at.PAGE}", size)
@@ -516,6 +532,18 @@ class ObservedSegment(SharedSegment):
 
     read_only = True
     role = Role.OBSERVER
+
+    @classmethod
+    def peek(cls, namespace: str, session_id: SessionId) -> Self:
+        """The session's segment without a lock: it does not count as attached, and a process may
+        remove its name meanwhile.
+
+        Raises what `attach` does.
+        """
+        descriptor = open_owned(segment_path(namespace, session_id))
+        size = os.fstat(descriptor.fileno()).st_size
+        head = os.pread(descriptor.fileno(), HEADER_SIZE, 0)
+        return cls._checked(namespace, session_id, descriptor, size, head)
 
     def _make_writer(self) -> WriterLock | None:
         return None

@@ -1,0 +1,165 @@
+"""Every epoch in shared memory, summed up for the people who run it.
+
+MONITOR-1: a summary takes no lock and changes nothing. It is made as well of an epoch whose
+processes are all dead, or whose writer is stopped in the middle of a transition.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+
+import msgspec
+
+from shmepoch import _native as at
+from shmepoch._native import is_locked
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import Count, OperationStatus
+from shmepoch.epoch.table import OperationTable
+from shmepoch.errors import LayoutUnsupported, SegmentCorrupted, SegmentForeign
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.namespaces import list_segments, segment_path
+from shmepoch.memory.participants import Participant, Role
+from shmepoch.memory.segment import ObservedSegment
+
+
+class EpochState(StrEnum):
+    """What has become of an epoch, as far as its segment tells."""
+
+    OPEN = "open"
+    """Processes have it attached, and it takes changes."""
+    SEALED = "sealed"
+    """Its runtime has ended it."""
+    ABANDONED = "abandoned"
+    """It takes changes, and no process but observers has it attached; a runtime may continue it."""
+    DAMAGED = "damaged"
+    """Its segment cannot be read: damaged, of another release, or open to other users."""
+
+
+class EpochSummary(Record, kw_only=True, frozen=True):
+    """One epoch at about one moment. Times are wall-clock milliseconds since the Unix epoch.
+
+    Of a damaged one only `namespace`, `session_id`, `state`, `problem`, `alive_at_ms` and `bytes`
+    are known.
+    """
+
+    namespace: str
+    session_id: SessionId
+    state: EpochState
+    alive_at_ms: Count
+    """When a process is known to have had it attached last."""
+    bytes: Count
+    """The shared memory that it takes."""
+    problem: str | None = None
+    """What is wrong with a damaged one."""
+    epoch_id: RuntimeEpochId | None = None
+    created_at_ms: Count = 0
+    participants: dict[Role, Count] = msgspec.field(default_factory=dict)
+    """How many live processes have each role."""
+    dead: Count = 0
+    """Participants that died and that no runtime has cleared yet."""
+    operations: dict[OperationStatus, Count] = msgspec.field(default_factory=dict)
+    """How many operations have each status, of those that have not ended."""
+    ended: Count = 0
+    """How many operations of the epoch have ended."""
+    watermark: CompletionSeq = 0
+    dropped_through: CompletionSeq = 0
+    durable_through: CompletionSeq = 0
+    cursors: EpochCursorSnapshot = EpochCursorSnapshot()
+
+    @property
+    def lags(self) -> dict[str, int]:
+        """For each cursor, how many sequences of the feed are above it."""
+        positions = msgspec.structs.asdict(self.cursors).items()
+        return {name: max(0, self.watermark - position) for name, position in positions}
+
+
+def summaries(namespace: str | None = None) -> Iterator[EpochSummary]:
+    """A summary of each of this user's epochs, of one namespace if that is given, in no order."""
+    for found, session_id in list_segments(namespace):
+        summary = summarize(found, session_id)
+        if summary is not None:
+            yield summary
+
+
+def summarize(namespace: str, session_id: SessionId) -> EpochSummary | None:
+    """A summary of the session's epoch; None if the session has no segment."""
+    try:
+        segment = ObservedSegment.peek(namespace, session_id)
+        try:
+            return of_segment(segment)
+        finally:
+            segment.close()
+    except FileNotFoundError:
+        return None
+    except (SegmentCorrupted, SegmentForeign, LayoutUnsupported) as error:
+        return _damaged(namespace, session_id, error)
+
+
+def of_segment(segment: ObservedSegment) -> EpochSummary:
+    """A summary of an epoch; raises `SegmentCorrupted` where its memory is damaged."""
+    file = os.fstat(segment.fd)
+    attached = segment.participants.list()
+    alive = [one for one in attached if one.alive]
+    if segment.sealed:
+        state = EpochState.SEALED
+    elif is_locked(segment.fd, at.RUNTIME_BYTE) or any(map(_is_at_work, alive)):
+        state = EpochState.OPEN
+    else:
+        state = EpochState.ABANDONED
+    memory = segment.memory
+    # The cursors first: one that is read later may be ahead of the watermark.
+    cursors = EpochCursorSnapshot(*memory.load_column(at.CURSORS_AT, at.CURSORS, at.LINE))
+    operations, ended = _operations(segment)
+    return EpochSummary(
+        namespace=segment.namespace,
+        session_id=segment.session_id,
+        state=state,
+        alive_at_ms=max(file.st_mtime_ns // 10**6, *(one.joined_at_ms for one in attached), 0),
+        bytes=file.st_size,
+        epoch_id=segment.epoch_id,
+        created_at_ms=memory.load(at.CREATED_AT),
+        participants=Counter(one.role for one in alive),
+        dead=len(attached) - len(alive),
+        operations=operations,
+        ended=ended,
+        cursors=cursors,
+        watermark=memory.load(at.WATERMARK_AT),
+        dropped_through=memory.load(at.DROPPED_AT),
+        durable_through=memory.load(at.DURABLE_AT),
+    )
+
+
+def _operations(segment: ObservedSegment) -> tuple[dict[OperationStatus, int], int]:
+    """How many have each status, of those that have not ended; and how many have ended."""
+    if segment.layout.config is None:
+        return {}, 0
+    table = OperationTable(segment)
+    words = table.words()
+    ended = words.watermark - words.origin
+    if words.registrations == ended:
+        return {}, ended
+    return Counter(view.status for view in table.live()), ended
+
+
+def _is_at_work(participant: Participant) -> bool:
+    return participant.role is not Role.OBSERVER
+
+
+def _damaged(namespace: str, session_id: SessionId, error: Exception) -> EpochSummary | None:
+    try:
+        file = os.lstat(segment_path(namespace, session_id))
+    except FileNotFoundError:
+        return None  # removed since
+    return EpochSummary(
+        namespace=namespace,
+        session_id=session_id,
+        state=EpochState.DAMAGED,
+        problem=str(error),
+        alive_at_ms=file.st_mtime_ns // 10**6,
+        bytes=file.st_size,
+    )
