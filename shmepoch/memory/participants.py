@@ -103,8 +103,9 @@ class Participants:
 
     def announce(self, key: int, role: Role) -> None:
         """Change the role of the participant that this attachment is."""
-        number = key >> _SLOT_BITS
-        self._memory.store(Layout.participant(slot_of(key)), number << _SLOT_BITS | role.number)
+        self._memory.store(
+            Layout.participant(slot_of(key)), number_of(key) << _SLOT_BITS | role.number
+        )
 
     def leave(self, key: int) -> None:
         """Free the slot of the participant that this attachment is; its lock goes with the
@@ -141,7 +142,7 @@ class Participants:
         """Whether the participant that operations name by `key` is attached; asked of others."""
         slot = slot_of(key)
         number = self._memory.load(Layout.participant(slot)) >> _SLOT_BITS
-        return number == key >> _SLOT_BITS and is_locked(self._fd, at.PARTICIPANT_BYTE + slot)
+        return number == number_of(key) and is_locked(self._fd, at.PARTICIPANT_BYTE + slot)
 
     def others_hold_slots(self) -> bool:
         """Whether another attachment is a participant. From before it counts as joined until it
@@ -163,6 +164,11 @@ class Participants:
 
     def _words(self) -> tuple[int, ...]:
         return self._memory.load_column(at.PARTICIPANTS_AT, self._capacity, at.PARTICIPANT_SIZE)
+
+
+def number_of(key: int) -> int:
+    """The number in a participant's key."""
+    return key >> _SLOT_BITS
 
 
 def slot_of(key: int) -> int:

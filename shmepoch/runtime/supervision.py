@@ -15,7 +15,7 @@ from shmepoch import _native as at
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import BindingsClosed, EpochGone, EpochSealed, StoreBehind, WriterBusy
 from shmepoch.memory.files import SHM_DIR
-from shmepoch.memory.participants import Participant
+from shmepoch.memory.participants import Participant, number_of
 
 _log = logging.getLogger(__name__)
 
@@ -112,11 +112,22 @@ class EpochSupervisor:
         dead = [participant for participant in present if not participant.alive]
         # Besides those found dead, a participant may have left in good order with operations
         # running, or have joined and gone since the last poll, or have taken a dead one's slot.
-        known = joined, tuple(participant.key for participant in present if participant.alive)
+        alive = frozenset(participant.key for participant in present if participant.alive)
+        known = joined, alive
         ended = 0
         if dead or alone or known != self._known:
+            listed_dead = frozenset(participant.key for participant in dead)
+
+            def has_ended(key: int) -> bool:
+                if key in listed_dead:
+                    return True
+                # One that has died since, or joined since and died, is left to the next poll,
+                # which can name it.
+                since = key in alive or number_of(key) > joined
+                return not since and not participants.is_alive(key)
+
             ended = self.bindings.ops_lifecycle.terminate_where(
-                lambda key: key != segment.participant and not participants.is_alive(key),
+                has_ended,
                 f"the process that ran it ended without finishing it ({_names(dead) or 'it left'})",
                 dead=[participant.key for participant in dead],
             )

@@ -27,6 +27,7 @@ from shmepoch import _native as at
 from shmepoch._native import try_lock
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.memory.layout import Layout
+from shmepoch.memory.participants import Participant, Participants
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.runtime import supervision
 from shmepoch.runtime.supervision import EpochSupervisor, Supervisor
@@ -263,6 +264,40 @@ def test_who_took_the_slot_of_the_dead_is_not_taken_for_it(
     operation = alone.ops_lifecycle.snapshot(after)
     assert operation is not None
     assert operation.status is OperationStatus.RUNNING
+
+
+@pytest.mark.parametrize("bystander", [False, True])
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_who_dies_during_a_poll_is_named(
+    alone: SessionRuntimeBindings,
+    worker: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    comes_late: bool,
+    bystander: bool,
+) -> None:
+    supervisor = EpochSupervisor(alone)
+    if bystander:
+        worker()
+    workers = [] if comes_late else [worker()]
+    ids = [one.run() for one in workers]
+    # Otherwise a poll would have nothing to do.
+    other = worker()
+    other.run()
+    other.leave()
+    listed = Participants.list
+
+    def list_and_kill(participants: Participants, *, me: int = 0) -> list[Participant]:
+        found = listed(participants, me=me)
+        if comes_late:
+            workers.append(worker())
+            ids.append(workers[0].run())
+        workers[0].die()
+        monkeypatch.undo()
+        return found
+
+    monkeypatch.setattr(Participants, "list", list_and_kill)
+    assert supervisor.poll() + supervisor.poll() == 2
+    assert f"worker process {os.getpid()}" in str(ended(alone)[ids[0]])
 
 
 def test_the_dead_watch_nothing(
