@@ -47,7 +47,6 @@ from shmepoch import (
     SessionId,
     SessionOwned,
     SessionRuntimeBindings,
-    ShmepochError,
     SqliteRuntimeStore,
     StoreError,
 )
@@ -259,9 +258,9 @@ def try_unusable(records: Records, session_id: SessionId, how: str) -> None:
     with open(said, "rb") as pipe:
         text = pipe.read()
     if os.waitstatus_to_exitcode(status) != REFUSED or not text:
-        raise ShmepochError(f"a {how} store was not refused: status {status}, {text!r}")
+        raise RuntimeError(f"a {how} store was not refused: status {status}, {text!r}")
     if list(list_sessions(os.environ["SHMEPOCH_NAMESPACE"])):
-        raise ShmepochError(f"a runtime that a {how} store refused has left a segment")
+        raise RuntimeError(f"a runtime that a {how} store refused has left a segment")
     records.write(records.refused, text.strip())
     records.write(records.faults, how.encode())
 
@@ -307,7 +306,7 @@ def kill(pids: list[int]) -> None:
     for pid in pids:
         _, status = os.waitpid(pid, 0)
         if not os.WIFSIGNALED(status):
-            raise ShmepochError(f"a process ended by itself, with status {status}")
+            raise RuntimeError(f"a process ended by itself, with status {status}")
 
 
 def reboot() -> None:
