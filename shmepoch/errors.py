@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Never, dataclass_transform
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,16 +15,41 @@ if TYPE_CHECKING:
 _SHOWN = 400
 
 
+@dataclass_transform(eq_default=False)
 class ShmepochError(Exception):
     """Base of everything shmepoch raises on its own account.
 
-    The keyword arguments of a subclass become its attributes, and it survives pickling, so that
-    an error raised in a worker arrives whole in its parent.
+    The annotated attributes of a subclass are its facts: what it is made with, by position or by
+    name, and a value makes one optional. `message` is its text, with facts in braces, and its lines
+    are joined; a class without a text is a base of others, and cannot be raised itself. An error
+    survives pickling, so that one that was raised in a worker arrives whole in its parent.
     """
 
-    def __init__(self, message: str, /, **facts: object) -> None:
-        super().__init__(message)
-        self.__dict__.update(facts)
+    message: ClassVar[str]
+    _facts: ClassVar[dict[str, str]] = {}
+    _defaults: ClassVar[dict[str, object]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # No dataclasses: to make sixty takes every process more than ten milliseconds.
+        own = cls.__annotations__
+        cls._facts = cls._facts | own
+        cls._defaults = cls._defaults | {name: vars(cls)[name] for name in own if name in vars(cls)}
+
+    # Never is for the classes without facts; type checkers know the signature of the others.
+    def __init__(self, *values: Never, **named: Never) -> None:
+        given = dict(zip(self._facts, values, strict=False)) | named
+        facts = self._defaults | given
+        if len(given) < len(values) + len(named) or facts.keys() != self._facts.keys():
+            raise TypeError(
+                f"{type(self).__name__}({', '.join(self._facts)}) was given {len(values)} facts "
+                f"by position and {[*named]} by name"
+            )
+        vars(self).update(facts)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        """What `str` gives; overridden where the facts do more than fill in the message."""
+        return " ".join(self.message.split()).format_map(vars(self))
 
     def __reduce__(self) -> tuple[Callable[..., ShmepochError], tuple[Any, ...]]:
         return _restore, (type(self), self.args, self.__dict__.copy())
@@ -46,40 +71,25 @@ class AlreadyRegistered(ShmepochError):
     """An operation with this id is in the registry already."""
 
     id: OperationId
-
-    def __init__(self, id: OperationId) -> None:
-        super().__init__(
-            f"operation {id} is already registered; register each operation once, "
-            "a retry under a new id",
-            id=id,
-        )
+    message = """operation {id} is already registered; register each operation once, a retry under a
+    new id"""
 
 
 class NotFound(ShmepochError, LookupError):
     """The registry holds no operation with this id: never registered, collected, or evicted."""
 
     id: OperationId
-
-    def __init__(self, id: OperationId) -> None:
-        super().__init__(
-            f"operation {id} is not in the registry: it was never registered here, "
-            "or it ended and was collected or evicted",
-            id=id,
-        )
+    message = """operation {id} is not in the registry: it was never registered here, or it ended
+    and was collected or evicted"""
 
 
 class OutcomeDropped(NotFound):
     """The operation ended, and nothing holds its outcome any more: the feed dropped its entry, and
     it was not kept for this watcher."""
 
-    def __init__(self, id: OperationId) -> None:
-        ShmepochError.__init__(
-            self,
-            f"operation {id} ended, and its outcome is gone: the feed dropped it, and the epoch "
-            "had no room to keep it for its watchers, or this watcher was closed; read it from the "
-            "store, or create the epoch with a larger max_operations or feed_bytes",
-            id=id,
-        )
+    message = """operation {id} ended, and its outcome is gone: the feed dropped it, and the epoch
+    had no room to keep it for its watchers, or this watcher was closed; read it from the store, or
+    create the epoch with a larger max_operations or feed_bytes"""
 
 
 class InvalidTransition(ShmepochError):
@@ -88,34 +98,21 @@ class InvalidTransition(ShmepochError):
     id: OperationId
     status: str
     action: str
-
-    def __init__(self, id: OperationId, status: str, action: str) -> None:
-        super().__init__(
-            f"operation {id} is {status}, which does not allow {action}",
-            id=id,
-            status=status,
-            action=action,
-        )
+    message = "operation {id} is {status}, which does not allow {action}"
 
 
 class PeerNotExpected(ShmepochError):
     """A peer channel was handed over for a kind of operation that has none."""
 
     id: OperationId
-
-    def __init__(self, id: OperationId) -> None:
-        super().__init__(
-            f"operation {id} does not expect a peer: only mob_member_child operations do", id=id
-        )
+    message = "operation {id} does not expect a peer: only mob_member_child operations do"
 
 
 class AlreadyPeerReady(ShmepochError):
     """The operation's peer channel was handed over before."""
 
     id: OperationId
-
-    def __init__(self, id: OperationId) -> None:
-        super().__init__(f"operation {id} already has its peer; it is handed over once", id=id)
+    message = "operation {id} already has its peer; it is handed over once"
 
 
 class MaxConcurrentExceeded(ShmepochError):
@@ -123,19 +120,14 @@ class MaxConcurrentExceeded(ShmepochError):
 
     limit: int
     active: int
-    entering: int
+    entering: int = 1
+    setting: str = "max_concurrent"
 
-    def __init__(
-        self, limit: int, active: int, *, entering: int = 1, setting: str = "max_concurrent"
-    ) -> None:
-        together = f", {entering} were to be registered together" if entering > 1 else ""
-        super().__init__(
-            f"{active} operations have not ended{together} and the limit is {limit}; "
-            f"end some first, or create the epoch with a larger {setting}",
-            limit=limit,
-            active=active,
-            entering=entering,
-            setting=setting,
+    def _text(self) -> str:
+        together = f", {self.entering} were to be registered together" if self.entering > 1 else ""
+        return (
+            f"{self.active} operations have not ended{together} and the limit is {self.limit}; "
+            f"end some first, or create the epoch with a larger {self.setting}"
         )
 
 
@@ -143,18 +135,13 @@ class DuplicateWaitOperation(ShmepochError, ValueError):
     """`wait_all` was given the same operation twice."""
 
     id: OperationId
-
-    def __init__(self, id: OperationId) -> None:
-        super().__init__(f"operation {id} is in the same wait_all twice; name it once", id=id)
+    message = "operation {id} is in the same wait_all twice; name it once"
 
 
 class WaitAlreadyActive(ShmepochError):
     """A `wait_all` is in progress on this registry handle."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "this registry handle is already in a wait_all; await or cancel that one first"
-        )
+    message = "this registry handle is already in a wait_all; await or cancel that one first"
 
 
 class PayloadTooLarge(ShmepochError, ValueError):
@@ -162,15 +149,13 @@ class PayloadTooLarge(ShmepochError, ValueError):
 
     size: int
     limit: int
+    what: str
+    setting: str | None = None
 
-    def __init__(self, size: int, limit: int, *, what: str, setting: str | None = None) -> None:
-        larger = f", or create the epoch with a larger {setting}" if setting else ""
-        super().__init__(
-            f"{what} takes {size} bytes and the limit is {limit}; shorten it{larger}",
-            size=size,
-            limit=limit,
-            what=what,
-            setting=setting,
+    def _text(self) -> str:
+        larger = f", or create the epoch with a larger {self.setting}" if self.setting else ""
+        return (
+            f"{self.what} takes {self.size} bytes and the limit is {self.limit}; shorten it{larger}"
         )
 
 
@@ -181,17 +166,13 @@ class ArgumentInvalid(ShmepochError, TypeError):
     argument: str
     expected: str
     actual: str
+    hint: str = ""
 
-    def __init__(
-        self, call: str, argument: str, expected: str, actual: str, hint: str = ""
-    ) -> None:
-        super().__init__(
-            f"{call} takes {expected} as {argument}, and was given {actual}"
-            f"{'; ' if hint else ''}{hint}",
-            call=call,
-            argument=argument,
-            expected=expected,
-            actual=actual,
+    def _text(self) -> str:
+        hint = f"; {self.hint}" if self.hint else ""
+        return (
+            f"{self.call} takes {self.expected} as {self.argument}, and was given "
+            f"{self.actual}{hint}"
         )
 
 
@@ -200,9 +181,7 @@ class RecordInvalid(ShmepochError, ValueError):
 
     kind: str
     reason: str
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(f"not a valid {kind}: {reason}", kind=kind, reason=reason)
+    message = "not a valid {kind}: {reason}"
 
 
 class ConfigInvalid(ShmepochError, ValueError):
@@ -211,14 +190,7 @@ class ConfigInvalid(ShmepochError, ValueError):
     setting: str
     value: object
     allowed: str
-
-    def __init__(self, setting: str, value: object, allowed: str) -> None:
-        super().__init__(
-            f"{setting} is {value!r}; it must be {allowed}",
-            setting=setting,
-            value=value,
-            allowed=allowed,
-        )
+    message = "{setting} is {value!r}; it must be {allowed}"
 
 
 class RecoveryNeedsRoom(ShmepochError, ValueError):
@@ -228,17 +200,8 @@ class RecoveryNeedsRoom(ShmepochError, ValueError):
     setting: str
     needed: int
     given: int
-
-    def __init__(self, epoch_id: RuntimeEpochId, setting: str, needed: int, given: int) -> None:
-        super().__init__(
-            f"to continue epoch {epoch_id}, {setting} must be at least {needed}, and it is "
-            f"{given}; nothing was recovered. Make the new epoch with an OpsLifecycleConfig of "
-            "that size",
-            epoch_id=epoch_id,
-            setting=setting,
-            needed=needed,
-            given=given,
-        )
+    message = """to continue epoch {epoch_id}, {setting} must be at least {needed}, and it is
+    {given}; nothing was recovered. Make the new epoch with an OpsLifecycleConfig of that size"""
 
 
 class CursorAhead(ShmepochError):
@@ -248,20 +211,9 @@ class CursorAhead(ShmepochError):
     cursor: str
     position: int
     watermark: int
-
-    def __init__(
-        self, epoch_id: RuntimeEpochId, cursor: str, position: int, watermark: int
-    ) -> None:
-        super().__init__(
-            f"{cursor} of epoch {epoch_id} stands at {position}, beyond the feed's watermark "
-            f"{watermark}: no completion up to there is new to its consumer. A cursor never goes "
-            "back; advance it to the watermark of a batch at most, and reset the session to start "
-            "over",
-            epoch_id=epoch_id,
-            cursor=cursor,
-            position=position,
-            watermark=watermark,
-        )
+    message = """{cursor} of epoch {epoch_id} stands at {position}, beyond the feed's watermark
+    {watermark}: no completion up to there is new to its consumer. A cursor never goes back; advance
+    it to the watermark of a batch at most, and reset the session to start over"""
 
 
 # --- epochs -----------------------------------------------------------------------------------
@@ -271,25 +223,15 @@ class EpochSealed(ShmepochError):
     """The epoch was ended by a reset or an unregister and takes no more changes."""
 
     epoch_id: RuntimeEpochId
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        super().__init__(
-            f"epoch {epoch_id} is sealed: its session was reset or unregistered; "
-            "ask the runtime for new bindings",
-            epoch_id=epoch_id,
-        )
+    message = """epoch {epoch_id} is sealed: its session was reset or unregistered; ask the runtime
+    for new bindings"""
 
 
 class WriterBusy(ShmepochError):
     """Another transition of the epoch is in progress, and this one was not to wait for it."""
 
     epoch_id: RuntimeEpochId
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        super().__init__(
-            f"another transition of epoch {epoch_id} is in progress; try again later",
-            epoch_id=epoch_id,
-        )
+    message = "another transition of epoch {epoch_id} is in progress; try again later"
 
 
 class EpochGone(ShmepochError):
@@ -298,30 +240,18 @@ class EpochGone(ShmepochError):
     session_id: SessionId
     epoch_id: RuntimeEpochId
     name: str
-
-    def __init__(self, session_id: SessionId, epoch_id: RuntimeEpochId, name: str) -> None:
-        super().__init__(
-            f"epoch {epoch_id} of session {session_id} is gone: shared memory has its {name!r} no "
-            "more. The session was unregistered, the machine restarted, something else removed "
-            "files from /dev/shm, or systemd did when the user's last login ended (RemoveIPC=yes "
-            "in logind.conf); ask the runtime for new bindings",
-            session_id=session_id,
-            epoch_id=epoch_id,
-            name=name,
-        )
+    message = """epoch {epoch_id} of session {session_id} is gone: shared memory has its {name!r} no
+    more. The session was unregistered, the machine restarted, something else removed files from
+    /dev/shm, or systemd did when the user's last login ended (RemoveIPC=yes in logind.conf); ask
+    the runtime for new bindings"""
 
 
 class WitnessMismatch(ShmepochError):
     """The handle carries another key than the epoch it names."""
 
     epoch_id: RuntimeEpochId
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        super().__init__(
-            f"the handle does not carry the witness key of epoch {epoch_id}; "
-            "it was not issued by this epoch's runtime",
-            epoch_id=epoch_id,
-        )
+    message = """the handle does not carry the witness key of epoch {epoch_id}; it was not issued by
+    this epoch's runtime"""
 
 
 class BindingsMismatch(ShmepochError):
@@ -329,39 +259,37 @@ class BindingsMismatch(ShmepochError):
 
     expected: SessionId
     actual: SessionId
-    registering: OperationId | None
+    registering: OperationId | None = None
 
-    def __init__(
-        self, expected: SessionId, actual: SessionId, *, registering: OperationId | None = None
-    ) -> None:
-        if registering is None:
-            message = (
-                f"building session {expected}, but the bindings were prepared for session "
-                f"{actual}; pass the bindings that prepare_bindings returned for the session being "
-                "built"
+    def _text(self) -> str:
+        if self.registering is None:
+            return (
+                f"building session {self.expected}, but the bindings were prepared for session "
+                f"{self.actual}; pass the bindings that prepare_bindings returned for the session "
+                "being built"
             )
-        else:
-            message = (
-                f"operation {registering} is owned by session {expected}, but is registered with "
-                f"the bindings of session {actual}; register it with those of its owner, or leave "
-                "owner_session_id out"
-            )
-        super().__init__(message, expected=expected, actual=actual, registering=registering)
+        return (
+            f"operation {self.registering} is owned by session {self.expected}, but is registered "
+            f"with the bindings of session {self.actual}; register it with those of its owner, or "
+            "leave owner_session_id out"
+        )
 
 
 class BindingsNotTransferable(ShmepochError):
     """Local-only bindings, and an observer's, cannot leave their process."""
 
-    observer: bool
+    observer: bool = False
 
-    def __init__(self, *, observer: bool = False) -> None:
-        super().__init__(
-            "an observer's bindings stay in its process; observe the session from the other one, "
-            "too, or pass it the bindings that RuntimeSessionAdapter.prepare_bindings returned"
-            if observer
-            else "standalone bindings live in this process's private memory and cannot leave it; "
-            "use RuntimeSessionAdapter.prepare_bindings for bindings that other processes share",
-            observer=observer,
+    def _text(self) -> str:
+        if self.observer:
+            return (
+                "an observer's bindings stay in its process; observe the session from the other "
+                "one, too, or pass it the bindings that RuntimeSessionAdapter.prepare_bindings "
+                "returned"
+            )
+        return (
+            "standalone bindings live in this process's private memory and cannot leave it; "
+            "use RuntimeSessionAdapter.prepare_bindings for bindings that other processes share"
         )
 
 
@@ -369,38 +297,23 @@ class ObserverReadOnly(ShmepochError):
     """A change was asked of an observer's bindings, which can only look."""
 
     epoch_id: RuntimeEpochId
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        super().__init__(
-            f"these bindings of epoch {epoch_id} are an observer's and change nothing; ask the "
-            "session's runtime for bindings (prepare_bindings, or a token of them)",
-            epoch_id=epoch_id,
-        )
+    message = """these bindings of epoch {epoch_id} are an observer's and change nothing; ask the
+    session's runtime for bindings (prepare_bindings, or a token of them)"""
 
 
 class TokenInvalid(ShmepochError, ValueError):
     """A token is cut, edited, of another version, or no token at all."""
 
     reason: str
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"not a usable bindings token: {reason}; pass the text of to_token() unchanged",
-            reason=reason,
-        )
+    message = "not a usable bindings token: {reason}; pass the text of to_token() unchanged"
 
 
 class BindingsClosed(ShmepochError):
     """This process gave up its bindings of the epoch."""
 
     epoch_id: RuntimeEpochId
-
-    def __init__(self, epoch_id: RuntimeEpochId) -> None:
-        super().__init__(
-            f"this process closed its bindings of epoch {epoch_id}; "
-            "keep them open while they are used, or attach again from the token",
-            epoch_id=epoch_id,
-        )
+    message = """this process closed its bindings of epoch {epoch_id}; keep them open while they are
+    used, or attach again from the token"""
 
 
 class SessionNotFound(ShmepochError, LookupError):
@@ -408,41 +321,25 @@ class SessionNotFound(ShmepochError, LookupError):
 
     session_id: SessionId
     namespace: str
-
-    def __init__(self, session_id: SessionId, namespace: str) -> None:
-        super().__init__(
-            f"session {session_id} has no epoch in shared memory in namespace {namespace!r}; "
-            "list_sessions names those that have one. A runtime makes it (prepare_bindings), from "
-            "its store if it has one",
-            session_id=session_id,
-            namespace=namespace,
-        )
+    message = """session {session_id} has no epoch in shared memory in namespace {namespace!r};
+    list_sessions names those that have one. A runtime makes it (prepare_bindings), from its store
+    if it has one"""
 
 
 class SessionNotRegistered(ShmepochError, LookupError):
     """The adapter does not run this session."""
 
     session_id: SessionId
-
-    def __init__(self, session_id: SessionId) -> None:
-        super().__init__(
-            f"session {session_id} is not registered with this adapter; "
-            "call register_session or prepare_bindings first",
-            session_id=session_id,
-        )
+    message = """session {session_id} is not registered with this adapter; call register_session or
+    prepare_bindings first"""
 
 
 class SessionBusy(ShmepochError):
     """A signal handler or finalizer interrupted a call about a session, and made another."""
 
     session_id: SessionId
-
-    def __init__(self, session_id: SessionId) -> None:
-        super().__init__(
-            f"this thread is in the middle of a call about session {session_id}, which a signal "
-            "handler or finalizer interrupted; make the call after that one has returned",
-            session_id=session_id,
-        )
+    message = """this thread is in the middle of a call about session {session_id}, which a signal
+    handler or finalizer interrupted; make the call after that one has returned"""
 
 
 class RuntimeAlreadyActive(ShmepochError):
@@ -450,14 +347,8 @@ class RuntimeAlreadyActive(ShmepochError):
 
     session_id: SessionId
     pid: int
-
-    def __init__(self, session_id: SessionId, pid: int) -> None:
-        super().__init__(
-            f"session {session_id} already has a live runtime: process {pid} "
-            "(its own PID namespace); attach with its bindings, or end it first",
-            session_id=session_id,
-            pid=pid,
-        )
+    message = """session {session_id} already has a live runtime: process {pid} (its own PID
+    namespace); attach with its bindings, or end it first"""
 
 
 class AgentAlreadyActive(ShmepochError):
@@ -465,15 +356,9 @@ class AgentAlreadyActive(ShmepochError):
 
     session_id: SessionId
     pid: int
-
-    def __init__(self, session_id: SessionId, pid: int) -> None:
-        super().__init__(
-            f"session {session_id} already has a live agent: process {pid} (its own PID "
-            "namespace; 0: unknown); close that agent's boundary or end its process first, "
-            "or build every agent of the session with sharing=True",
-            session_id=session_id,
-            pid=pid,
-        )
+    message = """session {session_id} already has a live agent: process {pid} (its own PID
+    namespace; 0: unknown); close that agent's boundary or end its process first, or build every
+    agent of the session with sharing=True"""
 
 
 class LoopAlreadyActive(ShmepochError):
@@ -481,14 +366,8 @@ class LoopAlreadyActive(ShmepochError):
 
     session_id: SessionId
     pid: int
-
-    def __init__(self, session_id: SessionId, pid: int) -> None:
-        super().__init__(
-            f"session {session_id} already has a running loop: in process {pid} (its own PID "
-            "namespace; 0: unknown); stop that one first, or let it do the work",
-            session_id=session_id,
-            pid=pid,
-        )
+    message = """session {session_id} already has a running loop: in process {pid} (its own PID
+    namespace; 0: unknown); stop that one first, or let it do the work"""
 
 
 class LoopAnswerInvalid(ShmepochError, TypeError):
@@ -497,12 +376,9 @@ class LoopAnswerInvalid(ShmepochError, TypeError):
     function: str
     answer: str
 
-    def __init__(self, function: str, answer: object) -> None:
-        super().__init__(
-            f"{function} of a RuntimeLoop returned {_short(repr(answer))}; {_ANSWERS[function]}",
-            function=function,
-            answer=repr(answer),
-        )
+    def _text(self) -> str:
+        rule = _ANSWERS[self.function]
+        return f"{self.function} of a RuntimeLoop returned {_short(self.answer)}; {rule}"
 
 
 _ANSWERS = {
@@ -517,20 +393,14 @@ class BoundaryClosed(ShmepochError):
     """This process is not the session's agent any more."""
 
     session_id: SessionId
-
-    def __init__(self, session_id: SessionId) -> None:
-        super().__init__(
-            f"this boundary of session {session_id} is closed: it or its bindings were closed, or "
-            "the process that built it has forked this one; build the agent again",
-            session_id=session_id,
-        )
+    message = """this boundary of session {session_id} is closed: it or its bindings were closed, or
+    the process that built it has forked this one; build the agent again"""
 
 
 class AdapterClosed(ShmepochError):
     """The session adapter was closed."""
 
-    def __init__(self) -> None:
-        super().__init__("this RuntimeSessionAdapter is closed; make a new one")
+    message = "this RuntimeSessionAdapter is closed; make a new one"
 
 
 # --- segments ---------------------------------------------------------------------------------
@@ -541,26 +411,15 @@ class NamespaceInvalid(ShmepochError, ValueError):
 
     namespace: str
     limit: int
-
-    def __init__(self, namespace: str, limit: int) -> None:
-        super().__init__(
-            f"namespace {namespace!r} is not usable; it takes 1 to {limit} letters, digits, "
-            "'-' or '_' (parameter namespace or environment variable SHMEPOCH_NAMESPACE)",
-            namespace=namespace,
-            limit=limit,
-        )
+    message = """namespace {namespace!r} is not usable; it takes 1 to {limit} letters, digits, '-'
+    or '_' (parameter namespace or environment variable SHMEPOCH_NAMESPACE)"""
 
 
 class SegmentExists(ShmepochError):
     """A segment of this name is there already."""
 
     name: str
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"segment {name!r} exists already; attach to it, or remove it first (remove_unused)",
-            name=name,
-        )
+    message = "segment {name!r} exists already; attach to it, or remove it first (remove_unused)"
 
 
 class SegmentInRemoval(ShmepochError):
@@ -568,14 +427,8 @@ class SegmentInRemoval(ShmepochError):
 
     name: str
     waited_s: float
-
-    def __init__(self, name: str, waited_s: float) -> None:
-        super().__init__(
-            f"segment {name!r} is being removed by a process that did not go on for {waited_s} s; "
-            "continue that process, or kill it, and the segment can be attached or made anew",
-            name=name,
-            waited_s=waited_s,
-        )
+    message = """segment {name!r} is being removed by a process that did not go on for {waited_s} s;
+    continue that process, or kill it, and the segment can be attached or made anew"""
 
 
 class SegmentForeign(ShmepochError, PermissionError):
@@ -585,16 +438,8 @@ class SegmentForeign(ShmepochError, PermissionError):
     field: str
     expected: object
     actual: object
-
-    def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
-        super().__init__(
-            f"segment {name!r} is not this user's alone: its {field} is {actual}, not {expected}; "
-            "it was not made by shmepoch for this user, or was changed since",
-            name=name,
-            field=field,
-            expected=expected,
-            actual=actual,
-        )
+    message = """segment {name!r} is not this user's alone: its {field} is {actual}, not {expected};
+    it was not made by shmepoch for this user, or was changed since"""
 
 
 class SegmentCorrupted(ShmepochError):
@@ -604,18 +449,10 @@ class SegmentCorrupted(ShmepochError):
     field: str
     expected: object
     actual: object
-
-    def __init__(self, name: str, field: str, expected: object, actual: object) -> None:
-        super().__init__(
-            f"segment {name!r} is corrupted: {field} is {actual!r}, not {expected!r}; "
-            "end the processes that use it and call remove_unused, or prepare the session with an "
-            "adapter that was made with rotate_if_unloadable=True, which removes the segment; the "
-            "session then goes on from its store, or with a new epoch",
-            name=name,
-            field=field,
-            expected=expected,
-            actual=actual,
-        )
+    message = """segment {name!r} is corrupted: {field} is {actual!r}, not {expected!r}; end the
+    processes that use it and call remove_unused, or prepare the session with an adapter that was
+    made with rotate_if_unloadable=True, which removes the segment; the session then goes on from
+    its store, or with a new epoch"""
 
 
 class LayoutUnsupported(ShmepochError):
@@ -624,16 +461,9 @@ class LayoutUnsupported(ShmepochError):
     name: str
     expected: int
     actual: int
-
-    def __init__(self, name: str, expected: int, actual: int) -> None:
-        super().__init__(
-            f"segment {name!r} has layout version {actual}, this release reads {expected}; "
-            "use the same release of shmepoch in every process of a deployment. If no process of "
-            "the other release runs, remove_unused removes the segment",
-            name=name,
-            expected=expected,
-            actual=actual,
-        )
+    message = """segment {name!r} has layout version {actual}, this release reads {expected}; use
+    the same release of shmepoch in every process of a deployment. If no process of the other
+    release runs, remove_unused removes the segment"""
 
 
 class SharedMemoryExhausted(ShmepochError, OSError):
@@ -641,17 +471,11 @@ class SharedMemoryExhausted(ShmepochError, OSError):
 
     need: int
     room: int
-
-    def __init__(self, need: int, room: int, directory: str) -> None:
-        super().__init__(
-            f"a new epoch needs {need} bytes in {directory} and {room} are free; "
-            "enlarge it (docker run --shm-size=1g; Compose shm_size: 1g; Kubernetes: an emptyDir "
-            "with medium: Memory mounted there), remove epochs that are no longer used "
-            "(list_sessions, remove_unused), or create the epoch with a smaller OpsLifecycleConfig",
-            need=need,
-            room=room,
-            directory=directory,
-        )
+    directory: str
+    message = """a new epoch needs {need} bytes in {directory} and {room} are free; enlarge it
+    (docker run --shm-size=1g; Compose shm_size: 1g; Kubernetes: an emptyDir with medium: Memory
+    mounted there), remove epochs that are no longer used (list_sessions, remove_unused), or create
+    the epoch with a smaller OpsLifecycleConfig"""
 
 
 class SharedMemoryUnusable(ShmepochError):
@@ -659,37 +483,23 @@ class SharedMemoryUnusable(ShmepochError):
 
     directory: str
     reason: str
-
-    def __init__(self, directory: str, reason: str) -> None:
-        super().__init__(
-            f"shared memory cannot be used: {directory} {reason}; it takes a tmpfs that is mounted "
-            "there and that this user may write to (mount -t tmpfs -o mode=1777 tmpfs /dev/shm)",
-            directory=directory,
-            reason=reason,
-        )
+    message = """shared memory cannot be used: {directory} {reason}; it takes a tmpfs that is
+    mounted there and that this user may write to (mount -t tmpfs -o mode=1777 tmpfs /dev/shm)"""
 
 
 class ParticipantsExhausted(ShmepochError):
     """Every participant slot of the epoch is held by a live process."""
 
     limit: int
-
-    def __init__(self, limit: int, name: str) -> None:
-        super().__init__(
-            f"all {limit} participant slots of segment {name!r} are held by live processes; "
-            "detach some, or create the epoch with a larger max_participants",
-            limit=limit,
-            name=name,
-        )
+    name: str
+    message = """all {limit} participant slots of segment {name!r} are held by live processes;
+    detach some, or create the epoch with a larger max_participants"""
 
 
 class CursorsOnly(ShmepochError):
     """An epoch that was made without a feed was asked for one."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "this memory holds cursors only; operations and a feed need an OpsLifecycleConfig"
-        )
+    message = "this memory holds cursors only; operations and a feed need an OpsLifecycleConfig"
 
 
 # --- stores -----------------------------------------------------------------------------------
@@ -704,36 +514,22 @@ class StoreLoadFailed(StoreError):
 
     session_id: SessionId
     reason: str
-
-    def __init__(self, session_id: SessionId, reason: str) -> None:
-        super().__init__(
-            f"the store could not load session {session_id}: {reason}. Nothing was started, since "
-            "a failed load is not an empty store; mend the store, or rotate the epoch on purpose",
-            session_id=session_id,
-            reason=reason,
-        )
+    message = """the store could not load session {session_id}: {reason}. Nothing was started, since
+    a failed load is not an empty store; mend the store, or rotate the epoch on purpose"""
 
 
 class StoreWriteFailed(StoreError):
     """The store did not take a write; the epoch goes on and the write is tried again."""
 
     reason: str
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"the store did not take a write: {reason}; it is tried again", reason=reason
-        )
+    message = "the store did not take a write: {reason}; it is tried again"
 
 
 class StoreReadFailed(StoreError):
     """The store could not read what it was asked for. That is not an empty answer."""
 
     reason: str
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"the store could not be read: {reason}; mend the store and ask again", reason=reason
-        )
+    message = "the store could not be read: {reason}; mend the store and ask again"
 
 
 class StoreUnusable(StoreError):
@@ -741,9 +537,7 @@ class StoreUnusable(StoreError):
 
     path: Path
     reason: str
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} cannot be used as a store: {reason}", path=path, reason=reason)
+    message = "{path} cannot be used as a store: {reason}"
 
 
 class StoreConflict(StoreError):
@@ -754,17 +548,11 @@ class StoreConflict(StoreError):
     stored: object
     offered: object
 
-    def __init__(
-        self, epoch_id: RuntimeEpochId, field: str, stored: object, offered: object
-    ) -> None:
-        super().__init__(
-            f"epoch {epoch_id}: {field} is stored as {_short(stored)} and was offered as "
-            f"{_short(offered)}; nothing was saved. Two histories carry the name of one epoch: "
-            "save each to a store of its own",
-            epoch_id=epoch_id,
-            field=field,
-            stored=stored,
-            offered=offered,
+    def _text(self) -> str:
+        return (
+            f"epoch {self.epoch_id}: {self.field} is stored as {_short(self.stored)} and was "
+            f"offered as {_short(self.offered)}; nothing was saved. Two histories carry the name "
+            "of one epoch: save each to a store of its own"
         )
 
 
@@ -779,17 +567,9 @@ class CaptureInvalid(StoreError, OverflowError):
     field: str
     value: int
     allowed: str
-
-    def __init__(self, epoch_id: RuntimeEpochId, field: str, value: int, allowed: str) -> None:
-        super().__init__(
-            f"epoch {epoch_id} cannot be stored: {field} is {value}; it must be {allowed}. "
-            "Its segment is damaged, and what is stored of it is sound: end its session with "
-            "unregister_session or reset_session",
-            epoch_id=epoch_id,
-            field=field,
-            value=value,
-            allowed=allowed,
-        )
+    message = """epoch {epoch_id} cannot be stored: {field} is {value}; it must be {allowed}. Its
+    segment is damaged, and what is stored of it is sound: end its session with unregister_session
+    or reset_session"""
 
 
 def _short(value: object) -> str:
@@ -808,44 +588,32 @@ class StoreBehind(StoreError, TimeoutError):
     epoch_id: RuntimeEpochId
     durable_seq: int
     awaited_seq: int
-    lag: int
+    watermark: int
     waited_ms: int
-    completed: bool
+    completed: bool = False
 
-    def __init__(
-        self,
-        epoch_id: RuntimeEpochId,
-        *,
-        durable_seq: int,
-        awaited_seq: int,
-        watermark: int,
-        waited_ms: int,
-        completed: bool = False,
-    ) -> None:
-        if completed:
-            what = f"this completion, {awaited_seq}, stands and is not durable yet"
-            setting, then = "timeout", f"then wait with the feed's wait_durable({awaited_seq})"
+    @property
+    def lag(self) -> int:
+        """How many completions of the feed the store does not have."""
+        return self.watermark - self.durable_seq
+
+    def _text(self) -> str:
+        awaited = self.awaited_seq
+        if self.completed:
+            what = f"this completion, {awaited}, stands and is not durable yet"
+            setting, then = "timeout", f"then wait with the feed's wait_durable({awaited})"
         else:
-            what = f"before there is room for more it has to have those up to {awaited_seq}"
+            what = f"before there is room for more it has to have those up to {awaited}"
             setting, then = "store_wait_ms", "then make the call again"
-        super().__init__(
-            f"epoch {epoch_id}: the store has the completions up to {durable_seq} of {watermark}, "
-            f"and {what}; {waited_ms} ms have passed ({setting}). See that a persistence channel "
-            f"follows the epoch and what its status says, {then}",
-            epoch_id=epoch_id,
-            completed=completed,
-            durable_seq=durable_seq,
-            awaited_seq=awaited_seq,
-            lag=watermark - durable_seq,
-            waited_ms=waited_ms,
+        return (
+            f"epoch {self.epoch_id}: the store has the completions up to {self.durable_seq} of "
+            f"{self.watermark}, and {what}; {self.waited_ms} ms have passed ({setting}). See that "
+            f"a persistence channel follows the epoch and what its status says, {then}"
         )
 
 
 class ChannelClosed(ShmepochError):
     """The persistence channel was closed, or belongs to the process that forked this one."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "this PersistenceChannel is closed, or was made before a fork and belongs to the "
-            "parent; make a new one"
-        )
+    message = """this PersistenceChannel is closed, or was made before a fork and belongs to the
+    parent; make a new one"""

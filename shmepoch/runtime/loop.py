@@ -348,5 +348,5 @@ class RuntimeLoop:
 
 def _answer(question: str, answer: object) -> bool:
     if not isinstance(answer, bool):
-        raise LoopAnswerInvalid(question, answer)
+        raise LoopAnswerInvalid(question, repr(answer))
     return answer

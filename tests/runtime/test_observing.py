@@ -23,17 +23,13 @@ from shmepoch import (
     PersistenceChannel,
     Role,
     RunId,
-    RuntimeEpochId,
     RuntimeOpsLifecycleRegistry,
     RuntimeSessionAdapter,
     SegmentForeign,
-    SessionBusy,
     SessionId,
     SessionNotFound,
     SessionOwned,
     SessionRuntimeBindings,
-    ShmepochError,
-    WriterBusy,
     list_sessions,
     observe_session,
     remove_unused,
@@ -320,23 +316,6 @@ def test_a_channel_does_not_follow_an_observer(observer: SessionRuntimeBindings)
     with PersistenceChannel(store) as channel, pytest.raises(ObserverReadOnly):
         channel.follow(observer)
     assert list(store.sessions()) == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ObserverReadOnly(RuntimeEpochId.new()),
-        WriterBusy(RuntimeEpochId.new()),
-        SessionBusy(SessionId.new()),
-        SessionNotFound(SessionId.new(), "some"),
-        BindingsNotTransferable(),
-        BindingsNotTransferable(observer=True),
-    ],
-)
-def test_the_errors_arrive_whole_in_another_process(error: ShmepochError) -> None:
-    arrived = pickle.loads(pickle.dumps(error))
-    assert type(arrived) is type(error)
-    assert (str(arrived), vars(arrived)) == (str(error), vars(error))
 
 
 # --- finding and removing ---------------------------------------------------------------------

@@ -81,11 +81,7 @@ class SessionUnknown(ShmepochError, LookupError):
 
     session_id: SessionId
     store: Path
-
-    def __init__(self, session_id: SessionId, store: Path) -> None:
-        super().__init__(
-            f"{store} knows no session {session_id}", session_id=session_id, store=store
-        )
+    message = "{store} knows no session {session_id}"
 
 
 def _list_sessions(store: Path, *, json: bool) -> None:

@@ -29,15 +29,8 @@ class ChildFailed(ShmepochError):
     role: str
     pid: int
     exitcode: int
-
-    def __init__(self, role: str, pid: int, exitcode: int) -> None:
-        super().__init__(
-            f"the {role} process {pid} ended with status {exitcode}; it has said why, and the run "
-            "cannot go on without it",
-            role=role,
-            pid=pid,
-            exitcode=exitcode,
-        )
+    message = """the {role} process {pid} ended with status {exitcode}; it has said why, and the run
+    cannot go on without it"""
 
 
 class Children:

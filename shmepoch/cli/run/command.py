@@ -76,14 +76,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 class ChildrenLeft(ShmepochError):
     """Children of the run that is resumed go on, so nothing can take their place."""
 
-    pids: tuple[int, ...]
+    left: Sequence[Participant]
 
-    def __init__(self, left: Sequence[Participant]) -> None:
-        who = ", ".join(f"{one.role} process {one.pid}" for one in left)
-        super().__init__(
+    def _text(self) -> str:
+        who = ", ".join(f"{one.role} process {one.pid}" for one in self.left)
+        return (
             f"the run to be resumed still has {who}, {_LEAVE_S:.0f} s after its runtime ended; "
-            "end it and try again",
-            pids=tuple(one.pid for one in left),
+            "end it and try again"
         )
 
 

@@ -29,9 +29,9 @@ class JobsInvalid(ShmepochError, ValueError):
     line: int | None
     reason: str
 
-    def __init__(self, path: str, line: int | None, reason: str) -> None:
-        where = path if line is None else f"{path}, line {line}"
-        super().__init__(f"{where}: {reason}", path=path, line=line, reason=reason)
+    def _text(self) -> str:
+        where = self.path if self.line is None else f"{self.path}, line {self.line}"
+        return f"{where}: {self.reason}"
 
 
 class Job(msgspec.Struct, frozen=True):

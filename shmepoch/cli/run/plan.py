@@ -33,37 +33,27 @@ class RunUnfinished(RunRefused):
     commands: int
     sessions: int
 
-    def __init__(self, commands: int, sessions: int) -> None:
-        super().__init__(
-            f"the store holds an unfinished run of {counted(commands, 'command')} in "
-            f"{counted(sessions, 'session')}; "
-            "carry on with it with --resume, or name another file with --store",
-            commands=commands,
-            sessions=sessions,
+    def _text(self) -> str:
+        return (
+            f"the store holds an unfinished run of {counted(self.commands, 'command')} in "
+            f"{counted(self.sessions, 'session')}; "
+            "carry on with it with --resume, or name another file with --store"
         )
 
 
 class NothingToResume(RunRefused):
     """The store holds no run that has not finished."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the store holds no unfinished run; leave --resume away to begin one, or name the file "
-            "of the run to carry on with"
-        )
+    message = """the store holds no unfinished run; leave --resume away to begin one, or name the
+    file of the run to carry on with"""
 
 
 class PlanUnreadable(RunRefused):
     """The store is damaged where it holds the plan of a run."""
 
     reason: str
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"the plan of the run in the store cannot be read: {reason}; name another file with "
-            "--store (shmepoch history still shows how this one's commands ended)",
-            reason=reason,
-        )
+    message = """the plan of the run in the store cannot be read: {reason}; name another file with
+    --store (shmepoch history still shows how this one's commands ended)"""
 
 
 class SessionsDiffer(RunRefused):
@@ -72,12 +62,10 @@ class SessionsDiffer(RunRefused):
     begun: int
     asked: int
 
-    def __init__(self, begun: int, asked: int) -> None:
-        super().__init__(
-            f"the run in the store has {counted(begun, 'session')}, this one would have {asked}; "
-            f"resume it with --sessions {begun}",
-            begun=begun,
-            asked=asked,
+    def _text(self) -> str:
+        return (
+            f"the run in the store has {counted(self.begun, 'session')}, this one would have "
+            f"{self.asked}; resume it with --sessions {self.begun}"
         )
 
 
@@ -87,13 +75,11 @@ class CommandsDiffer(RunRefused):
     begun: Job | None
     asked: Job | None
 
-    def __init__(self, begun: Job | None, asked: Job | None) -> None:
-        super().__init__(
+    def _text(self) -> str:
+        return (
             "the run in the store is one of other commands: the first difference is "
-            f"{_said(begun)} there and {_said(asked)} here; resume it with the file it was begun "
-            "with, or run this one with another --store",
-            begun=begun,
-            asked=asked,
+            f"{_said(self.begun)} there and {_said(self.asked)} here; resume it with the file it "
+            "was begun with, or run this one with another --store"
         )
 
 
