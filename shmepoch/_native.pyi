@@ -25,7 +25,7 @@ class Identifier:
     # The random half of a UUID v7 as a number; never 0.
     @property
     def fingerprint(self) -> int: ...
-    # Equal, and in an order, with those of exactly the same class only.
+    # Compares with identifiers of exactly the same class only.
     def __hash__(self) -> int: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __lt__(self, other: Self, /) -> bool: ...
@@ -45,7 +45,7 @@ def decode(kind: type[Id], raw: bytes, /) -> Id: ...
 
 @final
 class Memory:
-    # Mapped through a description of its own: it holds no lock of the descriptor's.
+    # Mapped through a description of its own, so it does not hold the descriptor's locks.
     def __new__(cls, fd: FileDescriptorLike, size: int) -> Memory: ...
     @classmethod
     def private(cls, size: int, /) -> Memory: ...
@@ -60,7 +60,7 @@ class Memory:
     def snapshots(
         self, offset: int, count: int, stride: int, make: Callable[..., T], /
     ) -> _Snapshots[T]: ...
-    # Of `count` words, those from `start` on; side by side unless they lie `stride` bytes apart.
+    # Searches `count` words from index `start` on; they are adjacent, or `stride` bytes apart.
     def find(
         self, offset: int, count: int, value: int, start: int, stride: int = ..., /
     ) -> int: ...
@@ -76,7 +76,8 @@ class Memory:
 # Made by Memory.snapshots only.
 @final
 class _Snapshots(Generic[T]):
-    # `make` of the words as they stand at one instant. What was made last, while they stay.
+    # Calls `make` with the words as they stand at one instant. Returns the last result while they
+    # stay the same.
     def take(self) -> T: ...
 
 @final
@@ -97,18 +98,19 @@ class Descriptor:
     # OSError, as os.open has it.
     @classmethod
     def open(cls, path: str | Path, flags: int, mode: int = 0o600, /) -> Descriptor: ...
-    # The descriptor of a file that now has the byte's lock, shared; its size, its first bytes, and
-    # all of it as a Memory if that is asked for. None unless it has a name, this mode, this
-    # process's user and so many bytes, and the lock was to be had.
+    # Opens a file and takes the byte's shared lock: the descriptor, its size, its first bytes, and
+    # all of it as a Memory if `mapped`. None if the lock was held, or the file has no name, another
+    # mode, another user than this process, or fewer bytes.
     @classmethod
     def open_held(
         cls, path: str | Path, byte: int, mode: int, length: int, mapped: bool, /
     ) -> tuple[Descriptor, int, bytes, Memory | None] | None: ...
     def fileno(self) -> int: ...
-    # Gives up every lock, unless it was the parent's: OSError if a child has to keep them, since
-    # the memory could not be mapped anew.
+    # Releases every lock, unless it was the parent's. OSError if a child keeps the parent's locks,
+    # since the memory could not be mapped again.
     def close(self, on_closed: Callable[[], BaseException] | None = None, /) -> None: ...
-    # Whether this one, which was closed, is now what `other` was, and `other` is closed.
+    # Takes over the descriptor of `other`, and closes `other`; whether it did. This one must be
+    # closed.
     def take(self, other: Descriptor, /) -> bool: ...
     @property
     def closed(self) -> bool: ...
@@ -132,8 +134,8 @@ def is_locked(fd: FileDescriptorLike, byte: int, /) -> bool: ...
 class WriterLock:
     # The key of the participant whose lock it is; 0 for none.
     participant: int
-    # `attend` is called without a lock: where the descriptor is inherited, to have it take another,
-    # and, twice a second at most, where its file has no name.
+    # `attend` is called without a lock: if the descriptor is inherited, so that it takes another
+    # one; and at most twice a second if its file has no name.
     def __new__(
         cls,
         descriptor: Descriptor | None = None,
@@ -142,7 +144,7 @@ class WriterLock:
     ) -> WriterLock: ...
     # In a forked child: free, since the thread that held it is not there.
     def after_fork(self) -> None: ...
-    # Attempts are refused from now on, those that wait included; no thread is inside any more.
+    # Refuses every later attempt, also of those that wait now, and waits until no thread is inside.
     def retire(self, on_closed: Callable[[], BaseException], /) -> None: ...
 
 # --- epoch.c and reading.c ---
@@ -153,17 +155,17 @@ class WriterLock:
 #   corrupt             a field, of a slot or a sequence if the index is not -1, and its bounds
 #   ended               the epoch takes no more changes
 #   read_only           there is no lock: an observer's, or a copy
-#   busy                the lock is held, and was not to be waited for
+#   busy                the lock is held, and the caller does not wait
 #   already_registered  index: which of the operations
 #   limit               actual: how many have not ended
 #   not_found           index
 #   has_ended           index; actual: the sequence that ended it
 #   wrong_status        index; actual: the number of its status
-#   twice               index: which of the operations is one of those before
-#   changed             what the change was made of is so no longer
+#   twice               index: which of the operations repeats an earlier one
+#   changed             the state that the change was based on has changed
 #   too_large           actual: the size of the records; index: how many they are
-#   store_behind        actual: the sequence that a store has to have first
-#   dropped             it has ended, and its entry is there no more
+#   store_behind        actual: the sequence that a store must have first
+#   dropped             it has ended, and its entry is gone
 class Refused(Exception):
     args: tuple[str, str, int, int, int, int]
 
@@ -183,7 +185,7 @@ class Epoch:
 
     # --- transitions; each takes the writer lock ---
 
-    # Enters operations, each (id, head, rest); the number of the first registration.
+    # Registers operations, each (id, head, rest); returns the number of the first.
     def register(
         self,
         entrants: tuple[tuple[Identifier, bytes, bytes], ...],
@@ -192,12 +194,12 @@ class Epoch:
         /,
     ) -> int: ...
     def start(self, ids: tuple[Identifier, ...], now_ms: int, /) -> None: ...
-    # Of an operation whose status is among `statuses`, as bits: another status unless `target` is
-    # 0, and a detail unless it is None. The detail was made when the slot's word was `word`.
+    # Changes an operation whose status is among `statuses`, as bits: its status unless `target` is
+    # 0, and its detail unless that is None. The detail was made when the slot's word was `word`.
     def change(
         self, id: Identifier, statuses: int, target: int, word: int, detail: bytes | None, /
     ) -> None: ...
-    # Ends operations, each (id, outcome); the sequence of the first.
+    # Ends operations, each (id, outcome); returns the sequence of the first.
     def end(
         self,
         endings: tuple[tuple[Identifier, bytes], ...],
@@ -207,7 +209,8 @@ class Epoch:
         waits_for_store: bool,
         /,
     ) -> int: ...
-    # Ends the operations of these participants, or of all; how many. Forgets what the dead watched.
+    # Ends the operations of these participants, or of all; returns how many. Removes the watchers
+    # of the dead.
     def terminate(
         self,
         outcome: bytes,
@@ -223,13 +226,13 @@ class Epoch:
     def seal(self) -> None: ...
     # Refused as changed if others were collected since `collected`.
     def collect(self, collected: int, through: int, /) -> None: ...
-    # (slot, birth, watermark) of an operation that has one more watcher now.
+    # Counts one more watcher of an operation; returns (slot, birth, watermark).
     def watch(self, id: Identifier, /) -> tuple[int, int, int]: ...
-    # One more watcher of those that have not ended, or one less of all; which were counted.
+    # One more watcher of each that has not ended, or one less of each; returns which were counted.
     def watch_each(
         self, places: tuple[tuple[int, int], ...], more: bool, /
     ) -> tuple[bool, ...]: ...
-    # Private memory like this at one moment, with what was broken off repaired.
+    # Private memory like this at one moment, after a repair.
     def copy(self) -> Memory: ...
     # Only into a fresh epoch that no other process has found. Each record is
     # (seq, birth, created_at_ms, started, completed_at_ms, elapsed_ms, id, head, outcome, rest,
@@ -263,13 +266,13 @@ class Epoch:
     def record(
         self, seq: int, /
     ) -> tuple[int, int, int, int, int, bytes, bytes, bytes, bytes, bytes] | None: ...
-    # (watermark, dropped_through, entries), the entries as one MessagePack array. The template is
-    # what an entry has before its sequence, its id, its head, its outcome and its time.
+    # (watermark, dropped_through, entries), the entries as one MessagePack array. The template has
+    # the bytes of an entry before its sequence, its id, its head, its outcome and its time.
     def list_since(
         self, after: int, template: tuple[bytes, bytes, bytes, bytes, bytes], /
     ) -> tuple[int, int, bytes | None]: ...
-    # How the operation ended that was registered as `birth`, or None while it has not; `since` is a
-    # watermark at which it had not.
+    # The outcome of the operation that was registered as `birth`, or None while it has not ended;
+    # `since` is a watermark at which it had not ended.
     def outcome(self, slot: int, birth: int, since: int, /) -> bytes | None: ...
 
 # --- layout.h ---

@@ -25,8 +25,7 @@ start_body(void *argument)
 
 /* start((id, ...), now_ms)
  *
- * They run from now on, and not from before their registration. They start one by one, if all of them
- * may. */
+ * Starts operations one by one, if all of them may start. No start is before its registration. */
 PyObject *
 epoch_start(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -70,7 +69,7 @@ change_body(void *argument)
             refuse(&one->refusal, "changed", 0, word);
             return;
         }
-        buffer ^= 1; /* the one that no reader looks at */
+        buffer ^= 1; /* the one that no reader reads */
         atomic_thread_fence(memory_order_release);
         copy_in(slot->details[buffer], change->detail, change->length);
         publish(&slot->detail_length[buffer], change->length);
@@ -80,9 +79,9 @@ change_body(void *argument)
 
 /* change(id, statuses, target, word, detail)
  *
- * Gives an operation whose status is one of a set of bits the status `target`, unless that is 0, and
- * `detail`, unless that is None. A detail was made of what `slot` said; where its word is not `word`
- * any more, it is refused. */
+ * Changes an operation whose status is in the bits of `statuses`: to the status `target`, unless
+ * that is 0, and to `detail`, unless that is None. The detail was made from what `slot` returned,
+ * so it is refused if the slot's word is no longer `word`. */
 PyObject *
 epoch_change(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,4 +1,4 @@
-/* What the files of the native extension share: words, arguments, and the types that they make.
+/* Shared by the files of the native extension: words, arguments, and the types that they make.
  *
  *   layout.h      where everything lies in a segment
  *   memory.c      Memory: a mapping with atomic access to its words
@@ -8,12 +8,12 @@
  *   cursor.c      Cell and Snapshots: words that only grow
  *   identifier.c  Identifier: sixteen bytes with a kind
  *   ring.c        records in the byte ring, copied while a writer may overwrite them
- *   slots.c       the operations that a segment holds: how they are found, and what may be done now
+ *   slots.c       the operations that a segment holds: how they are found, checked and repaired
  *   transition.c  how each transition begins, is run and commits
  *   registering.c, changing.c, ending.c, watching.c   the transitions, each once
  *   restoring.c   a stored epoch, laid into fresh memory
- *   reading.c     operations, as readers are given them without a lock
- *   feed.c        the completion feed, in the same way
+ *   reading.c     operations, read without a lock
+ *   feed.c        the completion feed, read without a lock
  *   epoch.c       Epoch: the type whose methods these are
  *   module.c      the module
  *
@@ -60,9 +60,9 @@ typedef struct {
     PyObject_HEAD
     unsigned char *base;
     Py_ssize_t size;
-    /* What this process learned about spinning on this memory: how long; and after how many waits
-     * to try again, and how many there were since it gave up. Several threads may learn at once; a
-     * lost update costs one guess. */
+    /* What this process learned about spinning on this memory: how long to spin, after how many
+     * waits to try again, and how many waits it has skipped. Several threads may update them at
+     * once; a lost update costs one guess. */
     _Atomic uint32_t spin_ns;
     _Atomic uint32_t spin_probe_after;
     _Atomic uint32_t spin_skipped;
@@ -75,12 +75,12 @@ typedef struct Descriptor Descriptor;
 struct Descriptor {
     PyObject_HEAD
     _Atomic int fd;         /* -1: closed */
-    unsigned long forks;    /* by which the process that opened it is known */
+    unsigned long forks;    /* identifies the process that opened it */
     _Atomic bool inherited; /* closed because it was the parent's */
-    Memory *memory;         /* what was mapped through the same description, or NULL */
+    Memory *memory;         /* mapped through the same description, or NULL */
     PyObject *on_closed;    /* makes the error of a closed one, or NULL */
     Descriptor *next;       /* among the open ones */
-    Descriptor **link;      /* what points to this one there */
+    Descriptor **link;      /* the pointer to this one there */
 };
 
 typedef struct WriterLock WriterLock;
@@ -107,7 +107,7 @@ extern PyType_Spec memory_spec, descriptor_spec, writer_spec, cell_spec, snapsho
 extern PyMethodDef lock_functions[], descriptor_functions[], identifier_functions[],
     layout_functions[];
 
-/* What objects of Python's are guarded by, where no interpreter lock does it. */
+/* Guards Python objects where there is no interpreter lock. */
 #ifdef Py_GIL_DISABLED
 #define BEGIN_EXCLUSIVE(object) Py_BEGIN_CRITICAL_SECTION(object)
 #define END_EXCLUSIVE() Py_END_CRITICAL_SECTION()
@@ -135,7 +135,7 @@ as_u64(PyObject *object, uint64_t *value)
     return !(*value == UINT64_MAX && PyErr_Occurred());
 }
 
-/* PyLong_FromLong makes what fits one digit of an int faster than its unsigned sister. */
+/* PyLong_FromLong is faster than PyLong_FromUnsignedLongLong for a value of one digit. */
 static inline PyObject *
 from_u64(uint64_t value)
 {
@@ -158,7 +158,7 @@ check_arity(const char *name, Py_ssize_t got, Py_ssize_t expected)
     return false;
 }
 
-/* `on_closed` makes the error, since what it means to be closed is not known here. */
+/* `on_closed` makes the error: only the caller knows what it means to be closed. */
 static inline void
 raise_closed(PyObject *on_closed)
 {
@@ -204,9 +204,9 @@ parse_word(const Memory *self, PyObject *object, Py_ssize_t *offset)
 bool parse_column(PyObject *object, const char *name, PyObject *const *args, Py_ssize_t nargs,
                   Py_ssize_t *offset, Py_ssize_t *count, Py_ssize_t *stride);
 
-/* The index of the first of `count` words, `stride` bytes apart, from the one with index `start` on,
- * that holds `value`, or -1. Relaxed: the caller locks or verifies what is found. Inline, so that the
- * stride of those that lie side by side is a constant. */
+/* The index of the first word that holds `value`, or -1. It searches `count` words, `stride` bytes
+ * apart, and begins at index `start`. Relaxed: the caller holds the lock or verifies the word.
+ * Inline, so that a stride of one word is a constant. */
 static inline Py_ssize_t
 find_word(const word_t *column, Py_ssize_t count, Py_ssize_t stride, uint64_t value, Py_ssize_t start)
 {
@@ -226,8 +226,8 @@ padded(uint64_t length)
     return aligned(length, WORD);
 }
 
-/* The next word of the `left` bytes from `source` on, of which the last is padded with zeros. A whole
- * word is copied apart, since its constant length is one move and no call. */
+/* The next word of the `left` bytes at `source`; the last word is padded with zeros. A whole word
+ * has its own copy, since a constant length compiles to one move and no call. */
 static inline uint64_t
 word_from(const unsigned char *source, uint64_t left)
 {
@@ -266,21 +266,21 @@ copy_in(word_t *to, const unsigned char *source, uint64_t length)
 /* --- memory.c, wait.c, descriptor.c ---------------------------------------------------------- */
 
 PyObject *memory_map(PyTypeObject *type, int fd, Py_ssize_t size, int flags);
-/* Maps the memory anew, through a description of its own and where it was, so that its bytes stay where
- * they are. For a forked child whose memory was mapped through the description of `fd`, which it
- * shares with its parent. 0, or errno: then it is mapped as before. */
+/* Maps the memory again at the same address, through a description of its own. For a forked child,
+ * whose memory was mapped through the description of `fd` that it shares with its parent. Returns 0
+ * or errno; after an error the old mapping stays. */
 int map_again(const Memory *self, int fd);
 PyObject *memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 PyObject *memory_wake(PyObject *object, PyObject *offset_object);
 PyObject *memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 
-/* What a new mapping begins with, before anything was learned of it. */
+/* The first values of a new mapping, before anything was learned about it. */
 void spin_as_long_as_it_may_pay(Memory *self);
 int64_t monotonic_ns(void);
 /* How long a sleep until `deadline` goes on before it polls again; 0 or below once it has passed. */
 int64_t sleep_limit(int64_t deadline);
 
-/* A number, or what has a `fileno`. */
+/* A number, or an object with a `fileno`. */
 bool parse_descriptor(PyObject *object, int *fd);
 void watch_forks(void);
 
@@ -290,11 +290,11 @@ struct flock byte_lock(short type, off_t at);
 
 typedef enum { RUN_DONE, RUN_BUSY, RUN_FAILED } RunState;
 
-/* Takes both locks, calls `body` and gives them up. It waits for them only if `wait` says so, and it
- * is RUN_BUSY otherwise; RUN_FAILED has set an error. `body` runs with the interpreter lock or without
- * it, and must neither need nor take it. */
+/* Takes both locks, calls `body` and releases them. It waits for them only if `wait` says so, and
+ * returns RUN_BUSY otherwise; RUN_FAILED has set an error. `body` runs with or without the
+ * interpreter lock, and must neither need nor take it. */
 RunState writer_run(WriterLock *self, bool wait, void (*body)(void *), void *argument);
-/* The key of the participant whose lock it is, and 0 of private memory. */
+/* The key of the participant that owns the lock; 0 for private memory. */
 uint64_t writer_participant(const WriterLock *self);
 
 #endif

@@ -57,8 +57,8 @@ cell_traverse(PyObject *object, visitproc visit, void *arg)
     return 0;
 }
 
-/* Only what can be part of a cycle; the memory stays until the cell itself goes, so that a cell
- * that is used while its cycle is being collected still has a mapping under it. */
+/* Clears only what can be part of a cycle. The memory stays until the cell itself is freed, so a
+ * cell that is used while its cycle is collected still has its mapping. */
 static int
 cell_clear(PyObject *object)
 {
@@ -99,8 +99,8 @@ cell_load(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t nargs)
 }
 
 /* CURSOR-1: max(cell, value). Lock-free: an exchange fails only because another one succeeded.
- * Acquire-release, so that what this process did before it advanced is seen by every reader of the
- * new position. */
+ * Acquire-release: a reader of the new position also sees everything that this process did before
+ * it advanced. */
 static PyObject *
 cell_advance(PyObject *object, PyObject *value_object)
 {
@@ -142,7 +142,7 @@ cell_compare_and_swap(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 }
 
 #ifdef SHMEPOCH_BENCH
-/* What a call with one argument costs by itself: the floor that bench/ compares `advance` with. */
+/* An empty call with one argument: the floor that bench/ compares `advance` with. */
 static PyObject *
 cell_empty(PyObject *Py_UNUSED(object), PyObject *Py_UNUSED(value))
 {
@@ -183,17 +183,19 @@ PyType_Spec cell_spec = {
 /* --- Snapshots -------------------------------------------------------------------------------- */
 
 #define SNAPSHOT_MAX 8
-/* Far more than writers that take turns ever spoil: memory that never stands still ends here. */
+/* Far more passes than writers that take turns can spoil. It ends the loop on memory that changes
+ * all the time. */
 #define SNAPSHOT_PASSES 1000
 
-/* Words that only grow, as they stood at one instant: two equal passes mean that none moved between
- * its two reads, so all stood together at the end of the first. Acquire keeps the passes apart. After
- * SNAPSHOT_PASSES each word is what it was at some instant of the call, which is no older. */
+/* Words that only grow, as they stood at one instant: two equal passes mean that no word moved
+ * between its two reads, so all had these values together at the end of the first pass. Acquire
+ * keeps the passes apart. After SNAPSHOT_PASSES each word is from some instant of the call, and no
+ * older. */
 static void
 load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t stride,
              uint64_t *words)
 {
-    bool moved = true; /* the first pass has none before it to be equal to */
+    bool moved = true; /* the first pass has no earlier pass to compare with */
     for (int pass = 0; moved && pass < SNAPSHOT_PASSES; pass++) {
         moved = pass == 0;
         for (Py_ssize_t i = 0; i < count; i++) {
@@ -208,16 +210,16 @@ load_at_once(const Memory *self, Py_ssize_t offset, Py_ssize_t count, Py_ssize_t
 typedef struct {
     PyObject_HEAD
     Memory *memory;
-    PyObject *make; /* what a snapshot becomes, of its words */
+    PyObject *make; /* makes a snapshot from its words */
     Py_ssize_t offset, count, stride;
-    /* The last one made, which is immutable and serves until a word has moved. Not without the
-     * interpreter lock: two threads would exchange it. */
+    /* The last snapshot. It is immutable, and is returned again until a word has moved. Not used
+     * without the interpreter lock: two threads would race to replace it. */
     PyObject *last;
     uint64_t last_words[SNAPSHOT_MAX];
 } Snapshots;
 
-/* snapshots(offset, count, stride, make) -> Snapshots, whose `take` has its arguments parsed and
- * checked already; `make` makes something immutable */
+/* snapshots(offset, count, stride, make) -> Snapshots. The arguments of its `take` are parsed and
+ * checked here, once; `make` returns something immutable. */
 PyObject *
 memory_snapshots(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,14 +1,14 @@
-/* Descriptor: a file descriptor that is closed with its object, and known to a forked child.
+/* Descriptor: a file descriptor that is closed with its object, and that a forked child can find.
  *
- * A descriptor carries every lock that was taken through it, and a death is noticed by those locks. So
- * no descriptor may be left over, whatever a signal handler raises, and no forked child may keep one
- * of its parent's, whatever another thread of the parent was doing. Both ask for the same: from the
- * system call on that opens it, a descriptor has an object that closes it, and the objects of all that
- * are open are known. Its number is nowhere else, so none outlives it.
+ * A descriptor carries every lock that was taken through it, and other processes notice a death by
+ * those locks. So a descriptor must not leak, whatever a signal handler raises, and a forked child
+ * must not keep one of its parent's, whatever another thread of the parent was doing. One rule
+ * ensures both: from the system call that opens it, a descriptor has an object that closes it, and
+ * the objects of all open descriptors are in one list. Its number is stored nowhere else.
  *
  * LOCK-1: a mapping holds the open file description it was made through, and with it every lock, for
- * as long as the memory is there. So what closes gives its locks up by name. A forked child, which must
- * not do that to its parent, has the memory mapped anew.
+ * as long as the memory is there. So closing a descriptor unlocks its locks explicitly. A forked
+ * child must not do that to its parent; it maps the memory again instead.
  */
 
 #include "common.h"
@@ -36,10 +36,11 @@ parse_descriptor(PyObject *object, int *fd)
     return true;
 }
 
-/* Held while a descriptor is opened or closed, and over a fork: so a child finds every open one in the
- * list. Where shared memory lies, neither waits for anything. */
+/* Held while a descriptor is opened or closed, and over a fork: so a child finds every open one in
+ * the list. Opening and closing a file of shared memory never blocks. */
 static pthread_mutex_t descriptors_lock = PTHREAD_MUTEX_INITIALIZER;
-/* How many forks lie between the first process and this one: a PID may come again in a container. */
+/* How many forks lie between the first process and this one. A PID does not identify a process: in
+ * a container it may be used again. */
 static _Atomic unsigned long forks;
 
 static void
@@ -113,7 +114,7 @@ descriptor_make(PyTypeObject *type)
     return self;
 }
 
-/* Opens `path`, and has `self` own what is opened; errno, or 0. */
+/* Opens `path`; `self` owns the descriptor. Returns errno, or 0. */
 static int
 descriptor_acquire(Descriptor *self, const char *path, int flags, mode_t mode)
 {
@@ -128,8 +129,8 @@ descriptor_acquire(Descriptor *self, const char *path, int flags, mode_t mode)
     return error;
 }
 
-/* False with an error set where a forked child could not map the memory anew, and so keeps the locks
- * of its parent. It is closed in any case, by one of those that close it. */
+/* False with an error set if a forked child could not map the memory again, and so keeps the locks
+ * of its parent. The descriptor is closed in any case, and once. */
 static bool
 descriptor_release(Descriptor *self)
 {
@@ -193,8 +194,8 @@ descriptor_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* open(path, flags, mode=0o600): like os.open, and closed on exec. The interpreter lock is kept: where
- * shared memory lies, this waits for nothing. */
+/* open(path, flags, mode=0o600): like os.open, and closed on exec. The interpreter lock is kept:
+ * opening a file of shared memory never blocks. */
 static PyObject *
 descriptor_open(PyObject *type, PyObject *args)
 {
@@ -217,8 +218,8 @@ descriptor_open(PyObject *type, PyObject *args)
     return (PyObject *)self;
 }
 
-/* Whether the file of `fd` now has the byte's shared lock, and is what it was to be. What it is, is
- * looked up after the lock was asked for: its holder knows that it is so still. */
+/* Whether the byte's shared lock is now held, and the file of `fd` is as expected. The file is
+ * checked after the lock is taken: while the lock is held, the file stays so. */
 static bool
 hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
 {
@@ -229,10 +230,10 @@ hold(int fd, off_t at, mode_t mode, Py_ssize_t length, struct stat *found)
 
 /* open_held(path, byte, mode, length, mapped) -> (descriptor, size, first bytes, memory), or None
  *
- * Opens, locks, checks, reads and maps a file in one call, where all is in order. Where anything is not,
- * nothing stays open, and the caller goes about it step by step. The memory, None unless `mapped`, is
- * mapped through the description of the descriptor: another one would take a seventh of an attach. The
- * bytes are read and not looked at through the mapping, whose first touch takes longer.
+ * Opens, locks, checks, reads and maps a file in one call, if all is in order. If not, nothing
+ * stays open, and the caller repeats it step by step. The memory, None unless `mapped`, is mapped
+ * through the description of the descriptor: another description would take a seventh of an attach.
+ * The bytes come from pread and not from the mapping, whose first access takes longer.
  */
 static PyObject *
 descriptor_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
@@ -278,7 +279,7 @@ descriptor_open_held(PyObject *type, PyObject *const *args, Py_ssize_t nargs)
     if (opened != NULL) {
         return opened;
     }
-    PyErr_Clear(); /* of what could not be mapped: the caller finds out why */
+    PyErr_Clear(); /* a failed mapping: the caller finds out why */
     Py_RETURN_NONE;
 }
 
@@ -299,7 +300,7 @@ descriptor_fileno(PyObject *object, PyObject *Py_UNUSED(ignored))
     return NULL;
 }
 
-/* close(on_closed=None): of no effect on a closed one. */
+/* close(on_closed=None): does not close twice. */
 static PyObject *
 descriptor_close(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -319,7 +320,7 @@ descriptor_close(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
         END_EXCLUSIVE()
         Py_XDECREF(before);
     }
-    /* A child that closes what it inherited is not to open it again. */
+    /* A child that closes an inherited descriptor must not open it again. */
     atomic_store_explicit(&self->inherited, false, memory_order_relaxed);
     if (!descriptor_release(self)) {
         return NULL;
@@ -327,7 +328,7 @@ descriptor_close(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* take(other) -> whether this one, which was closed, is now what `other` was, and `other` is closed. */
+/* take(other) -> whether this closed one took over the descriptor of `other`, and closed `other` */
 static PyObject *
 descriptor_take(PyObject *object, PyObject *other_object)
 {
@@ -366,8 +367,8 @@ descriptor_get_inherited(PyObject *object, void *Py_UNUSED(closure))
         atomic_load_explicit(&((Descriptor *)object)->inherited, memory_order_relaxed));
 }
 
-/* leave_inherited(): in a forked child, close every descriptor of the parent. Raises the error of the
- * first whose memory could not be mapped anew, after all of them. */
+/* leave_inherited(): in a forked child, close every descriptor of the parent. After all are closed,
+ * raises the error of one whose memory could not be mapped again. */
 static PyObject *
 native_leave_inherited(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
@@ -395,9 +396,9 @@ native_leave_inherited(PyObject *module, PyObject *Py_UNUSED(ignored))
     return left ? Py_NewRef(Py_None) : NULL;
 }
 
-/* rename_new(source, target): give a file the name `target` instead of its own, in one step, unless that
- * is taken. A hard link and a removal would do it in two, and a process killed between them would leave
- * a file of two names: that a file lost its name is noticed by their number. */
+/* rename_new(source, target): rename a file in one step, unless `target` exists. A hard link and a
+ * removal would be two steps, and a process killed between them would leave a file with two names.
+ * The number of names must be right: it is how a process notices that a file lost its name. */
 static PyObject *
 native_rename_new(PyObject *Py_UNUSED(module), PyObject *args)
 {

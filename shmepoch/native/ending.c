@@ -1,4 +1,4 @@
-/* Transitions that end operations, and what their records hold. */
+/* Transitions that end operations, and the records that they write. */
 
 #include "transition.h"
 
@@ -6,10 +6,10 @@ typedef struct {
     Subjects all;
     uint64_t now_ms, now_ns;
     bool waits_for_store;
-    bool bare;              /* their details are left out, since they do not fit with them */
+    bool bare;              /* the records leave out the details, to fit the feed */
     unsigned char *scratch; /* room for one record */
     uint64_t first;         /* the sequence of the first */
-    /* What `terminate` does besides. */
+    /* For `terminate` only. */
     bool seal;
     const uint64_t *participants; /* whose operations end, or NULL for all */
     uint64_t participant_count;
@@ -30,7 +30,7 @@ ending_lengths(const Ending *ending, const Subject *subject)
     };
 }
 
-/* What the records of all of them take. */
+/* The bytes that all of their records take. */
 static uint64_t
 endings_size(const Ending *ending)
 {
@@ -68,10 +68,11 @@ compose(const Ending *ending, const Subject *subject, uint64_t seq)
     return compose_record(record, &parts, ending->scratch);
 }
 
-/* What a store has to have before a commit that ends at `last` and drops through `dropped`.
+/* The sequence that a store must have before a commit that ends at `last` and drops through
+ * `dropped`.
  *
- * DURABLE-2: nothing is dropped that no store has, and no more is committed beyond the store than a
- * recovery leaves out, so that no sequence comes again after a reboot. */
+ * DURABLE-2: an entry is dropped only after a store has it, and the feed is ahead of the store by
+ * no more sequences than a recovery skips. So no sequence is used again after a reboot. */
 static uint64_t
 awaited(const Words *words, uint64_t last, uint64_t dropped)
 {
@@ -113,7 +114,7 @@ end_together(Ending *ending)
     if (watched) {
         publish(&control->writer.kept, 1);
     }
-    atomic_thread_fence(memory_order_release); /* what is dropped, before it is overwritten */
+    atomic_thread_fence(memory_order_release); /* raised before it overwrites */
     uint64_t position = space.position;
     for (uint64_t i = 0; i < count; i++) {
         const Subject *subject = &ending->all.subjects[i];
@@ -166,7 +167,7 @@ free_ending(Ending *ending)
 
 /* end(((id, outcome), ...), statuses, now_ms, now_ns, waits_for_store) -> the sequence of the first
  *
- * Ends operations whose statuses are of a set of bits: all of them in one commit, or none. */
+ * Ends operations whose status is in the bits of `statuses`: all of them in one commit, or none. */
 PyObject *
 epoch_end(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -209,7 +210,7 @@ is_among(const uint64_t *keys, uint64_t count, uint64_t key)
     return false;
 }
 
-/* In the order of their registration: an insertion for each, since they mostly are in order. */
+/* In the order of their registration. An insertion sort, since they mostly are in order already. */
 static void
 find_live(Ending *ending)
 {
@@ -313,8 +314,8 @@ parse_participants(const Epoch *self, PyObject *tuple, uint64_t *count)
 /* terminate(outcome, participants, dead, now_ms, now_ns, waits_for_store, seal, wait) -> how many
  *
  * Ends in one commit the operations of these participants that have not ended, or of all with None, in
- * the order of their registration. Forgets what the dead watched, and seals the epoch if that is asked
- * for, before the lock is released. Refused as busy if it is not to wait for the lock. */
+ * the order of their registration. Removes the watchers of the dead, and seals the epoch if `seal`
+ * is true, before the lock is released. Refused as busy if the lock is held and `wait` is false. */
 PyObject *
 epoch_terminate(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,8 +1,9 @@
 /* Epoch: each transition of a segment's operations, once.
  *
- * A transition is one call that takes the writer lock itself. Under the lock it begins (the epoch is
- * open, and what was broken off is repaired), validates, prepares what no reader counts yet, commits
- * by one store, and tidies. It is refused with a reason and facts; a refused one changes nothing.
+ * A transition is one call that takes the writer lock itself. Under the lock it begins (checks that
+ * the epoch is open, and repairs what a killed writer left), validates, prepares words that readers
+ * do not count yet, commits by one store, and tidies. It is refused with a reason and facts; a
+ * refused one changes nothing.
  *
  * OPS-4: a transition becomes true by exactly one atomic store: of the watermark for those that end
  * operations, of `registrations` for a registration, of the slot's word or the watcher's count for the
@@ -31,7 +32,8 @@ seal_body(void *argument)
     seal(argument);
 }
 
-/* seal(): ends the epoch for good. It reads nothing else, so that a damaged one can be sealed. */
+/* seal(): ends the epoch for good. It reads no other word, so that a damaged epoch can be
+ * sealed. */
 static PyObject *
 epoch_seal(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -54,7 +56,7 @@ copy_body(void *argument)
     }
 }
 
-/* copy() -> private memory like this epoch's at one moment, with what was broken off repaired */
+/* copy() -> private memory like this epoch's at one moment, after a repair */
 static PyObject *
 epoch_copy(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -128,7 +130,7 @@ epoch_traverse(PyObject *object, visitproc visit, void *arg)
     return 0;
 }
 
-/* Nothing is cleared that is used: the lock clears what can be part of a cycle. */
+/* There is no tp_clear: the lock clears what can be part of a cycle. */
 static void
 epoch_dealloc(PyObject *object)
 {

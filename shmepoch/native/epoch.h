@@ -1,4 +1,4 @@
-/* What the files about epochs share: an epoch, and how they say what is wrong with it. */
+/* Shared by the files about epochs: an epoch, and how a refusal is reported. */
 
 #ifndef SHMEPOCH_EPOCH_H
 #define SHMEPOCH_EPOCH_H
@@ -7,11 +7,10 @@
 
 #define FREE 0 /* the fingerprint of a slot that holds nothing */
 #define HINTS 256
-/* Far above any feed, and far below where a sequence, or a position, and what is added to it
- * overflow. */
+/* Far above any feed. Far below the values where adding to a sequence or a position overflows. */
 #define LAST_SEQ ((UINT64_C(1) << 63) + (UINT64_C(1) << 62))
 #define LAST_POSITION (UINT64_C(1) << 63)
-#define LAST_COUNT ((uint64_t)INT64_MAX) /* what records and stores hold of a number or a time */
+#define LAST_COUNT ((uint64_t)INT64_MAX) /* of a number or time in records and stores */
 
 typedef struct {
     PyObject_HEAD
@@ -20,10 +19,10 @@ typedef struct {
     Capacities room;
     uint64_t max_concurrent; /* 0: no limit of its own */
     Shape shape;
-    /* Where operations were last found, by their fingerprints: looked at first, believed never. */
+    /* Where operations were last found, by their fingerprints: tried first, and always verified. */
     _Atomic uint32_t hints[HINTS];
 #ifdef SHMEPOCH_AUDIT
-    _Atomic uint64_t commits; /* how often this process has made something true */
+    _Atomic uint64_t commits; /* how many commits this process has made */
 #endif
 } Epoch;
 
@@ -35,7 +34,7 @@ typedef struct {
     uint64_t least, most, actual;
 } Refusal;
 
-/* False, so that what is refused returns it. */
+/* Returns false, so that a caller can return the result of this call. */
 static inline bool
 refuse(Refusal *refusal, const char *reason, int64_t index, uint64_t actual)
 {
@@ -65,7 +64,7 @@ as_count(PyObject *object, uint64_t *value)
     return true;
 }
 
-/* Whether it has operations at all; ValueError where it has cursors only. */
+/* Whether the epoch has operations at all; ValueError if it has cursors only. */
 static inline bool
 has_operations(const Epoch *self)
 {
@@ -75,7 +74,7 @@ has_operations(const Epoch *self)
     return self->room.max_operations != 0;
 }
 
-/* Raises `Refused` with what a refusal says; NULL. */
+/* Raises `Refused` with the facts of a refusal; returns NULL. */
 PyObject *raise_refused(PyObject *epoch, const Refusal *refusal);
 
 /* --- where everything lies -------------------------------------------------------------------- */
@@ -98,22 +97,22 @@ fingerprints_of(const Epoch *self)
     return (word_t *)(void *)(self->memory->base + self->shape.fingerprints);
 }
 
-/* Loads need no more than relaxed where the writer lock orders them after the stores of its holders
- * before, and where a reader validates what it has copied. */
+/* A relaxed load is enough under the writer lock, which orders it after the stores of earlier
+ * holders, and in a reader that validates its copy afterwards. */
 static inline uint64_t
 load(const word_t *word)
 {
     return atomic_load_explicit(word, memory_order_relaxed);
 }
 
-/* Acquire: what was written before the word was published is seen. */
+/* Acquire: sees everything that was written before the word was published. */
 static inline uint64_t
 load_published(const word_t *word)
 {
     return atomic_load_explicit(word, memory_order_acquire);
 }
 
-/* Release: publishes what was written before. */
+/* Release: publishes everything that was written before. */
 static inline void
 publish(word_t *word, uint64_t value)
 {
@@ -128,15 +127,15 @@ typedef struct {
     uint64_t floor;  /* operations that ended at or before this sequence are not retained */
 } Words;
 
-/* The words as they stand, those that never change once an epoch is found held against each other. The
- * rest may be of different moments.
+/* Loads the words, and checks those that do not change once an epoch can be found. The rest may be
+ * from different moments.
  *
- * OPS-5: loaded before the slots that are held against them. What a killed writer had prepared is
- * undone before its birth or sequence is committed for another operation; so a reader that sees that
- * commit cannot see the leftover any more. */
+ * OPS-5: loaded before the slots that are compared with them. Words that a killed writer had
+ * prepared are undone before their birth or sequence is committed for another operation. So a
+ * reader that sees that commit cannot see the leftover. */
 bool load_words(const Epoch *self, Words *words, Refusal *refusal);
-/* Holds them against each other, under the writer lock: every walk over sequences or slots is bounded
- * by them, so nothing starts before this. */
+/* Checks them against each other, under the writer lock. It comes first, since every loop over
+ * sequences or slots is bounded by them. */
 bool check_words(const Epoch *self, const Words *words, Refusal *refusal);
 
 /* --- operations (slots.c) ------------------------------------------------------------------------- */
@@ -149,7 +148,7 @@ typedef struct {
 /* The key of an operation's id; false with an error set. */
 bool parse_key(const Epoch *self, PyObject *object, Key *key);
 
-/* Where an operation is: in a slot, or else in the record that ended it; neither if it is not held. */
+/* Where an operation is: in a slot, or else in the record that ended it, or in neither. */
 typedef struct {
     int64_t slot; /* -1: none */
     uint64_t seq; /* 0: none */
@@ -159,7 +158,7 @@ typedef struct {
 bool find_operation(Epoch *self, const Words *words, const Key *key, Place *place,
                     Refusal *refusal);
 
-/* Whether a sequence ended the operation in a slot, as of some words. */
+/* Whether the operation in a slot has ended, as of some words. */
 static inline bool
 has_ended(const Slot *slot, const Words *words)
 {
@@ -167,7 +166,7 @@ has_ended(const Slot *slot, const Words *words)
     return seq != 0 && seq <= words->watermark;
 }
 
-/* Whether a slot that is not free has one of the operations that `active` counts. */
+/* Whether a slot that is not free holds an operation that `active` counts. */
 static inline bool
 is_active(const Slot *slot, const Words *words)
 {
@@ -212,7 +211,7 @@ lane_of(uint64_t participant)
     return participant & 0xff;
 }
 
-/* How many words the counts of a slot's watchers take. */
+/* How many words the watcher counts of a slot take. */
 static inline uint64_t
 watcher_words(const Epoch *self)
 {
@@ -236,10 +235,11 @@ watcher_shift(uint64_t participant)
 bool check_slot(const Epoch *self, uint64_t index, Refusal *refusal);
 bool is_watched(const Epoch *self, const Slot *slot);
 void free_slot(const Epoch *self, uint64_t index);
-/* A slot that holds nothing, or -1. OPS-6: what is kept for watchers gives way, the oldest first. */
+/* A slot that holds nothing, or -1. OPS-6: if all are used, it takes the slot of the oldest outcome
+ * that is kept for watchers. */
 int64_t take_free_slot(const Epoch *self, const Words *words);
-/* Undoes what a writer that was killed had prepared and not committed. May be broken off itself, and
- * made again. */
+/* Undoes what a killed writer had prepared and not committed. It may be killed itself, and run
+ * again. */
 bool repair(const Epoch *self, const Words *words, Refusal *refusal);
 
 /* --- records (ring.c) ----------------------------------------------------------------------------- */
@@ -292,7 +292,7 @@ index_word(const Epoch *self, uint64_t seq)
     return &index[seq % self->shape.index_count];
 }
 
-/* The place of a sequence's fingerprint. What the last recovery skipped takes none. */
+/* The place of a sequence's fingerprint. Sequences that the last recovery skipped have none. */
 static inline word_t *
 retained_word(const Epoch *self, const Words *words, uint64_t seq)
 {
@@ -305,29 +305,29 @@ retained_word(const Epoch *self, const Words *words, uint64_t seq)
 void ring_copy_out(const Epoch *self, uint64_t position, unsigned char *target, uint64_t length);
 void ring_copy_in(const Epoch *self, uint64_t position, const unsigned char *source,
                   uint64_t length);
-/* Whether what lies at a position can be the record of a sequence. It is copied to `record`. */
+/* Whether the bytes at a position can be the record of a sequence. They are copied to `record`. */
 bool load_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record);
-/* Composes a record of its words, but for the checksums, and its parts; its size. */
+/* Composes a record from its words and parts, and adds the checksums. Returns its size. */
 uint64_t compose_record(Record record, const Parts *parts, unsigned char *composed);
-/* Whether a part of a record that was copied is what was written. */
+/* Whether a copied part of a record is whole: not torn by a writer. */
 bool is_whole_first(const Record *record, const unsigned char *first);
 bool is_whole_second(const Record *record, const unsigned char *second);
 
-/* Where records of `size` bytes together begin, after the watermark, once the entries through
- * `dropped` are dropped for them, and outcomes that are kept through `given_up` with them. */
+/* Where the next records begin, and what makes room for them: entries through `dropped` are
+ * dropped, and kept outcomes through `given_up` are given up. */
 typedef struct {
     uint64_t position, dropped, given_up;
 } Space;
 
-/* Finds room for `count` records, and changes nothing for it: their commit may be refused yet.
+/* Finds room for `count` records, and drops nothing yet: their commit may still be refused.
  *
- * FEED-3: the records of one commit fit the ring together, so none overwrites another. Those of a full
- * table do, without their details and with a short reason. OPS-6: what is kept for watchers is passed
- * over, and gives way, the oldest first, where there is no other room. */
+ * FEED-3: the records of one commit fit the ring together, so none overwrites another. The records
+ * of a full table fit without their details and with a short reason. OPS-6: records that are kept
+ * for watchers are passed over. If there is no other room, the oldest are given up first. */
 bool find_room(const Epoch *self, const Words *words, uint64_t count, uint64_t size, Space *space,
                Refusal *refusal);
 
-/* Gives up what was kept through `given_up`, once the feed has dropped it. */
+/* Frees the slots that keep outcomes through `given_up`, after the feed has dropped these. */
 void give_up_kept(const Epoch *self, const Words *words, const Space *space);
 
 #endif

@@ -1,7 +1,8 @@
-/* The completion feed, as readers are given it without a lock.
+/* The completion feed, read without a lock.
  *
- * An entry is made of a record's values and a template: what comes before the sequence, the id, the
- * head, the outcome and the time. So a record holds no keys, and nothing here reads MessagePack.
+ * An entry is made of a record's values and a template: the bytes that come before the sequence,
+ * the id, the head, the outcome and the time. So a record holds no keys, and nothing here reads
+ * MessagePack.
  */
 
 #include "transition.h"
@@ -12,7 +13,7 @@
 typedef struct {
     const char *part[ENTRY_PARTS];
     uint64_t length[ENTRY_PARTS];
-    uint64_t size; /* of what all entries have, with the values that have a fixed length */
+    uint64_t size; /* of the template and the values of fixed length */
 } Template;
 
 static bool
@@ -59,8 +60,8 @@ append_big_endian(unsigned char *target, uint64_t value)
     return target + WORD;
 }
 
-/* What entries take, 0 for one that was skipped, and -1 for one that is not there; together, as far as
- * records that the ring can hold do. */
+/* The size of each entry: 0 for a skipped one, -1 for one that is not there. Returns the sum for as
+ * many records as the ring can hold. */
 static uint64_t
 measure(const Epoch *self, const Template *template, uint64_t first, uint64_t count,
         int64_t *sizes)
@@ -79,7 +80,7 @@ measure(const Epoch *self, const Template *template, uint64_t first, uint64_t co
         }
         sizes[i] = (int64_t)entry_size(template, &record);
         records += record_size(lengths_of(&record));
-        /* What is whole together fits the ring; more than that is records of different rounds. */
+        /* Records that exist together fit the ring. More than that are of different rounds. */
         total += records <= self->room.feed_bytes ? (uint64_t)sizes[i] : 0;
     }
     return total;
@@ -117,7 +118,7 @@ take_entry(const Epoch *self, const Template *template, uint64_t seq, uint64_t s
     return true;
 }
 
-/* What one pass of `list_since` finds. */
+/* The result of one pass of `list_since`. */
 typedef struct {
     uint64_t first, watermark, dropped;
     uint64_t first_whole; /* overwriting goes from the oldest on: a torn record voids those before it */
@@ -157,7 +158,7 @@ gather(const Epoch *self, const Template *template, Pass *pass)
     }
     atomic_thread_fence(memory_order_acquire);
     pass->dropped = load(&control_of(self)->writer.dropped_through);
-    /* What was dropped meanwhile is left out, too. */
+    /* Entries that were dropped meanwhile are left out, too. */
     uint64_t passed = 0, entries = 0;
     for (uint64_t i = 0; i < count; i++) {
         const uint64_t seq = pass->first + i;

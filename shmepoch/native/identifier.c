@@ -1,7 +1,7 @@
-/* Sixteen bytes with a kind: what every identifier is, compared, hashed and written natively.
+/* Identifier: sixteen bytes with a kind, compared, hashed and written natively.
  *
  * Each operation's id is compared, hashed, written and read a dozen times between its registration
- * and its completion; in Python that was an eighth of what all of it takes.
+ * and its completion; in Python that took an eighth of an operation's whole time.
  */
 
 #include "common.h"
@@ -94,7 +94,7 @@ identifier_bytes(PyObject *object, void *Py_UNUSED(closure))
     return Py_NewRef(((Identifier *)object)->raw);
 }
 
-/* What ids are searched by in shared memory. Zero is left to whatever holds no id. */
+/* Searches in shared memory compare fingerprints. Zero means that there is no id. */
 static PyObject *
 identifier_fingerprint(PyObject *object, void *Py_UNUSED(closure))
 {

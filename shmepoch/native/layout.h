@@ -22,8 +22,8 @@ typedef _Atomic uint64_t word_t;
 #define LAYOUT_VERSION 3
 #define MAGIC UINT64_C(0x68636f70656d6873) /* "shmepoch", read as a little-endian number */
 
-/* The states of an epoch. It is gone when its file lost its name before it was sealed; that stands
- * only in memory that no process can attach to any more, and says so to those that have it. */
+/* The states of an epoch. It is gone when its file lost its name before it was sealed; that state
+ * tells the processes that still have the memory, which no other process can attach to. */
 #define STATE_OPEN 0
 #define STATE_SEALED 1
 #define STATE_GONE 2
@@ -33,11 +33,12 @@ typedef _Atomic uint64_t word_t;
 #define DETAIL_LIMIT 512 /* bytes of an encoded detail */
 #define MAX_PARTICIPANTS 208
 #define MIN_FEED_ENTRIES 1024
-/* RECOVERY-2: how many sequences recovery skips after a reboot. What was committed and not yet stored
- * is gone, but its sequences may have been seen, and must not come again as something else. */
+/* RECOVERY-2: how many sequences recovery skips after a reboot. Entries that were committed and not
+ * yet stored are lost, but their sequences may have been seen. They must not be used again for
+ * other entries. */
 #define RECOVERY_SKIP 1024
 
-/* Written once, before the segment has a name; but for the state. */
+/* Written once, before the segment has a name. Only the state changes later. */
 typedef struct {
     word_t magic;
     word_t version;
@@ -65,7 +66,7 @@ typedef struct {
     word_t spare[15];
 } CursorLine;
 
-/* What waiters look at. */
+/* Read by waiters. */
 typedef struct {
     word_t watermark; /* THE commit of a transition that ends operations */
     word_t event;     /* futex count and sleepers flag */
@@ -73,7 +74,7 @@ typedef struct {
     word_t spare[13];
 } FeedLine;
 
-/* What only the writer's side changes, and those who join, and the store. */
+/* Changed by writers, by processes that join, and by the store. */
 typedef struct {
     word_t dropped_through; /* raised before entries are overwritten */
     word_t intent;          /* not 0: a transition is in progress */
@@ -82,7 +83,7 @@ typedef struct {
     word_t kept;        /* not 0: a slot may keep an outcome for watchers */
     word_t head;        /* where the next record begins; with an intent, perhaps not yet */
     word_t joined;      /* participants that ever joined */
-    word_t durable_seq; /* what a store holds */
+    word_t durable_seq; /* stored through this sequence */
     word_t spare[8];
 } WriterLine;
 
@@ -100,7 +101,7 @@ typedef struct {
     word_t spare;
 } ParticipantSlot;
 
-/* One operation that has not ended, or that has and is watched still. It is registered if
+/* One operation that has not ended, or that has ended and is still watched. It is registered if
  * 0 < birth <= registrations, and has ended if 0 < terminal_seq <= watermark. */
 typedef struct {
     word_t word; /* version << 16 | buffer << 8 | status */
@@ -115,7 +116,7 @@ typedef struct {
     word_t spec_lengths;  /* of the rest << 32 | of the head */
     word_t detail_length[2];
     word_t spare[3];
-    word_t spec[SPEC_LIMIT / WORD]; /* the head, which its entry has, too, then the rest */
+    word_t spec[SPEC_LIMIT / WORD]; /* the head, which the entry has too, then the rest */
     word_t details[2][DETAIL_LIMIT / WORD];
     word_t watchers[]; /* a 16-bit count for each participant slot */
 } Slot;
@@ -130,15 +131,15 @@ typedef struct {
 #define VERSION_SHIFT 16
 #define SPARE_BITS 0xfefc /* neither version, nor buffer, nor status: always zero */
 
-/* A record of the byte ring: these words; what readers of the feed get, its operation's head and its
- * outcome; and what else is known of the operation, the rest of its spec and its last detail. Each of
- * the two parts is padded to words. */
+/* A record of the byte ring: these words and two parts, each padded to words. The first part is for
+ * readers of the feed: the head of the operation, and its outcome. The second is the rest of the
+ * spec, and the last detail. */
 typedef struct {
     uint64_t seq;
     uint64_t birth; /* 0: the registry does not hold the operation */
     uint64_t id[2];
     uint64_t created_at_ms;
-    uint64_t started; /* 1 + the time; 0: it never was */
+    uint64_t started; /* 1 + the time; 0: never started */
     uint64_t completed_at_ms;
     uint64_t elapsed_ms;
     uint64_t lengths;   /* of detail << 54 | of rest << 44 | of head << 32 | of outcome */
@@ -179,15 +180,16 @@ _Static_assert(sizeof(Record) == 80, "a record has ten words before its parts");
 #define LOOP_BYTE 4     /* while it runs, by the runtime loop */
 #define PARTICIPANT_BYTE 5 /* + i, while it lives, by the participant in slot i */
 
-/* What the layout follows from; all zero but for the participants: room for cursors only. */
+/* The layout follows from these. All zero but the participants: room for cursors only. */
 typedef struct {
     uint64_t max_completed, max_operations, feed_bytes, max_participants;
 } Capacities;
 
-/* Where the parts of a segment lie, after the Control and in this order, and how many they are. */
+/* Where the parts of a segment lie, after the Control and in this order, and how many entries they
+ * have. */
 typedef struct {
     uint64_t participants; /* max_participants of ParticipantSlot */
-    uint64_t fingerprints; /* a word for each slot: what ids are searched by; 0: the slot is free */
+    uint64_t fingerprints; /* a word for each slot, to search ids by; 0: the slot is free */
     uint64_t retained;     /* a fingerprint for each of the last sequences */
     uint64_t retained_count;
     uint64_t index; /* a word for each of the last sequences: where its record is */
@@ -239,7 +241,7 @@ shape_of(const Capacities *room, Shape *shape)
     return true;
 }
 
-/* The constants that Python has of this file, by their names there. */
+/* The constants that Python gets, by their names there. */
 #define LAYOUT_CONSTANTS(X)                                                                         \
     X("WORD", WORD) X("LINE", LINE) X("PAGE", PAGE) X("VERSION", LAYOUT_VERSION)                      \
     X("OPEN", STATE_OPEN) X("SEALED", STATE_SEALED) X("GONE", STATE_GONE)                             \

@@ -1,12 +1,12 @@
-/* Locks of single bytes of a file, and WriterLock: a thread lock and one of those, taken together.
+/* Locks of single bytes of a file, and WriterLock: a thread lock and a byte lock, taken together.
  *
  * Open-file-description locks belong to the open file description, not to the process (fcntl(2)): two
  * attachments of one process exclude each other, and the kernel drops them with the last descriptor,
  * however its holder died.
  *
- * LOCK-2: what runs under the writer lock is C that neither needs nor takes the interpreter lock. So a
- * process that waits for its interpreter holds up no other one, and no handler of a signal, finalizer
- * or callback ever runs inside.
+ * LOCK-2: the code under the writer lock is C, and neither needs nor takes the interpreter lock. So
+ * a process that waits for its interpreter does not delay other processes, and no signal handler,
+ * finalizer or callback runs inside.
  */
 
 #include "common.h"
@@ -108,18 +108,20 @@ PyMethodDef lock_functions[] = {
 
 /* --- WriterLock -------------------------------------------------------------------------------
  *
- * A wait for it ends within a bounded time of a signal or of the lock's retirement, whatever holds
+ * A wait for it ends within a bounded time of a signal or of the lock's retirement, whoever holds
  * it. So no wait is a blocking system call without a limit: fcntl(2) has no timed wait for a lock,
- * and nothing but a signal interrupts F_OFD_SETLKW. The lock is polled instead, with pauses that grow
- * with the time waited: a part of it, from what a transition takes to what costs next to no processor.
+ * and only a signal interrupts F_OFD_SETLKW. The lock is polled instead. The pauses are a part of
+ * the time waited: at least about as long as a transition, at most so long that polling costs
+ * almost no processor time.
  */
 
 static const int64_t LOCK_PAUSE_PART = 16;
 static const int64_t LOCK_PAUSE_MIN_NS = 10 * 1000;
 static const int64_t LOCK_PAUSE_MAX_NS = 1000 * 1000;
 
-/* How long a file may have lost its name before a transition hears of it: a check takes as long as
- * the lock itself, and the time of the coarse clock a twentieth of that. */
+/* How long a transition may not notice that the file has lost its name. It is not checked each
+ * time: a check takes as long as the lock itself, and reading the coarse clock a twentieth of
+ * that. */
 static const int64_t LOOK_NS = 500 * 1000 * 1000;
 
 struct WriterLock {
@@ -127,26 +129,27 @@ struct WriterLock {
     PyThread_type_lock threads; /* between the threads of this process */
     Descriptor *descriptor;     /* between processes; NULL of private memory */
     off_t at;
-    /* Called without a lock where the descriptor is a forked child's parent's, to open it again, or
-     * the file without a name; or NULL. */
+    /* Called without a lock, or NULL. In a forked child with its parent's descriptor it opens the
+     * file again; it is also called where the file has no name. */
     PyObject *attend;
-    _Atomic int64_t looked_ns; /* when the file had a name */
+    _Atomic int64_t looked_ns; /* when the file last had a name */
     word_t participant;
-    /* Makes the error of a retired lock, NULL before. Set once, so that it is read without a lock. */
+    /* Makes the error of a retired lock; NULL before. Set once, so it can be read without a
+     * lock. */
     shared_object_t on_closed;
 };
 
-/* What became of an attempt to take the lock. */
+/* The result of an attempt to take the lock. */
 typedef enum {
     LOCK_TAKEN,
     LOCK_BUSY,    /* another thread or process has it */
     LOCK_RETIRED, /* its attachment has left */
-    LOCK_CLOSED,  /* the descriptor is, perhaps since it was the parent's */
+    LOCK_CLOSED,  /* its descriptor is closed, perhaps as the parent's */
     LOCK_NAMELESS,
     LOCK_FAILED, /* errno says why */
 } LockState;
 
-/* The time to a few milliseconds, for a fraction of the price. */
+/* The time to a few milliseconds, at a fraction of the cost. */
 static int64_t
 coarse_ns(void)
 {
@@ -236,14 +239,14 @@ writer_participant(const WriterLock *self)
     return atomic_load_explicit(&self->participant, memory_order_acquire);
 }
 
-/* Acquire; pairs with the release in `writer_retire`: the error's maker is whole. */
+/* Acquire; pairs with the release in `writer_retire`: `on_closed` is seen whole. */
 static bool
 writer_is_retired(WriterLock *self)
 {
     return atomic_load_explicit(&self->on_closed, memory_order_acquire) != NULL;
 }
 
-/* GONE-1: whether the file has lost its name, as looked up now and then. */
+/* GONE-1: whether the file has lost its name, checked from time to time. */
 static bool
 writer_is_nameless(WriterLock *self, int fd)
 {
@@ -298,13 +301,14 @@ writer_release(WriterLock *self)
 {
     if (self->descriptor != NULL) {
         struct flock lock = byte_lock(F_UNLCK, self->at);
-        /* It fails only where the descriptor is closed, and then the lock is gone with that. */
+        /* It fails only if the descriptor is closed, and then the lock is released already. */
         fcntl(self->descriptor->fd, F_OFD_SETLK, &lock);
     }
     PyThread_release_lock(self->threads);
 }
 
-/* Tries until it is not busy any more, or as long as a wait goes on without a look for signals. */
+/* Tries until the lock is not busy, or for as long as a wait may go on without a check for
+ * signals. */
 static LockState
 writer_poll(WriterLock *self, int64_t began_ns)
 {
@@ -325,7 +329,7 @@ writer_poll(WriterLock *self, int64_t began_ns)
     return state;
 }
 
-/* Does what can be done about a lock that was not taken; false with an error set. */
+/* Reacts to an attempt that did not take the lock; false with an error set. */
 static bool
 writer_attend(WriterLock *self, LockState state, int error)
 {
@@ -341,16 +345,16 @@ writer_attend(WriterLock *self, LockState state, int error)
     if (self->attend != NULL) {
         PyObject *attended = PyObject_CallFunctionObjArgs(self->attend, NULL);
         if (attended == NULL) {
-            return false; /* and every attempt from now on checks again */
+            return false; /* every later attempt checks again */
         }
         Py_DECREF(attended);
     }
-    if (state == LOCK_NAMELESS) { /* it never had one */
+    if (state == LOCK_NAMELESS) { /* not published yet: it has had no name */
         atomic_store_explicit(&self->looked_ns, coarse_ns(), memory_order_relaxed);
     }
     else if (self->descriptor->fd < 0 && !writer_is_retired(self)) {
         PyObject *fileno = PyObject_CallMethod((PyObject *)self->descriptor, "fileno", NULL);
-        Py_XDECREF(fileno); /* of another thread's making, just now */
+        Py_XDECREF(fileno); /* another thread has just opened it */
         return fileno != NULL;
     }
     return true;
@@ -361,8 +365,8 @@ writer_run(WriterLock *self, bool wait, void (*body)(void *), void *argument)
 {
     int64_t began_ns = 0;
     for (;;) {
-        /* With the interpreter lock, since the lock is nearly always free; only a wait is worth the
-         * price of letting other threads run. */
+        /* Keeps the interpreter lock, since this lock is nearly always free. Only a wait is worth
+         * the cost of releasing it. */
         LockState state = writer_try(self);
         int error = errno;
         if (state == LOCK_TAKEN) {
@@ -396,7 +400,7 @@ writer_run(WriterLock *self, bool wait, void (*body)(void *), void *argument)
     }
 }
 
-/* after_fork(): in a forked child it is free, since the thread that held it is not there. */
+/* after_fork(): in a forked child the lock is free, since the thread that held it is not there. */
 static PyObject *
 writer_after_fork(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -405,13 +409,13 @@ writer_after_fork(PyObject *object, PyObject *Py_UNUSED(ignored))
     if (threads == NULL) {
         return PyErr_NoMemory();
     }
-    self->threads = threads; /* the old one may be held, and is not to be freed then */
+    self->threads = threads; /* the old one may be held, and then must not be freed */
     Py_RETURN_NONE;
 }
 
-/* retire(on_closed): every attempt from now on is refused, those that wait included, and no thread is
- * inside any more. For a caller that is about to close the descriptor, which gives the lock up in the
- * middle of a transition as well. */
+/* retire(on_closed): refuses every later attempt, also of those that wait now, and waits until no
+ * thread is inside. For a caller that is about to close the descriptor: closing releases the lock,
+ * even in the middle of a transition. */
 static PyObject *
 writer_retire(PyObject *object, PyObject *on_closed)
 {
@@ -460,7 +464,7 @@ static PyMethodDef writer_methods[] = {
     {"after_fork", (PyCFunction)writer_after_fork, METH_NOARGS,
      "In a forked child: free, since the thread that held it is not there."},
     {"retire", (PyCFunction)writer_retire, METH_O,
-     "retire(on_closed, /): refuse every attempt from now on; no thread is inside any more."},
+     "retire(on_closed, /): refuse every later attempt, and wait until no thread is inside."},
     {NULL, NULL, 0, NULL},
 };
 

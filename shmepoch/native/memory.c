@@ -1,10 +1,10 @@
 /* Memory: a mapping, shared (of a descriptor) or private, with atomic access to its words.
  *
- * A caller names byte offsets; every method checks that they are inside the mapping and aligned
- * before it touches a byte, then does one thing.
+ * A caller passes byte offsets. Every method checks that they are aligned and inside the mapping
+ * before it accesses a byte.
  *
- * The standard library's mmap is not used because it is a buffer that all code may write to with
- * plain stores; a Memory is read-only to Python but for its atomic methods.
+ * It does not use the mmap of the standard library: that is a buffer that all code may write to
+ * with plain stores. Python code writes to a Memory through its atomic methods only.
  */
 
 #include "common.h"
@@ -65,8 +65,8 @@ open_again(int fd)
     return open(link, O_RDWR | O_CLOEXEC);
 }
 
-/* Through a description of its own: a mapping holds the one it was made through, also in a forked
- * child and long after the descriptor was closed, and with it every lock. */
+/* Maps through a description of its own. A mapping holds the description it was made through, and
+ * with it every lock, also in a forked child and after the descriptor was closed. */
 static PyObject *
 memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -140,8 +140,8 @@ memory_length(PyObject *object)
 
 /* --- single words ------------------------------------------------------------------------------ */
 
-/* Acquire; pairs with the release in `store` and in the read-modify-writes: what was written before
- * a word was published is seen by every reader of the word. */
+/* Acquire; pairs with the release in `store` and in the read-modify-writes: a reader of the word
+ * sees everything that was written before the word was published. */
 static PyObject *
 memory_load(PyObject *object, PyObject *offset_object)
 {
@@ -254,8 +254,8 @@ memory_load_column(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return tuple;
 }
 
-/* find(offset, count, value, start[, stride]) -> index or -1; without a stride, of words that lie side by
- * side */
+/* find(offset, count, value, start[, stride]) -> index or -1; without a stride, the words are
+ * adjacent */
 static PyObject *
 memory_find(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,5 +1,6 @@
-/* Operations, as readers are given them. None of it takes a lock; a writer holds up no reader, and a reader
- * no writer. What was overwritten while it was copied is recognised, and copied again or left out.
+/* Operations, read without a lock: writers do not delay readers, and readers do not delay writers.
+ * A reader notices when its copy was overwritten meanwhile, and copies again or leaves the value
+ * out.
  */
 
 #include "transition.h"
@@ -25,7 +26,7 @@ epoch_words(PyObject *object, PyObject *Py_UNUSED(ignored))
                          (unsigned long long)words.floor);
 }
 
-/* active() -> how many operations have not ended: what was registered less what has ended */
+/* active() -> how many operations have not ended: the registrations less the completions */
 PyObject *
 epoch_active(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -39,7 +40,7 @@ epoch_active(PyObject *object, PyObject *Py_UNUSED(ignored))
         if (!load_words(self, &words, &refusal)) {
             return raise_refused(object, &refusal);
         }
-        /* Else some may have been registered and have ended since that was read. */
+        /* Otherwise operations may have been registered and have ended since it was loaded. */
     } while (load_published(&control_of(self)->writer.registrations) != words.registrations);
     if (words.active > self->room.max_operations) {
         corrupt(&refusal, "registrations less completions", -1, 0, self->room.max_operations,
@@ -68,7 +69,8 @@ epoch_find(PyObject *object, PyObject *id)
         if (!find_operation(self, &words, &key, &place, &refusal)) {
             return raise_refused(object, &refusal);
         }
-        /* Else it may have ended while it was looked for, and have left its slot before that. */
+        /* Otherwise it may have ended during the search, and have left its slot before the search
+         * got there. */
     } while (place.slot < 0 && place.seq == 0
              && load_published(&control_of(self)->feed.watermark) != words.watermark);
     if (place.slot < 0 && place.seq == 0) {
@@ -98,15 +100,15 @@ epoch_used(PyObject *object, PyObject *Py_UNUSED(ignored))
 
 /* --- one slot ------------------------------------------------------------------------------------ */
 
-/* A slot as it was copied. */
+/* A copy of a slot. */
 typedef struct {
     uint64_t word, birth, terminal_seq, id[2], participant, created_at_ms, created_mono_ns,
         started, position, spec_lengths, detail_length, watchers;
     unsigned char spec[SPEC_LIMIT], detail[DETAIL_LIMIT];
 } CopiedSlot;
 
-/* The slot's word changes before anything that it covers is overwritten, so an equal word means that
- * the copy is of one moment. False with an error set. */
+/* The slot's word changes before the fields that it covers are overwritten, so an equal word means
+ * that the copy is of one moment. False with an error set. */
 static bool
 copy_slot(Epoch *self, uint64_t index, CopiedSlot *copy)
 {
@@ -151,7 +153,7 @@ copy_slot(Epoch *self, uint64_t index, CopiedSlot *copy)
         raise_refused((PyObject *)self, &refusal);
         return false;
     }
-    /* What was not committed by then is left out. */
+    /* What was not committed when the words were loaded is left out. */
     if (copy->birth > words.registrations) {
         copy->birth = 0;
     }
@@ -191,10 +193,10 @@ epoch_slot(PyObject *object, PyObject *index_object)
 
 /* --- one record ---------------------------------------------------------------------------------- */
 
-/* What may have become of a record that a reader copied. */
+/* The result of copying a record. */
 typedef enum { RECORD_TAKEN, RECORD_TORN, RECORD_ERROR } RecordState;
 
-/* The record of a sequence at a position, its parts in one bytes object after the other. */
+/* The record of a sequence at a position. `data` becomes one bytes object with both parts. */
 static RecordState
 take_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record, PyObject **data)
 {
@@ -218,7 +220,7 @@ take_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record, 
     return RECORD_TORN;
 }
 
-/* The record of a committed sequence, in `data`; NULL there if it was dropped, or skipped by recovery.
+/* The record of a committed sequence, in `data`: NULL if it was dropped, or skipped by recovery.
  * False with an error set. */
 static bool
 take_retained(Epoch *self, uint64_t seq, Record *record, PyObject **data)
@@ -284,8 +286,8 @@ outcome_of(const Record *record, PyObject *data)
     return outcome;
 }
 
-/* How the operation ended that a slot holds, or is kept for, in `outcome`; NULL there if it has not
- * ended. False where the slot has passed to another, or with an error set. */
+/* The outcome of the operation that a slot holds or is kept for, in `outcome`: NULL if it has not
+ * ended. False if the slot holds another operation now, or with an error set. */
 static bool
 take_from_slot(Epoch *self, uint64_t index, uint64_t birth, PyObject **outcome)
 {
@@ -328,8 +330,8 @@ take_from_slot(Epoch *self, uint64_t index, uint64_t birth, PyObject **outcome)
     return false;
 }
 
-/* How the registration `birth` ended, if that is in the feed above `since`; NULL without an error set if
- * it is not. */
+/* The outcome of the registration `birth`, if it is in the feed above `since`; NULL without an
+ * error set if it is not. */
 static PyObject *
 take_from_feed(Epoch *self, uint64_t birth, uint64_t since)
 {
@@ -357,11 +359,11 @@ take_from_feed(Epoch *self, uint64_t birth, uint64_t since)
     return NULL;
 }
 
-/* outcome(slot, birth, since) -> how the operation ended that was registered as `birth` in a slot, or None
- * while it has not
+/* outcome(slot, birth, since) -> the outcome of the operation that was registered as `birth` in a
+ * slot, or None while it has not ended
  *
- * `since` is a watermark at which it had not ended. Refused as dropped where it has ended and its record
- * is there no more. */
+ * `since` is a watermark at which it had not ended. Refused as dropped if it has ended and its
+ * record is gone. */
 PyObject *
 epoch_outcome(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,4 +1,4 @@
-/* Entering operations, in provisioning. */
+/* The registration of operations, in the status `provisioning`. */
 
 #include "transition.h"
 
@@ -22,7 +22,7 @@ fill_slot(const Epoch *self, uint64_t index, const Registration *all, const Entr
 {
     Slot *slot = slot_at(self, index);
     const uint64_t passing = next_word(load(&slot->word), STATUS_ABSENT, 0);
-    publish(&slot->word, passing); /* readers of what was here before see that it is going */
+    publish(&slot->word, passing); /* readers of the last operation see its end */
     atomic_thread_fence(memory_order_release);
     const struct {
         word_t *word;
@@ -64,8 +64,8 @@ compare_entrants(const void *one_object, const void *other_object)
     return order != 0 ? order : (one > other) - (one < other);
 }
 
-/* Which entrant is the first that is one of those before it, into `all->repeated`; false without
- * memory. Sorted before the lock is taken, since a batch may be large. */
+/* Sets `all->repeated` to the first entrant whose id an earlier one has; false if there is no
+ * memory. It sorts before the lock is taken, since a batch may be large. */
 static bool
 find_repeated(Registration *all)
 {
@@ -91,8 +91,8 @@ find_repeated(Registration *all)
     return true;
 }
 
-/* Whether all of the entrants may be entered. Asked before anything is prepared, since the slots that
- * they take may keep outcomes. */
+/* Whether all of the entrants may be registered. Checked before anything is prepared: the slots
+ * that they take may keep outcomes. */
 static bool
 admit(Registration *all)
 {
@@ -134,7 +134,7 @@ register_body(void *argument)
         const Entrant *entrant = &all->entrants[i];
         const int64_t slot = take_free_slot(self, &one->words);
         if (slot < 0) {
-            publish(&control->writer.intent, i != 0); /* the next one repairs what was prepared */
+            publish(&control->writer.intent, i != 0); /* the next writer undoes them */
             corrupt(&one->refusal, "free slots", -1, 1, self->room.max_operations, 0);
             return;
         }
@@ -148,7 +148,7 @@ register_body(void *argument)
 
 /* register(((id, head, rest), ...), created_at_ms, created_mono_ns) -> the number of the first
  *
- * Enters operations, in provisioning: all of them in one commit, or none. */
+ * Registers operations: all of them in one commit, or none. */
 PyObject *
 epoch_register(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -1,8 +1,8 @@
-/* Laying a stored epoch into fresh memory. */
+/* Restoring a stored epoch into fresh memory. */
 
 #include "transition.h"
 
-/* A record that is laid into a fresh epoch. */
+/* A record to restore. */
 typedef struct {
     Record record;
     Key key;
@@ -50,7 +50,7 @@ parse_restored(const Epoch *self, PyObject *each, Restored *restored)
     return true;
 }
 
-/* Fresh memory, into which a stored epoch is laid. */
+/* The restoration of one epoch. */
 typedef struct {
     Transition base;
     Restored *restored;
@@ -125,10 +125,10 @@ restore_body(void *argument)
 
 /* restore(records, dropped, last, skipped_after)
  *
- * Lays records into a fresh epoch that no other process has found, those after `dropped` and in order:
- * (seq, birth, created_at_ms, started, completed_at_ms, elapsed_ms, id, head, outcome, rest, detail).
- * Sequences through `last` without one will never have one; recovery skipped those above
- * `skipped_after`. */
+ * Writes records into a fresh epoch that no other process has found. Each is (seq, birth,
+ * created_at_ms, started, completed_at_ms, elapsed_ms, id, head, outcome, rest, detail), in order
+ * and after `dropped`. A sequence through `last` that has no record will never have one; recovery
+ * skipped those above `skipped_after`. */
 PyObject *
 epoch_restore(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {

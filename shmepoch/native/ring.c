@@ -1,8 +1,8 @@
-/* Records in the byte ring: how they are laid, found and recognised.
+/* Records in the byte ring: how they are written, found and checked.
  *
- * FEED-2: `dropped_through` is raised before what it covers is overwritten. A reader copies first and
- * looks at it afterwards, so a record that was overwritten while it was copied is known to be dropped
- * and is never returned.
+ * FEED-2: `dropped_through` is raised before the entries that it covers are overwritten. A reader
+ * copies first and loads it afterwards. So the reader knows that a record which was overwritten
+ * during the copy is dropped, and does not return it.
  */
 
 #include "epoch.h"
@@ -13,7 +13,7 @@ ring_word(const Epoch *self, uint64_t at)
     return (word_t *)(void *)(self->memory->base + self->shape.records + at);
 }
 
-/* No division a word: only the first place is found by one. */
+/* One division for all words: only the first place needs it. */
 void
 ring_copy_out(const Epoch *self, uint64_t position, unsigned char *target, uint64_t length)
 {
@@ -46,8 +46,8 @@ load_record(const Epoch *self, uint64_t position, uint64_t seq, Record *record)
            && record->elapsed_ms <= LAST_COUNT;
 }
 
-/* FNV-1a over words instead of bytes, seeded with what the bytes belong to: a record that was torn, or
- * that belongs to another sequence, does not match. It guards against races, not against enemies. */
+/* FNV-1a over words instead of bytes. The seed is made of the record's own words, so a torn record,
+ * or one of another sequence, does not match. It protects from races, not from attackers. */
 static uint64_t
 checksum_step(uint64_t sum, uint64_t value)
 {
@@ -96,7 +96,7 @@ compose_record(Record record, const Parts *parts, unsigned char *composed)
     const Lengths of = lengths_of(&record);
     unsigned char *first = composed + sizeof record;
     unsigned char *second = first + padded(of.head + of.outcome);
-    memset(composed, 0, record_size(of)); /* what pads the parts */
+    memset(composed, 0, record_size(of)); /* the padding of the parts */
     memcpy(first, parts->head, of.head);
     memcpy(first + of.head, parts->outcome, of.outcome);
     memcpy(second, parts->rest, of.rest);
@@ -126,8 +126,8 @@ position_of(const Epoch *self, uint64_t seq)
     return position_in(load(index_word(self, seq)));
 }
 
-/* Through which sequence entries are dropped, so that records through `end` have their room and their
- * index words. */
+/* Sets `dropped`: entries through it must be dropped, so that records up to the position `end` have
+ * their room and their index words. */
 static bool
 drop_for(const Epoch *self, const Words *words, uint64_t last, uint64_t head, uint64_t end,
          uint64_t *dropped, Refusal *refusal)
@@ -155,7 +155,7 @@ keeps_outcome(const Epoch *self, const Words *words, uint64_t index)
     return load(&fingerprints_of(self)[index]) != FREE && has_ended(slot_at(self, index), words);
 }
 
-/* Whether a slot keeps a record that the feed holds no longer, once it has what is in `space`. */
+/* Whether a slot keeps a record that the feed no longer holds after the drops in `space`. */
 static bool
 is_kept(const Epoch *self, const Words *words, uint64_t index, const Space *space, uint64_t *begin,
         uint64_t *size)
@@ -168,14 +168,14 @@ is_kept(const Epoch *self, const Words *words, uint64_t index, const Space *spac
     }
     *begin = load(&slot->position);
     if (*begin > LAST_POSITION || !load_record(self, *begin, seq, &record)) {
-        return false; /* it is there no more */
+        return false; /* it is gone */
     }
     *size = record_size(lengths_of(&record));
     return true;
 }
 
-/* How far records of `size` bytes at `begin` have to move up to be clear of one that is kept; 0 if
- * nothing is in their way. `oldest` becomes the sequence of the oldest that is kept. */
+/* How far records of `size` bytes at `space->position` must move up to be clear of a kept record; 0
+ * if no kept record is in the way. `oldest` becomes the sequence of the oldest kept record. */
 static uint64_t
 kept_in_the_way(const Epoch *self, const Words *words, const Space *space, uint64_t size,
                 uint64_t *oldest)

@@ -1,13 +1,13 @@
-/* The operations that a segment holds: the words that commit, how an operation is found, and what is
- * left of those that were broken off or have ended.
+/* The operations that a segment holds: the words that commit, the search for an operation, and the
+ * repair after a killed writer.
  *
- * OPS-2: a slot holds an operation if its birth is at most `registrations`; the operation has ended if
- * `0 < terminal_seq <= watermark`, and nothing else says so.
- * OPS-3: an operation that has ended is retained while it is among the newest `max_completed`, was not
- * collected, and its record is in the feed, which is where its outcome is.
- * OPS-6: the slot of an operation that has ended is not given to another while it is watched, and its
- * record is not overwritten once the feed has dropped it. Registrations come first, and so do new
- * records: they take the oldest of those slots, or its record's room, if there is no other.
+ * OPS-2: a slot holds an operation if its birth is at most `registrations`. The operation has ended if
+ * and only if `0 < terminal_seq <= watermark`.
+ * OPS-3: an operation that has ended is retained while it is among the newest `max_completed`, was
+ * not collected, and its record, which has its outcome, is in the feed.
+ * OPS-6: while an operation that has ended is watched, another does not get its slot, and its record
+ * is not overwritten after the feed has dropped it. Registrations and new records have priority: if
+ * there is no other slot or room, they take those of the oldest such operation.
  */
 
 #include "epoch.h"
@@ -37,7 +37,7 @@ load_words(const Epoch *self, Words *words, Refusal *refusal)
     words->active = words->registrations - (watermark - words->origin);
     const uint64_t most = self->room.max_completed;
     uint64_t newest = watermark > most ? watermark - most : 0;
-    if (newest < words->skipped_through) { /* what was skipped is no operation to be retained */
+    if (newest < words->skipped_through) { /* skipped sequences have no operation to retain */
         const uint64_t skipped = words->skipped_through - words->skipped_after;
         newest = watermark > most + skipped ? watermark - most - skipped : 0;
     }
@@ -75,7 +75,7 @@ parse_key(const Epoch *self, PyObject *object, Key *key)
     }
     const char *raw = PyBytes_AsString(((Identifier *)object)->raw);
     memcpy(key->id, raw, sizeof key->id);
-    /* The random half of a UUID v7; zero is left to whatever holds no id. */
+    /* The random half of a UUID v7; zero means that there is no id. */
     key->fingerprint = key->id[1] != 0 ? key->id[1] : 1;
     return true;
 }
@@ -158,7 +158,7 @@ find_operation(Epoch *self, const Words *words, const Key *key, Place *place, Re
     }
     for (uint64_t seq = words->watermark; seq > words->floor; seq--) {
         if (seq == words->skipped_through && words->skipped_after < seq) {
-            seq = words->skipped_after + 1; /* none of these is an operation's */
+            seq = words->skipped_after + 1; /* these have no operation */
             continue;
         }
         if (load(retained_word(self, words, seq)) == key->fingerprint && records(self, seq, key)) {
@@ -224,7 +224,8 @@ take_free_slot(const Epoch *self, const Words *words)
     const Py_ssize_t slots = (Py_ssize_t)self->room.max_operations;
     int64_t found = find_word(fingerprints, slots, WORD, FREE, 0);
     uint64_t oldest = UINT64_MAX;
-    /* The table has a slot for each operation that is admitted, so what is full keeps outcomes. */
+    /* The table has a slot for each operation that is admitted, so if it is full, slots keep
+     * outcomes. */
     for (Py_ssize_t index = 0; found < 0 && index < slots; index++) {
         const Slot *slot = slot_at(self, (uint64_t)index);
         const uint64_t seq = load(&slot->terminal_seq);
@@ -264,7 +265,8 @@ repair(const Epoch *self, const Words *words, Refusal *refusal)
     const uint64_t word = load(index_word(self, words->watermark));
     const uint64_t position = position_in(word);
     Record last;
-    /* Of a commit that was broken off before it said where it ends; its record is whole. */
+    /* A writer was killed after its commit and before it moved the head; its last record is
+     * whole. */
     if ((word & HAS_RECORD) && load(&control->writer.head) <= position) {
         if (position > LAST_POSITION || !load_record(self, position, words->watermark, &last)) {
             return corrupt(refusal, "feed.position", (int64_t)words->watermark, 0, LAST_POSITION,

@@ -1,4 +1,4 @@
-/* How each transition begins, is run and commits, and how it finds the operations that it is about. */
+/* How each transition begins, is run and commits, and how it finds its operations. */
 
 #include "transition.h"
 

@@ -1,33 +1,34 @@
-/* What the files of the transitions share: how each begins, is run, commits, and names its operations. */
+/* Shared by the files of the transitions: how each begins, is run, commits, and finds its
+ * operations. */
 
 #ifndef SHMEPOCH_TRANSITION_H
 #define SHMEPOCH_TRANSITION_H
 
 #include "epoch.h"
 
-/* Far above what any feed takes, and what a record's lengths can hold. */
+/* Far above the room of any feed, and within the lengths of a record. */
 #define OUTCOME_LIMIT (UINT32_MAX / 2)
-/* How often a reader begins anew, at most, where writers are faster than it. */
+/* How often a reader starts again, at most, while writers are faster than it. */
 #define PASSES 100000
 
-/* What every body begins with: the epoch, and why it was refused. */
+/* The first member of each transition: its epoch, and why it was refused. */
 typedef struct {
     Epoch *self;
     Words words;
     Refusal refusal;
 } Transition;
 
-/* Loads the words of the epoch, after it has repaired what was broken off. */
+/* Loads the words of the epoch, and repairs what a killed writer left. */
 bool mend(Transition *one);
-/* The same of an epoch that is open, as every transition begins. */
+/* The same, if the epoch is open: each transition starts with it. */
 bool begin(Transition *one);
 /* Runs a transition's body under the writer lock; false with an error set, if it was not made. */
 bool run(Transition *one, bool wait, void (*body)(void *));
-/* The same, for what is about operations. */
+/* The same, for a transition of operations. */
 bool run_on_operations(Transition *one, bool wait, void (*body)(void *));
-/* THE one store that makes a transition true. Release: it publishes all that was prepared. */
+/* THE one store that makes a transition true. Release: it publishes all prepared words. */
 void commit(Epoch *self, word_t *word, uint64_t value);
-/* Ends the epoch for good, under the lock; false where it is gone. */
+/* Ends the epoch for good, under the lock; false if it is gone. */
 bool seal(Transition *one);
 
 /* --- arguments --- */
@@ -41,13 +42,13 @@ void *allocate(uint64_t count, size_t size);
 
 /* --- the operations that a transition is about --- */
 
-/* The slot of an operation whose status is one of a set of bits; -1 where it is refused. */
+/* The slot of an operation whose status is in the bits of `statuses`; -1 if it is refused. */
 int64_t find_allowed(Transition *one, const Key *key, uint64_t statuses, int64_t index);
 
 /* One of several operations that a transition is about. */
 typedef struct {
     Key key;
-    const unsigned char *outcome; /* what ends it */
+    const unsigned char *outcome; /* how it ends */
     uint64_t length;
     uint64_t slot;
 } Subject;
@@ -59,8 +60,8 @@ typedef struct {
     unsigned char *seen; /* for each slot, whether one of the subjects is in it */
 } Subjects;
 
-/* Finds all of them before any is changed; one that is there twice is refused as if the first time had
- * been done already. */
+/* Finds all of them before any is changed. An operation that is there twice is refused, as if the
+ * first change had been made already. */
 bool find_subjects(Subjects *all);
 bool allocate_subjects(Subjects *all, uint64_t count);
 void free_subjects(Subjects *all);

@@ -1,8 +1,8 @@
 /* Sleeping until a word has grown, and waking.
  *
  * An event is one word: a 32-bit count that is the futex, and a 32-bit flag that says that a waiter
- * may sleep on it. A waiter sets the flag before it sleeps and a waker takes it, so a killed sleeper
- * costs one superfluous wake call and nothing after that.
+ * may sleep on it. A waiter sets the flag before it sleeps, and a waker clears it. So a killed
+ * sleeper costs one unneeded wake call, once.
  */
 
 #include "common.h"
@@ -12,19 +12,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* A sleeping waiter polls again after this long: the process that was to wake it may have been
- * killed between its store and its wake call, and the 32-bit event count may have come round. */
+/* A sleeping waiter polls again after this long: the process that should wake it may have been
+ * killed between its store and its wake call, and the 32-bit event count may have wrapped to the
+ * same value. */
 static const int64_t RECHECK_NS = 250 * 1000 * 1000;
-/* A wait in the main thread looks for signals that came just before it slept after this long. */
+/* A wait in the main thread checks after this long for signals that came just before it slept. */
 static const int64_t SIGNALS_NS = 50 * 1000 * 1000;
 
-/* The longest that a wait spins before it sleeps: what a sleep and the wake-up from it cost where
- * they are dear, as on virtual machines. Shorter, and of two processes that both sleep neither would
- * ever find the other fast enough to spin for. */
+/* The longest time that a wait spins before it sleeps: about the cost of a sleep and its wake-up on
+ * a virtual machine, where it is high. If it were shorter, two processes that both sleep would
+ * never find the other fast enough to spin for. */
 static const uint32_t SPIN_MAX_NS = 100 * 1000;
 static const uint32_t SPIN_MIN_NS = 4 * 1000;
-/* Once spinning was found not to pay, it is tried again after so many waits, and each time that it
- * still does not pay, after twice as many. */
+/* After spinning has stopped because it does not pay, it is tried again after so many waits. If it
+ * still does not pay, the next try is after twice as many. */
 static const uint32_t SPIN_PROBE_AFTER = 64;
 static const uint32_t SPIN_PROBE_AFTER_MAX = 4096;
 
@@ -49,7 +50,7 @@ monotonic_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* The point in time that a timeout in nanoseconds, or None, ends at. */
+/* The time at which a timeout in nanoseconds, or None, ends. */
 static bool
 parse_timeout(PyObject *object, int64_t *deadline)
 {
@@ -67,10 +68,10 @@ parse_timeout(PyObject *object, int64_t *deadline)
     return true;
 }
 
-/* How long a sleep until `deadline` goes on before it polls again; 0 or below once it has passed.
+/* How long a sleep until `deadline` lasts before it polls again; 0 or below after the deadline.
  *
- * A signal may come just before a sleep, and then no system call is there for it to interrupt. Python
- * runs its handlers in the main thread, so that one looks after them more often. */
+ * A signal may come just before a sleep, when it has no system call to interrupt. Python runs its
+ * handlers in the main thread, so that thread checks for signals more often. */
 int64_t
 sleep_limit(int64_t deadline)
 {
@@ -114,9 +115,9 @@ wait_is_over(const Wait *wait)
            || atomic_load_explicit(wait->closed_flag, memory_order_acquire) != 0;
 }
 
-/* Spins for as long as spinning has lately paid, and learns. Across cores the other side answers
- * while this one spins, and the budget grows; on one core it cannot answer until this one sleeps,
- * and the budget falls to nothing within a few waits. */
+/* Spins for as long as spinning has recently paid, and adapts. On separate cores the other side
+ * answers while this one spins, and the budget grows. On one core it cannot answer until this one
+ * sleeps, and the budget falls to zero within a few waits. */
 static bool
 wait_spinning(Memory *self, const Wait *wait)
 {
@@ -157,8 +158,8 @@ wait_spinning(Memory *self, const Wait *wait)
 /* One sleep of at most `limit_ns`. Returns 0 or the errno of the futex call.
  *
  * No wake-up is lost: this side raises the flag, then the kernel compares the count; the other side
- * raises the count, then looks at the flag. All four are sequentially consistent, so at least one
- * side sees the other. */
+ * raises the count, then reads the flag. All four are sequentially consistent, so at least one side
+ * sees the other. */
 static int
 wait_sleeping(const Wait *wait, int64_t limit_ns)
 {
@@ -176,9 +177,10 @@ wait_sleeping(const Wait *wait, int64_t limit_ns)
 
 /* wait_above(value, above, event, closed_flag, timeout_ns) -> bool
  *
- * Blocks until the word at `value` is above `above` or the word at `closed_flag` is not zero; False if
- * `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits, also those
- * of a signal that came between the last check and the sleep, which no system call tells of. */
+ * Blocks until the word at `value` is above `above` or the word at `closed_flag` is not zero; False
+ * if `timeout_ns` (None: no limit) passed first. Python's signal handlers run while it waits. That
+ * includes a signal that came between the last check and the sleep, which interrupts no system
+ * call. */
 PyObject *
 memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -228,8 +230,8 @@ memory_wait_above(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     }
 }
 
-/* wake(event) -> whether a waiter may have slept. Called after the store that they wait for. The
- * fence at the end orders it before whatever the caller reads next (the doorbells). */
+/* wake(event) -> whether a waiter may have slept. Called after the store that waiters wait for. The
+ * fence at the end orders it before the next load of the caller (the doorbells). */
 PyObject *
 memory_wake(PyObject *object, PyObject *offset_object)
 {

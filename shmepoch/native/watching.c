@@ -23,8 +23,8 @@ collect_body(void *argument)
     commit(one->self, &control_of(one->self)->writer.collected_through, collection->through);
 }
 
-/* collect(collected, through): the terminal operations through a sequence are retained no longer;
- * refused if others were collected since `collected`. */
+/* collect(collected, through): stops retaining the operations that ended through a sequence.
+ * Refused if `collected` has changed since the caller read it. */
 PyObject *
 epoch_collect(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -36,7 +36,7 @@ epoch_collect(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
     return run_on_operations(&collection.base, true, collect_body) ? Py_NewRef(Py_None) : NULL;
 }
 
-/* One more or one less watcher of this process's. */
+/* Counts one more or one less watcher of this participant. */
 static void
 count_watcher(Epoch *self, uint64_t index, bool more)
 {
@@ -108,14 +108,14 @@ watch_each_body(void *argument)
         return;
     }
     if (!all->more) {
-        publish(intent, 1); /* a slot may have to be given back, too */
+        publish(intent, 1); /* a slot may become free, too */
     }
     for (uint64_t i = 0; i < all->count; i++) {
         const uint64_t index = all->watched[i].slot;
         const Slot *slot = slot_at(self, index);
         if (load(&slot->birth) != all->watched[i].birth
             || load(&fingerprints_of(self)[index]) == FREE) {
-            continue; /* it has passed to another */
+            continue; /* another operation has the slot now */
         }
         const bool ended = has_ended(slot, &one->words);
         if (all->more && ended) {
@@ -132,8 +132,9 @@ watch_each_body(void *argument)
 
 /* watch_each(((slot, birth), ...), more) -> whether each was counted
  *
- * Counts one more watcher of those that have not ended, or one less of all; the last one of an ended
- * operation gives its slot back. Refused as busy where it would have to wait. */
+ * Counts one more watcher of each operation that has not ended, or one less of each operation. The
+ * slot of an ended operation becomes free with its last watcher. Refused as busy if it would have
+ * to wait. */
 PyObject *
 epoch_watch_each(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
