@@ -1,4 +1,4 @@
-"""Claims: being the epoch's one agent or its one loop, until it is given up.
+"""Claims: a process holds the place of the epoch's one agent or one loop until it releases it.
 
 The kernel proves a claim to other processes: a lock on one byte, which it drops with the process.
 Locks of one descriptor do not exclude each other, and all bindings that a process has of an epoch
@@ -17,11 +17,11 @@ from shmepoch._native import Descriptor, try_lock, unlock
 
 
 class Claimable(Protocol):
-    """What can be claimed: an epoch's memory."""
+    """An epoch's memory, of which a byte can be claimed."""
 
     @property
     def carrier(self) -> Descriptor | None:
-        """The descriptor that carries the locks; None of private memory."""
+        """The descriptor that carries the locks; None for private memory."""
         ...
 
     @property
@@ -53,12 +53,12 @@ class Listed:
         return carrier is None or try_lock(carrier, self.byte, self.shared)
 
     def drop(self) -> None:
-        """Leave the list, and give the lock up with the last claim of its byte."""
+        """Leave the list, and release the lock with the last claim of its byte."""
         claims, carrier = self._segment.claims, self._segment.carrier
         if self in claims:
             claims.remove(self)
             if carrier is None or carrier.closed:
-                return  # then no lock is left, or it is the parent's
+                return  # the lock is released already, or is the parent's
             if all(other.byte != self.byte for other in claims):
                 unlock(carrier, self.byte)
 
@@ -66,7 +66,7 @@ class Listed:
 class Claim:
     """Holds a byte of an epoch until it is released, collected or lost.
 
-    It is collected wherever an interrupt leaves it, so none is held without an owner.
+    An interrupt cannot leave it held without an owner: then it is collected.
     """
 
     def __init__(self, listed: Listed) -> None:
@@ -78,7 +78,7 @@ class Claim:
         return self._listed.held
 
     def release(self) -> None:
-        """Give it up. Waits for nothing, since it is also what a finalizer does, at any point."""
+        """Release the byte. It never waits, since a finalizer calls it too, at any point."""
         if self._listed.held:
             self._listed.held = False
             _released.append(self._listed)
@@ -93,23 +93,23 @@ def claim(segment: Claimable, byte: int, *, shared: bool) -> Claim | None:
     listed = Listed(segment, byte, shared)
     made = Claim(listed)
     with _lock:
-        # In the list before it looks: finalizers and signal handlers may enter the lock again, and
-        # have to find it there.
+        # In the list before the check: finalizers and signal handlers may enter the lock again, and
+        # must find it there.
         segment.claims.append(listed)
         try:
             if listed.is_excluded() or not listed.lock():
                 made.release()
         except BaseException:
-            made.release()  # not when it is collected: a traceback may keep it
+            made.release()  # at once: a traceback may keep it from being collected
             raise
     _settle()
     return made if made.held else None
 
 
 def lose_claims(segment: Claimable) -> None:
-    """The locks are gone, or go with the descriptor, which is this segment's no more."""
+    """Drop all claims. The locks are released already, or are released with the descriptor."""
     if not segment.claims:
-        return  # as most have none; one that is being made finds the descriptor closed
+        return  # the usual case; a claim that is being made finds the descriptor closed
     with _lock:
         for lost in segment.claims:
             lost.held = False
@@ -124,10 +124,10 @@ _released: Final[deque[Listed]] = deque()
 
 
 def _settle() -> None:
-    """Drop what was released. A thread that has the lock meanwhile does so when it is done."""
+    """Drop the released claims. If another thread has the lock, it drops them when it is done."""
     while _released and _lock.acquire(blocking=False):
         try:
-            with contextlib.suppress(IndexError):  # a finalizer in between was faster
+            with contextlib.suppress(IndexError):  # a finalizer was faster
                 _released.popleft().drop()
         finally:
             _lock.release()

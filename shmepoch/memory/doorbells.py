@@ -1,4 +1,4 @@
-"""Doorbells: how one thread hears of commits in any number of epochs of other processes.
+"""Doorbells: one thread waits for commits of other processes, in any number of epochs.
 
 A thread can sleep on one futex, and a process may await thousands of epochs. So a user has a page
 of doorbells in each namespace. A process whose coroutines wait picks one doorbell, sets its bit in
@@ -7,13 +7,14 @@ after its commit and rings those doorbells; it pays for this only if a process a
 
 The page is made by the first process that listens and removed by the last.
 
-DOORBELLS-1: no process waits for another one here, and a file in the page's place does no harm. A
-process may be stopped or killed between any two steps of making or removing a page, so
+DOORBELLS-1: a process never waits for another one here, and another file with the page's name does
+no harm. A process may be stopped or killed between any two steps of making or removing a page, so
 
-- a page that was left for good says so. A writer that has it opens what has the name now, once; a
-  listener joins anew. A listener that finds a page on its way out ends its removal and makes one.
-- a listener also looks at the name of its page, and at what it waits for, four times a second. So a
-  page that lost its name, or that cannot be had, delays a wake-up and loses none.
+- a page has a word that says that its listeners have left it for good. A writer that has such a
+  page opens the name again, once; a listener joins again. A listener that finds a page that is being
+  removed completes the removal and makes a new one.
+- a listener also checks the name of its page, and its waits, four times a second. So a page that
+  has lost its name, or cannot be opened, only delays a wake-up.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from shmepoch.memory.waiting import RECHECK_S, AsyncWait, report_once
 
 DOORBELLS: Final = 32
 _SIZE: Final = at.PAGE
-_BLOCK: Final = 512  # what stat(2) counts a file's memory in
+_BLOCK: Final = 512  # the unit of st_blocks
 
 #    offset  field    meaning
 _RETIRED: Final = 0  # not 0: the page was left for good
@@ -53,12 +54,12 @@ _DOORBELL_SIZE: Final = 64
 _LISTENERS_BYTE: Final = 0  # lock byte: shared by listeners, exclusive to remove
 
 _RECHECK_NS: Final = round(RECHECK_S * 1e9)
-#: Looks in vain after which a listener without waits ends.
+#: How often a listener without waits polls again before it ends.
 _PATIENCE: Final = 2
-#: Pages that a listener finds on their way out, one after the other, before it goes without.
+#: How many pages in removal a listener finds, one after the other, before it goes on without one.
 _ATTEMPTS: Final = 8
-#: How long a writer rings a page before it looks what has the name: the page may have lost it to
-#: a process that does not know of doorbells, such as a cleaner of temporary files.
+#: How long a writer rings a page before it opens the name again. A process that does not know of
+#: doorbells, such as a cleaner of temporary files, may have removed the name.
 _PAGE_S: Final = 1.0
 #: How long a process that ends waits for its listener.
 _END_S: Final = 1.0
@@ -73,23 +74,24 @@ class Doorbells:
         self._listening: threading.Lock  # held by the one thread that listens
         self._stopping: bool
         self._doorbell: int
-        self._page: Memory | None  # as a writer, until `_page_ends` on the monotonic clock
+        self._page: Memory | None  # for writing, until `_page_ends` on the monotonic clock
         self._page_ends: float
-        self._heard: Memory | None  # as a listener
-        self._fd: Descriptor | None  # of the page that is heard; it carries the listeners' lock
+        self._heard: Memory | None  # for listening
+        self._fd: Descriptor | None  # of `_heard`; it carries the listeners' lock
         self._reset()
 
     @staticmethod
     def of(namespace: str) -> Doorbells:
         """The one `Doorbells` of this process for `namespace`."""
         path = doorbells_path(namespace)
-        # Not in one step: it would make one each time. Of two that are made at once, one stays.
+        # `get` first: `setdefault` alone would make an object each time. If two are made at once,
+        # one stays.
         return _doorbells.get(path) or _doorbells.setdefault(path, Doorbells(path))
 
     def ring(self, bits: int) -> None:
         """Ring every doorbell whose bit is set. Raises `OSError` if it cannot."""
         page, now = self._page, time.monotonic()
-        # A page that is left only after this check has no successor yet that the bits could be of.
+        # If the page is left after this check, the bits cannot be of its successor, which is newer.
         if page is None or page.load(_RETIRED) or now >= self._page_ends:
             page = self._page = self._open_page()
             self._page_ends = now + _PAGE_S
@@ -101,9 +103,9 @@ class Doorbells:
     def add(self, wait: AsyncWait) -> None:
         """Have the listening thread resolve `wait` once it is over."""
         self._waits.add(wait)
-        # One that is about to end looks for waits after it has given up the listening.
+        # A thread that is about to end checks for waits after it has released this lock.
         if not self._listening.locked() and not self._start():
-            wait.look_by_itself()
+            wait.poll_by_itself()
         # Armed before the check: a commit after the check finds the bit and rings.
         self._arm(wait)
         if wait.over:
@@ -142,7 +144,7 @@ class Doorbells:
             wait.memory.fetch_or(at.DOORBELLS_AT, bit)
 
     def _start(self) -> bool:
-        """Start a thread that listens; False if there is none to be had now."""
+        """Start a thread that listens; False if that fails."""
         if _exiting:
             return False  # it would leave its page behind, and newer interpreters refuse it
         self._stopping = False
@@ -156,11 +158,11 @@ class Doorbells:
     # --- the listening thread -----------------------------------------------------------------
 
     def _listen(self) -> None:
-        # A wait that was added while this gave up the listening counted on it. Copied, which orders
-        # the look after what was added also where no interpreter lock does.
+        # A wait may have been added while this thread stopped listening, and relies on it. The copy
+        # orders this check after the addition, also without an interpreter lock.
         while list(self._waits) and not self._stopping:
             if not self._listening.acquire(blocking=False):
-                return  # another one was faster
+                return  # another thread was faster
             try:
                 self._serve()
             except Exception as error:
@@ -196,7 +198,7 @@ class Doorbells:
         return self._fd is not None and os.fstat(self._fd.fileno()).st_nlink > 0
 
     def _join_listeners(self) -> Memory:
-        """The page to listen on; memory that no writer rings if there is none to be had now."""
+        """The page to listen on; if there is none now, memory that no writer rings."""
         page = None
         try:
             for _ in range(_ATTEMPTS):
@@ -211,8 +213,8 @@ class Doorbells:
     def _try_join(self) -> Memory | None:
         """Open or make the page, and hold the listeners' lock through its descriptor.
 
-        None where another process was faster, or the page is on its way out: what was left of its
-        removal is done.
+        None if another process was faster, or if the page is being removed: this completes the
+        removal.
         """
         new = None
         try:
@@ -228,7 +230,7 @@ class Doorbells:
                 except FileExistsError:
                     return None  # another listener was faster
             page = _map_page(fd)
-            # Refused while a process removes the page, for as long as that may be stopped.
+            # The lock is refused while a process removes the page, even if that process is stopped.
             if (
                 page is not None
                 and try_lock(fd, _LISTENERS_BYTE, True)
@@ -246,8 +248,8 @@ class Doorbells:
                 fd.close()
 
     def _leave_listeners(self, page: Memory, *, last: bool) -> None:
-        """Leave the page, for good if it lost its name, and remove it if no other process listens
-        and `last` says that this one will not go on."""
+        """Leave the page for good: it is retired or has lost its name. With `last` this thread stops
+        listening, and the page is removed if no other process listens."""
         self._heard = None
         fd, self._fd = self._fd, None
         if fd is None:
@@ -282,16 +284,17 @@ def _ring(page: Memory, doorbell: int) -> None:
 
 
 def _map_page(fd: Descriptor) -> Memory | None:
-    """The page in a file of this user's; None if there is no whole page in it: touching what a file
-    does not have is a SIGBUS, as is a page that it never reserved once there is no room for it."""
+    """The page in a file of this user's; None if the file has no whole page. An access beyond the
+    end of the file is a SIGBUS, and so is an access to a page that was not reserved if tmpfs is
+    full."""
     found = os.fstat(fd.fileno())
     whole = found.st_size == _SIZE and found.st_blocks * _BLOCK >= _SIZE
     return map_shared(fd, _SIZE) if whole else None
 
 
 def _retire(page: Memory | None, fd: Descriptor, path: Path) -> None:
-    """Leave a page for good. This is said before the name goes: a listener that finds no page makes
-    one, and a writer that has this one is to know by then."""
+    """Leave a page for good. The word is set before the name is removed: a listener that finds no
+    page makes a new one, and by then a writer that has this page must know."""
     if page is not None:
         page.store(_RETIRED, 1)
         for doorbell in range(DOORBELLS):
@@ -306,12 +309,12 @@ def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
 
 
 def doorbells_path(namespace: str) -> Path:
-    """Where this user's doorbells of a namespace lie while a process listens."""
+    """The path of this user's doorbells of a namespace, while a process listens."""
     return SHM_DIR / f"{name_prefix(namespace)}{os.geteuid()}.doorbells"
 
 
 def remove_unused_doorbells(namespace: str) -> None:
-    """Remove what listeners that were killed left behind. What is another user's stays."""
+    """Remove a page that killed listeners left behind. A page of another user stays."""
     path = doorbells_path(namespace)
     try:
         fd = open_owned(path)

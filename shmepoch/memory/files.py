@@ -1,11 +1,11 @@
-"""Files in /dev/shm: made whole, opened only if they are this user's alone.
+"""Files in /dev/shm: created complete, and opened only if they belong to this user alone.
 
 POSIX shared memory on Linux is a file in /dev/shm (shm_overview(7)).
 
-MAKE-1: a process that opens a name finds the file whole. So a file is made under a provisional name
-of its own, reserved and filled, and only then given its name, in one step. Its creator holds the
-presence byte from the first on: what a creator that was killed has left is a provisional name that
-nobody holds, and `remove_leftovers` removes it.
+MAKE-1: a process that opens a name finds the file whole. So a file is made under its own
+provisional name, reserved and filled, and only then given its name, in one step. Its creator holds
+the presence byte from the beginning. A killed creator leaves a file with a provisional name whose
+presence byte no process holds; `remove_leftovers` removes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shmepoch.errors import (
 
 SHM_DIR: Final = Path("/dev/shm")
 
-#: The bytes of the token in a provisional name, which makes it the creator's own.
+#: The bytes of the random token that makes a provisional name unique.
 _TOKEN_SIZE: Final = 8
 _PROVISIONAL: Final = re.compile(r"\.[0-9a-f]{16}\.new\Z")
 
@@ -37,7 +37,7 @@ _MODE: Final = 0o600
 _OWNED: Final = stat.S_IFREG | _MODE
 #: How long an attach waits for a process that removes the file, which takes two system calls.
 _REMOVAL_S: Final = 1.0
-#: How open(2) refuses what is no regular file.
+#: The errors of open(2) for files that are not regular.
 _OTHER_TYPES: Final = {
     errno.ELOOP: "symbolic link",
     errno.EISDIR: "directory",
@@ -54,20 +54,20 @@ def require_shm() -> None:
 
 
 class NewFile:
-    """A file that is being made, which has no name that a process would open."""
+    """A file that is being made. Its name is provisional, so other processes do not open it."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Make a file of `size` bytes, all reserved, that is to be named `path`.
+        """Make a file of `size` bytes, all reserved, to be published as `path`.
 
-        Raises `SharedMemoryExhausted` where there is not enough room: a write to a page that tmpfs
-        cannot provide later would be a SIGBUS.
+        Raises `SharedMemoryExhausted` if there is not enough room: a later write to a page that
+        tmpfs cannot provide would be a SIGBUS.
         """
         self._path: Final = path
         self._provisional: Path
         self.fd: Final = self._create()
         self._published = False
         try:
-            os.fchmod(self.fd.fileno(), _MODE)  # gives back what the umask took away
+            os.fchmod(self.fd.fileno(), _MODE)  # undoes the umask
             _reserve(self.fd, size)
         except BaseException:
             self.close()
@@ -80,11 +80,11 @@ class NewFile:
             made = Descriptor.open(self._provisional, os.O_CREAT | os.O_EXCL | os.O_RDWR, _MODE)
             if try_lock(made, PRESENCE_BYTE, True) and is_same(made, self._provisional):
                 return made
-            made.close()  # it was taken for a leftover before it was held
+            made.close()  # it was removed as a leftover before it was locked
 
     def publish(self, *, replace: bool = False) -> None:
         """Give the file its name; `FileExistsError` if it is taken and not to be replaced."""
-        self.fd.fileno()  # raises where it was closed, as it is in a forked child
+        self.fd.fileno()  # raises if it is closed, as in a forked child
         (os.replace if replace else rename_new)(self._provisional, self._path)
         self._published = True
 
@@ -110,7 +110,7 @@ def _reserve(fd: Descriptor, size: int) -> None:
 
 
 def provisional_paths(prefix: str) -> list[Path]:
-    """The files whose names begin so and that are being made, or that a killed creator left."""
+    """The files with this prefix that are being made, or that a killed creator left."""
     with os.scandir(SHM_DIR) as entries:
         return [
             SHM_DIR / entry.name
@@ -143,7 +143,7 @@ def is_same(fd: Descriptor, path: str | Path) -> bool:
 def open_owned(path: str | Path) -> Descriptor:
     """Open a file of this user's that no other user may open.
 
-    Raises `FileNotFoundError`, or `SegmentForeign` that says whose or what it is.
+    Raises `FileNotFoundError`, or `SegmentForeign` with the owner or type that was found.
     """
     try:
         opened = Descriptor.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -161,19 +161,19 @@ def open_held(
 ) -> tuple[Descriptor, int, bytes, Memory | None]:
     """Like `open_owned`, and take the shared lock on `byte`.
 
-    The descriptor, the file's size, its first `length` bytes or what it has of them, and the whole
-    file if it is to be `mapped`, or None if `map_shared` has to be asked.
+    Returns the descriptor, the file's size, its first `length` bytes or fewer, and its memory if
+    `mapped`. The memory may be None; then the caller uses `map_shared`.
 
-    The lock comes before the last check of the name, that is, of how many the file has: a process
-    that removes it holds the byte alone while it does. Raises `SegmentInRemoval` if that process
-    stands still: to finish the removal for it could take the name from a file that has it since.
+    The lock is taken before the last check of the file's number of names, since a process that
+    removes the file holds the byte alone meanwhile. Raises `SegmentInRemoval` if that process is
+    stopped. This process must not complete the removal: by then another file may have the name.
     """
     began = time.monotonic()
     while True:
         whole = Descriptor.open_held(path, byte, _OWNED, length, mapped)
         if whole is not None:
             return whole
-        # Not the common case: done step by step, which says what is wrong.
+        # Not the common case: step by step, to find out what is wrong.
         opened = open_owned(path)
         try:
             held, found = try_lock(opened, byte, True), os.fstat(opened.fileno())
@@ -182,7 +182,7 @@ def open_held(
         except BaseException:
             opened.close()
             raise
-        # A process removes the file, and holds the lock alone while it does: try again.
+        # A process that removes the file holds the lock alone: try again.
         opened.close()
         if time.monotonic() > began + _REMOVAL_S:
             raise SegmentInRemoval(os.path.basename(path), _REMOVAL_S)
@@ -190,7 +190,7 @@ def open_held(
 
 
 def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:
-    """Why this is no file of this user's that no other user may open."""
+    """Why this file is not accepted: its type, its owner or its mode."""
     if not stat.S_ISREG(mode):
         return _foreign(path, "type", "regular file", "other")
     if uid != os.geteuid():
@@ -199,7 +199,7 @@ def _not_owned(path: str | Path, mode: int, uid: int) -> SegmentForeign:
 
 
 def _refusal(path: str | Path, error: OSError) -> Exception:
-    """What the error of open(2) says of the file, if it says that it is another's."""
+    """`SegmentForeign` if the error of open(2) means that; else the error itself."""
     if isinstance(error, PermissionError):
         found = os.lstat(path)
         return _not_owned(path, found.st_mode, found.st_uid)

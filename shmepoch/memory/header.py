@@ -22,12 +22,12 @@ _HEADER: Final = struct.Struct(
     f"=4Q16s16s16s{_CAPACITIES.size}s{at.CHECKSUM_AT - at.CAPACITIES_AT - _CAPACITIES.size}xQ"
 )
 _STATES: Final = (at.OPEN, at.SEALED)
-#: How much of a segment `read_header` takes.
+#: The bytes of a segment that `read_header` takes.
 SIZE: Final = _HEADER.size
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a segment says of itself, found consistent."""
+    """The facts in a segment's header, checked."""
 
     session_id: SessionId
     epoch_id: RuntimeEpochId
@@ -37,9 +37,9 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def read_header(data: bytes, name: str, size: int, session_id: SessionId) -> Header:
-    """LAYOUT-1: nothing of a segment is used before its header was found consistent.
+    """LAYOUT-1: a segment is used only after its header was found consistent.
 
-    `data` is the segment's first bytes, and the rest is what they must agree with. Raises
+    `data` is the segment's first bytes, which must agree with the other arguments. Raises
     `SegmentCorrupted`, which names the field, or `LayoutUnsupported`.
     """
     magic, version, stated, state, epoch, session, witness, capacities, checksum = _HEADER.unpack(
@@ -59,7 +59,7 @@ def read_header(data: bytes, name: str, size: int, session_id: SessionId) -> Hea
         raise SegmentCorrupted(name, error.setting, error.allowed, error.value) from error
     if layout.size != size:
         raise SegmentCorrupted(name, "size of its capacities", size, layout.size)
-    # Other capacities that fill as many pages would shift everything else unnoticed.
+    # Other capacities with the same number of pages would move all other parts unnoticed.
     if expected != checksum:
         raise SegmentCorrupted(name, "checksum of its capacities", expected, checksum)
     if state not in _STATES:
@@ -70,14 +70,14 @@ def read_header(data: bytes, name: str, size: int, session_id: SessionId) -> Hea
 
 @lru_cache(maxsize=64)  # the epochs that a process attaches to are mostly of one size
 def _of_capacities(capacities: bytes) -> tuple[Layout, int]:
-    """The layout that they make and their checksum; `ConfigInvalid` if no layout has them."""
+    """The layout of these capacities, and their checksum; `ConfigInvalid` if no layout has them."""
     return Layout.from_capacities(_CAPACITIES.unpack(capacities)), zlib.crc32(capacities)
 
 
 def write_header(
     memory: Memory, layout: Layout, session_id: SessionId, epoch_id: RuntimeEpochId
 ) -> Header:
-    """Make fresh memory a segment of an open epoch, with a witness of its own."""
+    """Make fresh memory a segment of an open epoch, with a new witness."""
     capacities = _CAPACITIES.pack(*layout.capacities())
     witness = secrets.token_bytes(at.ID_SIZE)
     data = _HEADER.pack(

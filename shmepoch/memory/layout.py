@@ -68,7 +68,7 @@ class Layout:
 
     @staticmethod
     def record_size(first: int, second: int) -> int:
-        """What a record takes of the feed whose two parts have so many bytes; each is padded."""
+        """The bytes of a record in the feed, from the lengths of its two parts; each is padded."""
         return at.RECORD_SIZE + sum(-(-part // at.WORD) * at.WORD for part in (first, second))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Namespaces: what keeps deployments apart, and how their segments are named."""
+"""Namespaces: they separate deployments, and name their segments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resolve_namespace(namespace: str | None) -> str:
 
 
 def segment_path(namespace: str, session_id: SessionId) -> Path:
-    """Where a session's segment lies. One name a session: a new epoch replaces the old one's."""
+    """The path of a session's segment. A session has one name: a new epoch replaces the old."""
     return SHM_DIR / segment_name(namespace, session_id)
 
 
@@ -55,7 +55,7 @@ def _is_mine(entry: os.DirEntry[str]) -> bool:
 
 
 def name_prefix(namespace: str) -> str:
-    """How the name of every file of a namespace begins, and no other's: it contains no period."""
+    """The beginning of every file name of a namespace, and of no other: it contains no period."""
     return f"shmepoch.{namespace}."
 
 

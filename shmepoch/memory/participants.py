@@ -1,8 +1,9 @@
 """Participants: the processes attached to a segment, and which of them are still alive.
 
-A participant holds the lock byte of its slot for as long as it lives. The kernel drops the lock
-with the process, however it died and in whatever container: no heartbeat, PID or clock is
-needed. A number that is never used twice tells a slot's present holder from those before it.
+A participant holds the lock byte of its slot for as long as it lives. The kernel releases the lock
+with the process, however it died and in whatever container: no heartbeat, PID or clock is needed.
+Each participant has a number that is never used twice. It distinguishes a slot's present holder
+from earlier ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _LAST_NUMBER: Final = 2**48
 
 
 class Role(StrEnum):
-    """What a participant does in its epoch."""
+    """The task of a participant in its epoch."""
 
     RUNTIME = "runtime"
     AGENT = "agent"
@@ -33,7 +34,7 @@ class Role(StrEnum):
     OBSERVER = "observer"
 
     def __init__(self, *value: str) -> None:
-        #: How a participant's word names it.
+        #: The number of the role in a participant's word.
         self.number: Final = len(type(self).__members__)
 
 
@@ -41,7 +42,7 @@ _ROLES: Final = tuple(Role)
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot that is or was held: `alive` says which. `pid` is of its own PID namespace."""
+    """The holder of one slot; `alive` is false if it died. `pid` is of its own PID namespace."""
 
     slot: int
     number: int
@@ -53,7 +54,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> int:
-        """How operation slots name the participant that runs them."""
+        """The participant's name in the slots of the operations that it runs."""
         return self.number << _SLOT_BITS | self.slot
 
 
@@ -67,14 +68,14 @@ class Participants:
         self._name = name
 
     def join(self, role: Role, *, only_free: bool = False) -> int:
-        """Take a free slot, or one whose holder died unless `only_free`; the key of the new
-        participant.
+        """Take a free slot, or unless `only_free` one whose holder died. Returns the new
+        participant's key.
 
-        The slot's lock is what is taken, so two that join at once need no other lock. Raises
-        `ParticipantsExhausted` when every slot has a live holder.
+        It takes the slot's lock, so two processes that join at once need no other lock. Raises
+        `ParticipantsExhausted` if every slot has a live holder.
         """
-        # A load that changes nothing and yet counts as a store: a new mapping first touched by a
-        # store gets the one page; by a load, sixteen, which take longer to map and to unmap.
+        # A load that the kernel treats as a store. If the first access to a new mapping is a store,
+        # it maps one page; if it is a load, sixteen, which take longer to map and to unmap.
         joined = self._memory.fetch_or(at.JOINED_AT, 0)
         if joined >= _LAST_NUMBER:
             raise SegmentCorrupted(self._name, "joined", f"below {_LAST_NUMBER}", joined)
@@ -87,7 +88,8 @@ class Participants:
         return number << _SLOT_BITS | slot
 
     def _lock_slot(self, only_free: bool) -> int:
-        """Lock a free slot, else one whose holder died: the supervisor is to see the dead first."""
+        """Lock a free slot, else one whose holder died: so the supervisor can see the dead
+        first."""
         slot = self._free_slot(0)
         while slot >= 0:
             if try_lock(self._fd, at.PARTICIPANT_BYTE + slot, False):
@@ -102,14 +104,14 @@ class Participants:
         return self._memory.find(at.PARTICIPANTS_AT, self._capacity, 0, start, at.PARTICIPANT_SIZE)
 
     def announce(self, key: int, role: Role) -> None:
-        """Change the role of the participant that this attachment is."""
+        """Change the role of this attachment's participant."""
         self._memory.store(
             Layout.participant(slot_of(key)), number_of(key) << _SLOT_BITS | role.number
         )
 
     def leave(self, key: int) -> None:
-        """Free the slot of the participant that this attachment is; its lock goes with the
-        descriptor, which is about to be closed."""
+        """Free the slot of this attachment's participant. Its lock is released with the descriptor,
+        which is about to be closed."""
         self._memory.store(Layout.participant(slot_of(key)), 0)
 
     def list(self, *, me: int = 0) -> list[Participant]:
@@ -139,14 +141,14 @@ class Participants:
         return found
 
     def is_alive(self, key: int) -> bool:
-        """Whether the participant that operations name by `key` is attached; asked of others."""
+        """Whether the participant with this key is attached. Not for this attachment itself."""
         slot = slot_of(key)
         number = self._memory.load(Layout.participant(slot)) >> _SLOT_BITS
         return number == number_of(key) and is_locked(self._fd, at.PARTICIPANT_BYTE + slot)
 
     def others_hold_slots(self) -> bool:
-        """Whether another attachment is a participant. From before it counts as joined until it
-        ends, it holds the lock of its slot."""
+        """Whether another attachment is a participant. It holds its slot's lock from before it
+        joins until it ends."""
         return any(is_locked(self._fd, at.PARTICIPANT_BYTE + i) for i in range(self._capacity))
 
     def joined(self) -> int:

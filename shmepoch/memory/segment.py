@@ -65,18 +65,18 @@ _SHM_DIR: Final = str(SHM_DIR)
 
 
 class Segment:
-    """An epoch's memory with its layout, its transitions and its waiters; as it stands, private
+    """An epoch's memory with its layout, its transitions and its waiters. This class has private
     memory.
 
-    It works without /dev/shm, and a forked child has a copy of its own.
+    It works without /dev/shm, and a forked child has its own copy.
     """
 
     name: str = "private memory"
-    #: What carries this process's locks; private memory has none.
+    #: The descriptor that carries this process's locks; private memory has none.
     carrier: Descriptor | None = None
     #: Whether this is an observer's, which changes nothing.
     read_only: bool = False
-    #: What its transitions take: the lock between threads, and between processes.
+    #: The lock that transitions take, between threads and between processes.
     writer: WriterLock | None
     epoch: Epoch
     waiters: Waiters
@@ -122,15 +122,14 @@ class Segment:
         self.epoch = Epoch(self.memory, writer, *self.layout.capacities())
 
     def copy(self) -> Segment:
-        """A copy of its memory as it stands at one moment, which nothing changes any more."""
+        """A copy of its memory at one moment. It does not change later."""
         copied = self._of_private(self.epoch.copy(), self._header, None)
         copied.name = self.name
         return copied
 
     @property
     def participant(self) -> int:
-        """This process's participant key, in the slots it writes; private memory has no other
-        process."""
+        """This process's participant key, in the slots it writes; 0 in private memory."""
         return self._participant
 
     @participant.setter
@@ -155,14 +154,14 @@ class Segment:
         return self.memory.load(at.STATE_AT) != at.OPEN
 
     def require_writable(self) -> None:
-        """Raise what a change raises now, whatever it is about."""
+        """Raise the error that every change raises now, if there is one."""
         if self.read_only:
             raise self._read_only_error()
         if self.ended:
             raise self.closed_error()
 
     def refusal(self, refused: Refused) -> Exception:
-        """The error of what the native module refused, unless it is about one operation."""
+        """The error for a refusal of the native module that is not about one operation."""
         reason, field, index, least, most, actual = refused.args
         if reason == "corrupt":
             holder, _, name = field.partition(".")
@@ -189,12 +188,12 @@ class Segment:
         return Cell(self.memory, offset, at.STATE_AT, self.closed_error)
 
     def closed_error(self) -> EpochSealed | EpochGone:
-        """What a change of an epoch that has ended raises."""
+        """The error that a change of an ended epoch raises."""
         return self._closed_error_maker()()
 
     def _closed_error_maker(self) -> Callable[[], EpochSealed | EpochGone]:
-        """`closed_error` without a reference to the segment: one that is dropped is freed at once,
-        with its mapping and its locks, and not by the garbage collector later."""
+        """`closed_error` without a reference to the segment. So a dropped segment is freed at once,
+        with its mapping and its locks, and not later by the garbage collector."""
         return partial(_ended_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def seal(self) -> None:
@@ -207,8 +206,8 @@ class Segment:
 
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
         """Claim `byte` of the epoch for this process, alone or with others that share it; None
-        while other claims exclude that. Lost when this process leaves the epoch, and in a child
-        that it forks."""
+        while other claims exclude that. The claim is lost when this process leaves the epoch, and
+        in a forked child."""
         return claim(self, byte, shared=shared)
 
     def _require_not_gone(self) -> None:
@@ -228,8 +227,8 @@ class Segment:
 class SharedSegment(Segment):
     """A segment in /dev/shm, attached by this process.
 
-    Its descriptor carries every lock this attachment holds. Leaving, or dying, gives all of them
-    up; only `unlink` removes the segment.
+    Its descriptor carries every lock of this attachment. They are released when the process leaves
+    or dies. Only `unlink` removes the segment.
     """
 
     role: Role = Role.WORKER
@@ -250,7 +249,7 @@ class SharedSegment(Segment):
         super().__init__(memory, header)
         self.witness: Final = header.witness
         self.carrier = self._descriptor = descriptor
-        #: None once it has its name.
+        #: None after the segment has its name.
         self._new = new
         #: Reentrant: a signal handler may use the epoch in the middle of its first use.
         self._attaching = threading.RLock()
@@ -265,10 +264,10 @@ class SharedSegment(Segment):
         session_id: SessionId,
         epoch_id: RuntimeEpochId,
     ) -> SharedSegment:
-        """A whole segment that has no name yet: no process finds it before `publish`.
+        """A complete segment that has no name yet: other processes cannot find it before `publish`.
 
-        Raises `SharedMemoryExhausted` where /dev/shm has not enough room: all pages are reserved
-        now, because a write to a page that tmpfs cannot provide later is a SIGBUS.
+        Raises `SharedMemoryExhausted` if /dev/shm has not enough room. All pages are reserved now:
+        a later write to a page that tmpfs cannot provide is a SIGBUS.
         """
         layout = Layout(config)
         new = NewFile(segment_path(namespace, session_id), layout.size)
@@ -293,7 +292,7 @@ class SharedSegment(Segment):
 
     @classmethod
     def attach(cls, namespace: str, session_id: SessionId) -> Self:
-        """The session's segment, checked from its owner to its last capacity before any use.
+        """The session's segment. Its owner and its whole header are checked before any use.
 
         Raises `FileNotFoundError` if there is none, `SegmentForeign`, `SegmentCorrupted` or
         `LayoutUnsupported` if it is not what it should be. A failed attach leaves no trace.
@@ -304,9 +303,9 @@ class SharedSegment(Segment):
     def attach_epoch(
         cls, namespace: str, session_id: SessionId, epoch_id: RuntimeEpochId, witness: bytes
     ) -> SharedSegment:
-        """Attach to one particular epoch, as a handle names it.
+        """Attach to the epoch that a handle names.
 
-        Raises, besides what `attach` does, `EpochGone`, `EpochSealed` and `WitnessMismatch`.
+        Raises the errors of `attach`, and `EpochGone`, `EpochSealed` and `WitnessMismatch`.
         """
         try:
             return cls._attach(namespace, session_id, partial(_require_epoch, epoch_id, witness))
@@ -354,21 +353,21 @@ class SharedSegment(Segment):
 
     @lazy
     def waiters(self) -> Waiters:
-        """The epoch's waiters: they are in its memory, and in the namespace's doorbells."""
+        """The epoch's waiters, in its memory and at the namespace's doorbells."""
         return self._make_waiters(SharedWaits(self.memory, self.namespace))
 
     @property
     def participants(self) -> Participants:
         """The attached processes, as seen from this one; `BindingsClosed` once it has left."""
         self.ensure_attached()
-        self._descriptor.fileno()  # raises that this attachment has left
+        self._descriptor.fileno()  # raises if this attachment has left
         return self._participants_of(self._descriptor)
 
     def _participants_of(self, descriptor: Descriptor) -> Participants:
         return Participants(self.memory, descriptor, self.layout.max_participants, self.name)
 
     def join(self, role: Role) -> None:
-        """Become a participant, or change the role of the one this attachment is."""
+        """Become a participant, or change the role of this participant."""
         participants = self.participants
         if self.participant:
             participants.announce(self.participant, role)
@@ -384,11 +383,11 @@ class SharedSegment(Segment):
 
     @property
     def path(self) -> Path:
-        """Where the segment lies, once it is published and until it is unlinked."""
+        """The path of the segment, from `publish` until `unlink`."""
         return segment_path(self.namespace, self.session_id)
 
     def try_own(self) -> bool:
-        """Become the session's one runtime; False while there is one, here or elsewhere."""
+        """Become the session's one runtime; False while it has one, in this or another process."""
         with self._attaching:
             self.ensure_attached()
             if self._owns or not try_lock(self._descriptor, at.RUNTIME_BYTE, False):
@@ -397,7 +396,7 @@ class SharedSegment(Segment):
             return True
 
     def disown(self, role: Role) -> None:
-        """Give up what `try_own` gave, and be a participant in this role again."""
+        """Undo `try_own`, and be a participant in this role again."""
         with self._attaching:
             if not (self._owns and self.attached):
                 return
@@ -408,7 +407,7 @@ class SharedSegment(Segment):
     @property
     def named(self) -> bool:
         """Whether the session's name names this segment. Only its owner changes that, so a process
-        that has become the owner looks once more."""
+        that has become the owner checks again."""
         return is_same(self._descriptor, f"{_SHM_DIR}/{self.name}")
 
     @property
@@ -425,7 +424,7 @@ class SharedSegment(Segment):
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
         self.ensure_attached()
         made = super().claim(byte, shared=shared)
-        if not self.attached:  # afterwards, since another thread may leave at any moment
+        if not self.attached:  # checked last, since another thread may leave at any moment
             if made is not None:
                 made.release()
             raise self._left_error_maker()()
@@ -433,17 +432,17 @@ class SharedSegment(Segment):
 
     @property
     def attached(self) -> bool:
-        """Whether this process is attached: no more once it has left, nor right after a fork."""
+        """Whether this process is attached: false after it has left, and right after a fork."""
         return not self._descriptor.closed
 
     def require_name(self) -> None:
-        """Raise `EpochGone` if the file has lost its name, and not by the end of its epoch.
+        """Raise `EpochGone` if the file has lost its name although its epoch has not ended.
 
-        GONE-1: then no process can attach any more, and only those that are attached hear of what
-        is committed here. The first of them that notices says so in the memory that they share, so
-        that all of them hear of it, and those that wait come free.
+        GONE-1: then no other process can attach, and only the attached ones see new commits. The
+        first of them that notices it changes the state in the shared memory, so that all of them
+        notice, and waits end.
         """
-        # The name first: a removal in good order has sealed the epoch before.
+        # The name first: a regular removal seals the epoch before it removes the name.
         nameless = self._new is None and os.fstat(self.fd).st_nlink == 0
         if nameless and not self.ended:
             self.memory.store(at.STATE_AT, at.GONE)
@@ -456,9 +455,9 @@ class SharedSegment(Segment):
 
     def close(self) -> None:
         """Leave the epoch: give up the participant slot and every lock. The memory stays readable
-        through the cursors that still have it. Interrupted, it may be called again."""
+        through the cursors that still have it. If it was interrupted, it may be called again."""
         left_error = self._left_error_maker()
-        # Closing the descriptor gives the lock up, in the middle of a transition as well.
+        # Closing the descriptor releases the lock, even in the middle of a transition.
         if self.writer is not None:
             self.writer.retire(left_error)
         if self.attached and self.participant:
@@ -473,9 +472,9 @@ class SharedSegment(Segment):
         return partial(_left_error, self.memory, self.session_id, self.epoch_id, self.name)
 
     def _after_fork(self) -> None:
-        """In a forked child, whose descriptors of its parent's are closed: be no participant yet.
+        """In a forked child, after its parent's descriptors are closed: be no participant yet.
 
-        What the memory holds stays readable, and cursors stay usable.
+        The memory stays readable, and cursors stay usable.
         """
         self._attaching = threading.RLock()
         lose_claims(self)
@@ -503,18 +502,18 @@ class SharedSegment(Segment):
             )
         except FileNotFoundError:
             raise EpochGone(self.session_id, self.epoch_id, self.name) from None
-        # Not the epoch's id: one that was recovered has that, too, in other memory.
+        # Not the epoch's id: a recovered epoch has the same id in other memory.
         if head[at.WITNESS_AT : at.WITNESS_AT + at.ID_SIZE] != self.witness:
             if self.sealed:
                 raise EpochSealed(self.epoch_id)
             raise EpochGone(self.session_id, self.epoch_id, self.name)
         participants = self._participants_of(opened)
         participant = self._take_slot(participants, self.role)
-        # A signal handler may have attached meanwhile; from this check on, none comes between. This
-        # process has its key before it is attached, so that it never writes without one.
+        # A signal handler may have attached meanwhile, but none can run after this check. The
+        # process gets its key before it is attached, so that it never writes without one.
         writer = self.writer
         if self._descriptor.inherited:
-            self._participant = participant  # not by the property: calls let a handler in
+            self._participant = participant  # not by the property: a handler may run in a call
             if writer is not None:
                 writer.participant = participant
             self._descriptor.take(opened)
@@ -523,11 +522,11 @@ class SharedSegment(Segment):
 
 
 class ObservedSegment(SharedSegment):
-    """A segment as an observer has it.
+    """The segment of an observer.
 
     OBSERVE-1: every change of the memory goes through the writer lock or through a cell. An
-    observer has no such lock, and its cells refuse. So do the calls that are a runtime's. It is a
-    participant if there is a free slot, and changes nothing else.
+    observer has no such lock, and its cells refuse every change. The calls for runtimes refuse as
+    well. An observer becomes a participant if there is a free slot, and changes nothing else.
     """
 
     read_only = True
@@ -573,11 +572,11 @@ class ObservedSegment(SharedSegment):
         try:
             return participants.join(role, only_free=True)
         except ParticipantsExhausted:
-            return 0  # it is not listed, and can read
+            return 0  # it can read, but is not listed
 
 
 class ObservedCell:
-    """A cell as an observer has it."""
+    """The cell of an observer."""
 
     def __init__(self, memory: Memory, offset: int, epoch_id: RuntimeEpochId) -> None:
         self._memory = memory
@@ -596,7 +595,7 @@ class ObservedCell:
 
 def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> None:
     if header.epoch_id != epoch_id:
-        raise EpochSealed(epoch_id)  # a name is only taken over from a sealed epoch
+        raise EpochSealed(epoch_id)  # only the name of a sealed epoch is taken over
     if not hmac.compare_digest(header.witness, witness):
         raise WitnessMismatch(epoch_id)
     if header.sealed:
@@ -604,7 +603,7 @@ def _require_epoch(epoch_id: RuntimeEpochId, witness: bytes, header: Header) -> 
 
 
 def _attend(reference: weakref.ref[Segment]) -> None:
-    """What the writer lock asks for, of a forked child or a file without a name."""
+    """Called by the writer lock, in a forked child or if the file has no name."""
     segment = reference()
     if isinstance(segment, SharedSegment):
         segment.ensure_attached()
@@ -627,7 +626,7 @@ def _left_error(
     return _ended_error(memory, session_id, epoch_id, name)
 
 
-#: Not a WeakSet, which guards its iteration against changes: it takes longer, and is not iterated.
+#: Not a WeakSet: it is slower because it guards its iteration, which is not needed here.
 _every_segment: set[weakref.ref[Segment]] = set()
 
 

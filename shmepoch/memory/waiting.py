@@ -17,15 +17,15 @@ _log = logging.getLogger(__name__)
 
 _NS: Final = 1_000_000_000
 
-#: How long a sleeper goes without looking: the bound on what a writer that was killed, or failed,
-#: between its commit and its wake call can delay.
+#: How long a sleeper waits before it polls: the longest delay if a writer was killed, or failed,
+#: between its commit and its wake call.
 RECHECK_S: Final = 0.25
 
 _reported: Final[set[tuple[object, ...]]] = set()
 
 
 def report_once(what: str, error: Exception) -> None:
-    """Log a failure that costs time and loses nothing, once for each cause."""
+    """Log a failure that only causes delay, once for each cause."""
     cause = (what, type(error), getattr(error, "errno", None))
     if cause not in _reported:
         _reported.add(cause)
@@ -44,7 +44,7 @@ class AsyncWait:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to wait for, or nothing that waits."""
+        """Whether the wait has its result, or its coroutine no longer waits."""
         memory = self.memory
         return (
             memory.load(at.WATERMARK_AT) > self._after
@@ -55,21 +55,21 @@ class AsyncWait:
 
     def resolve(self) -> None:
         """Let the coroutine go on; from any thread."""
-        with contextlib.suppress(RuntimeError):  # its loop was closed, and the wait with it
+        with contextlib.suppress(RuntimeError):  # its loop is closed, so the wait has ended
             self._loop.call_soon_threadsafe(self._finish)
 
-    def look_by_itself(self) -> None:
-        """Look now and then, in its event loop; for a wait that may not be told."""
+    def poll_by_itself(self) -> None:
+        """Poll from time to time, in its event loop; for a wait that may miss a notification."""
         if self.over:
             self._finish()
         else:
-            self._timer = self._loop.call_later(RECHECK_S, self.look_by_itself)
+            self._timer = self._loop.call_later(RECHECK_S, self.poll_by_itself)
 
     def end(self) -> None:
-        """Stop waiting, whatever was begun."""
+        """Stop waiting, in whatever state the wait is."""
         if self._timer is not None:
             self._timer.cancel()
-        if not self._loop.is_closed():  # it would refuse to tell of the cancellation
+        if not self._loop.is_closed():  # a closed loop cannot deliver the cancellation
             self.future.cancel()
 
     def _finish(self) -> None:
@@ -78,16 +78,16 @@ class AsyncWait:
 
 
 class AsyncWaits(Protocol):
-    """Where the coroutines that wait are kept, and how they hear of a commit.
+    """The set of the waiting coroutines, which tells them of a commit.
 
-    WAIT-2: no lock is held where the code of others can run. A finalizer or a signal handler may
-    run at any instruction, and it may end a wait, begin one or commit. So the waits are kept in a
-    set whose single operations are atomic, with the interpreter's lock or in builds without it
-    those of the set itself: it hashes by identity, so that none of them runs Python code.
+    WAIT-2: no lock is held where other code can run. A finalizer or a signal handler may run at any
+    instruction, and may end a wait, begin one or commit. So the waits are kept in a set whose
+    single operations are atomic: by the interpreter lock, or in builds without it by the set's own
+    lock. The set hashes by identity, so its operations run no Python code.
     """
 
     def add(self, wait: AsyncWait, /) -> None:
-        """From now on, `wait` is resolved once it is over. In its event loop."""
+        """Resolve `wait` when it is over. Called in its event loop."""
         ...
 
     def discard(self, wait: AsyncWait, /) -> None:
@@ -95,7 +95,7 @@ class AsyncWaits(Protocol):
         ...
 
     def notify(self) -> None:
-        """Something was committed, or the epoch ended."""
+        """Resolve the waits that are over, after a commit or the epoch's end."""
         ...
 
 
@@ -107,9 +107,9 @@ class LocalWaits:
 
     def add(self, wait: AsyncWait, /) -> None:
         self._waits.add(wait)
-        # A writer that is interrupted between its commit and its call tells of nothing, and the
-        # commit may have come between the caller's look and the line above.
-        wait.look_by_itself()
+        # A writer that is interrupted between its commit and `notify` does not notify. The commit
+        # may also have come between the caller's check and the line above.
+        wait.poll_by_itself()
 
     def discard(self, wait: AsyncWait, /) -> None:
         self._waits.discard(wait)
@@ -122,7 +122,7 @@ class LocalWaits:
                     self._waits.discard(wait)
 
     def after_fork(self) -> None:
-        """Forget the parent's: its coroutines do not run in this child."""
+        """Forget the parent's waits: its coroutines do not run in this child."""
         self._waits: set[AsyncWait] = set()
 
 
@@ -139,8 +139,8 @@ class Waiters:
     def notify(self) -> None:
         """Wake every waiter, after the store that they wait for; no system call if none sleeps.
 
-        WAIT-1: what was committed stands, so nothing that fails here is raised. A sleeper that was
-        not woken polls by itself before long.
+        WAIT-1: the commit stands, so a failure here is not raised. A sleeper that was not woken
+        soon polls by itself.
         """
         try:
             self._memory.wake(at.EVENT_AT)
@@ -151,7 +151,7 @@ class Waiters:
     def wait_above(self, after: int, timeout: float | None) -> int:
         """Block until the watermark is above `after`, and return it.
 
-        Raises `TimeoutError` after `timeout` seconds, and what a closed epoch raises when it ends.
+        Raises `TimeoutError` after `timeout` seconds, and the closed error when the epoch ends.
         """
         limit = _limit_ns(timeout, "wait_for_advance")
         after = require_position(after, "wait_for_advance", "after_seq")
@@ -160,13 +160,14 @@ class Waiters:
         return self._reached(after)
 
     def wait_durable(self, seq: int, timeout: float | None) -> None:
-        """Block until a store has everything up to `seq`, or the epoch ends; `TimeoutError`."""
+        """Block until a store has everything up to `seq`, or the epoch ends. Raises
+        `TimeoutError`."""
         limit = _limit_ns(timeout, "wait_durable")
         if not self._memory.wait_above(at.DURABLE_AT, seq - 1, at.EVENT_AT, at.STATE_AT, limit):
             raise TimeoutError(f"the store did not have {seq} within {timeout} s")
 
     def wake_writers(self) -> None:
-        """Wake the writers that wait for the store, after it has said how far it has come."""
+        """Wake the writers that wait for the store, after `durable_seq` has advanced."""
         self._memory.wake(at.EVENT_AT)
 
     async def above(self, after: int) -> int:

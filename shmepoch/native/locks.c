@@ -122,7 +122,7 @@ static const int64_t LOCK_PAUSE_MAX_NS = 1000 * 1000;
 /* How long a transition may not notice that the file has lost its name. It is not checked each
  * time: a check takes as long as the lock itself, and reading the coarse clock a twentieth of
  * that. */
-static const int64_t LOOK_NS = 500 * 1000 * 1000;
+static const int64_t NAME_CHECK_NS = 500 * 1000 * 1000;
 
 struct WriterLock {
     PyObject_HEAD
@@ -132,7 +132,7 @@ struct WriterLock {
     /* Called without a lock, or NULL. In a forked child with its parent's descriptor it opens the
      * file again; it is also called where the file has no name. */
     PyObject *attend;
-    _Atomic int64_t looked_ns; /* when the file last had a name */
+    _Atomic int64_t named_ns; /* when the file last had a name */
     word_t participant;
     /* Makes the error of a retired lock; NULL before. Set once, so it can be read without a
      * lock. */
@@ -188,7 +188,7 @@ writer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->descriptor = descriptor == Py_None ? NULL : (Descriptor *)Py_NewRef(descriptor);
     self->at = (off_t)at;
     self->attend = attend == Py_None ? NULL : Py_NewRef(attend);
-    atomic_init(&self->looked_ns, coarse_ns());
+    atomic_init(&self->named_ns, coarse_ns());
     self->threads = PyThread_allocate_lock();
     if (self->threads == NULL) {
         Py_DECREF(self);
@@ -252,14 +252,14 @@ writer_is_nameless(WriterLock *self, int fd)
 {
     const int64_t now_ns = coarse_ns();
     if (self->attend == NULL
-        || now_ns - atomic_load_explicit(&self->looked_ns, memory_order_relaxed) < LOOK_NS) {
+        || now_ns - atomic_load_explicit(&self->named_ns, memory_order_relaxed) < NAME_CHECK_NS) {
         return false;
     }
     struct stat found;
     if (fstat(fd, &found) == 0 && found.st_nlink == 0) {
         return true;
     }
-    atomic_store_explicit(&self->looked_ns, now_ns, memory_order_relaxed);
+    atomic_store_explicit(&self->named_ns, now_ns, memory_order_relaxed);
     return false;
 }
 
@@ -350,7 +350,7 @@ writer_attend(WriterLock *self, LockState state, int error)
         Py_DECREF(attended);
     }
     if (state == LOCK_NAMELESS) { /* not published yet: it has had no name */
-        atomic_store_explicit(&self->looked_ns, coarse_ns(), memory_order_relaxed);
+        atomic_store_explicit(&self->named_ns, coarse_ns(), memory_order_relaxed);
     }
     else if (self->descriptor->fd < 0 && !writer_is_retired(self)) {
         PyObject *fileno = PyObject_CallMethod((PyObject *)self->descriptor, "fileno", NULL);

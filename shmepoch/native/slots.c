@@ -107,7 +107,7 @@ typedef enum { SLOT_OTHER, SLOT_FOUND, SLOT_DAMAGED } SlotState;
 
 /* Whether a slot with the key's fingerprint holds the operation of the key. */
 static SlotState
-look_into(Epoch *self, const Words *words, const Key *key, Py_ssize_t index, Refusal *refusal)
+check_match(Epoch *self, const Words *words, const Key *key, Py_ssize_t index, Refusal *refusal)
 {
     const Slot *slot = slot_at(self, (uint64_t)index);
     if (!has_key(slot, key)) {
@@ -130,13 +130,13 @@ find_slot(Epoch *self, const Words *words, const Key *key, int64_t *found, Refus
     SlotState state = SLOT_OTHER;
     *found = -1;
     if (hinted < slots && load(&fingerprints[hinted]) == key->fingerprint) {
-        state = look_into(self, words, key, hinted, refusal);
+        state = check_match(self, words, key, hinted, refusal);
         *found = hinted;
     }
     Py_ssize_t index = -1;
     while (state == SLOT_OTHER
            && (index = find_word(fingerprints, slots, WORD, key->fingerprint, index + 1)) >= 0) {
-        state = look_into(self, words, key, index, refusal);
+        state = check_match(self, words, key, index, refusal);
         *found = index;
     }
     if (state == SLOT_FOUND) {
