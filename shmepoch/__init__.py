@@ -1,6 +1,6 @@
 """shmepoch: one runtime epoch, shared by the processes of an agent deployment."""
 
-from shmepoch import starting  # first of all: its import sees to a Ctrl-C during the others
+from shmepoch import starting  # first: it handles a Ctrl-C during the other imports
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import (
     RuntimeBuildMode,

@@ -1,1 +1,1 @@
-"""What one epoch is: cursors, feed, operations, registry, bindings and build mode."""
+"""One epoch: its cursors, feed, operations, registry, bindings and build mode."""

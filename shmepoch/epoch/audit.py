@@ -1,6 +1,6 @@
-"""The audit of an epoch: every invariant of its memory held against the others.
+"""The audit of an epoch: it checks every invariant of its memory.
 
-It looks at a copy that was made under the writer lock, so it holds up nobody.
+It checks a copy that was made under the writer lock, so it does not delay other processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shmepoch.memory.segment import Segment
 
 
 class Audit:
-    """One look at the copy of an epoch. Raises `SegmentCorrupted` that names what is wrong."""
+    """One check of the copy of an epoch. Raises `SegmentCorrupted` that names the damaged field."""
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
@@ -32,7 +32,7 @@ class Audit:
         self._check_records(kept)
 
     def _check_records(self, kept: list[tuple[int, int]]) -> None:
-        """Records follow each other, and overlap nothing that is kept for watchers."""
+        """Records follow each other, and do not overlap records that are kept for watchers."""
         words, end, first = self._words, 0, None
         spans = list(kept)
         for seq in range(words.dropped + 1, words.watermark + 1):
@@ -81,7 +81,7 @@ class Audit:
         return Layout.record_size(len(first), len(second))
 
     def _check_slots(self) -> list[tuple[int, int]]:
-        """The places and sizes of records that slots keep and the feed does not hold any more."""
+        """The positions and sizes of records that slots keep and that the feed has dropped."""
         words, live, seen, kept = self._words, 0, set[bytes](), list[tuple[int, int]]()
         for slot in self._epoch.used():
             found = self._table.slot(slot)

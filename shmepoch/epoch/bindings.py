@@ -1,6 +1,6 @@
 """Bindings: the facts of one epoch that a runtime prepares and a factory consumes.
 
-One build consumes bindings, it does not create them.
+A build consumes bindings; it does not create them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shmepoch.memory.segment import Segment, SharedSegment
 
 @runtime_checkable
 class History(Protocol):
-    """Where completions are found that the feed no longer holds."""
+    """A place that keeps completions which the feed no longer holds."""
 
     def list_entries(
         self, epoch_id: RuntimeEpochId, after_seq: CompletionSeq, through_seq: CompletionSeq
@@ -39,22 +39,22 @@ class History(Protocol):
         ...
 
     def list_skipped(self, epoch_id: RuntimeEpochId) -> Sequence[SkippedRange]:
-        """The sequences that no completion of the epoch ever had."""
+        """The sequences that were skipped: no completion of the epoch has one of them."""
         ...
 
 
 class SessionRuntimeBindings:
-    """One process's bindings of one epoch: its registry and its cursors, and the way to share them.
+    """One process's bindings of one epoch: its registry, its cursors, and the way to share them.
 
-    Copies are the same object. Pickled, or passed as a token, they attach in the other process to
-    the same epoch: from a token at once, and when they come out of a pickle on their first use,
-    which raises what `attach` does. In this process both resolve to this object. Made by
-    `RuntimeSessionAdapter.prepare_bindings`, never by what consumes them.
+    A copy is the same object. In another process, bindings from a pickle or a token attach to the
+    same epoch: from a token at once, from a pickle on their first use, which raises the errors of
+    `attach`. In this process both resolve to this object. `RuntimeSessionAdapter.prepare_bindings`
+    makes them; a consumer never does.
     """
 
     session_id: SessionId
     epoch_id: RuntimeEpochId
-    #: Where completions are found that the feed has dropped, if this process has such a place.
+    #: A place that keeps completions which the feed has dropped, if this process has one.
     history: History | None
     _closed: bool
 
@@ -110,7 +110,7 @@ class SessionRuntimeBindings:
 
     @lazy
     def handle(self) -> EpochHandle | None:
-        """What another process needs to attach; None for standalone bindings and an observer's."""
+        """The handle to attach with; None for standalone bindings and an observer's."""
         segment = self._segment
         if not isinstance(segment, SharedSegment) or segment.read_only:
             return None
@@ -125,7 +125,7 @@ class SessionRuntimeBindings:
     def standalone(
         cls, session_id: SessionId, config: OpsLifecycleConfig | None = None
     ) -> SessionRuntimeBindings:
-        """Local-only bindings, for a standalone build: no other process ever shares them."""
+        """Local bindings for a standalone build: other processes cannot share them."""
         require(SessionId, session_id, "SessionRuntimeBindings.standalone", "session_id")
         require(OpsLifecycleConfig | None, config, "SessionRuntimeBindings.standalone", "config")
         return cls(Segment.private(config or OpsLifecycleConfig(), session_id=session_id))
@@ -135,8 +135,8 @@ class SessionRuntimeBindings:
         """This process's bindings of the epoch that `handle` names, as a worker until it announces
         another role.
 
-        Raises `EpochGone`, `EpochSealed`, `WitnessMismatch`, `ParticipantsExhausted`, and what
-        validating the segment may raise.
+        Raises `EpochGone`, `EpochSealed`, `WitnessMismatch`, `ParticipantsExhausted`, and the
+        errors of a segment that is not valid.
         """
         if not isinstance(handle, EpochHandle):
             require(EpochHandle, handle, "SessionRuntimeBindings.attach", "handle")
@@ -149,9 +149,10 @@ class SessionRuntimeBindings:
 
     @classmethod
     def of_segment(cls, segment: SharedSegment) -> SessionRuntimeBindings:
-        """The process's bindings of an attached segment: those it has already, or new ones.
+        """The process's bindings of an attached segment: the existing ones, or new ones.
 
-        Those of an epoch of the same name in other memory, as before a recovery, are others.
+        After a recovery the epoch has the same name and other memory: its older bindings are not
+        reused.
         """
         with _attached_lock:
             reference = _attached.get(segment.witness)
@@ -166,13 +167,13 @@ class SessionRuntimeBindings:
 
     @classmethod
     def _unpickle(cls, token: str) -> SessionRuntimeBindings:
-        """This process's bindings of a token's epoch, attached already or on their first use."""
+        """This process's bindings of a token's epoch; new ones attach on their first use."""
         handle = EpochHandle.from_token(token)
         with _attached_lock:
             return _known(handle) or _sole(handle.witness, cls._of_handle(handle))
 
     def _attach(self) -> Segment:
-        """Attach, if this came out of a pickle and was not used since."""
+        """Attach, if these bindings came from a pickle and were not used since."""
         mine = vars(self)
         with _attached_lock:
             if "_segment" not in mine:
@@ -184,7 +185,7 @@ class SessionRuntimeBindings:
                 except BaseException:
                     segment.close()
                     raise
-                # A signal handler may have attached meanwhile; after the check none comes between.
+                # A signal handler may have attached meanwhile, but none can run after this check.
                 if "_segment" not in mine:
                     mine.update(_segment=segment, ops_lifecycle=registry)
                 else:
@@ -195,7 +196,7 @@ class SessionRuntimeBindings:
     def to_token(self) -> str:
         """The bindings as text, for an environment variable or a command line.
 
-        The text is a capability: whatever process has it can attach. Raises
+        The text is a capability: each process that has it can attach. Raises
         `BindingsNotTransferable` for standalone bindings and an observer's.
         """
         if self.handle is None:
@@ -204,7 +205,7 @@ class SessionRuntimeBindings:
 
     @classmethod
     def from_token(cls, text: str) -> SessionRuntimeBindings:
-        """Attach to the epoch of a token; `TokenInvalid`, and what `attach` raises."""
+        """Attach to the epoch of a token. Raises `TokenInvalid`, and the errors of `attach`."""
         return cls.attach(EpochHandle.from_token(text))
 
     @property
@@ -228,27 +229,27 @@ class SessionRuntimeBindings:
 
     @property
     def skipped(self) -> SkippedRange:
-        """The sequences that the last recovery left out."""
+        """The sequences that the last recovery skipped."""
         return self._segment.skipped
 
     @property
     def read_only(self) -> bool:
-        """Whether they are an observer's, and change nothing."""
+        """Whether they are an observer's, and cannot change the epoch."""
         return self._segment.read_only
 
     def announce(self, role: Role) -> None:
-        """Say what this process does in the epoch; of no effect on standalone bindings."""
+        """Set the role of this process in the epoch; no effect on standalone bindings."""
         require(Role, role, "announce", "role")
         if isinstance(self._segment, SharedSegment):
             self._segment.join(role)
 
     @property
     def role(self) -> Role | None:
-        """What this process does in the epoch; None for standalone bindings."""
+        """The role of this process in the epoch; None for standalone bindings."""
         return self._segment.role if isinstance(self._segment, SharedSegment) else None
 
     def participants(self) -> list[Participant]:
-        """The processes that are attached, and those that died attached and are not cleared yet."""
+        """The attached processes, and those that died attached and are not cleared yet."""
         segment = self._segment
         if not isinstance(segment, SharedSegment):
             return []
@@ -258,7 +259,7 @@ class SessionRuntimeBindings:
     def claim(self, byte: int, *, shared: bool = False) -> Claim | None:
         """Claim a byte of the epoch, as `Segment.claim` does; for the boundary and the loop.
 
-        Raises `BindingsClosed`, and what attaching raises.
+        Raises `BindingsClosed`, and the errors of attaching.
         """
         return self._segment.claim(byte, shared=shared)
 
@@ -267,11 +268,11 @@ class SessionRuntimeBindings:
         return any(claim.byte == byte and claim.held for claim in self._segment.claims)
 
     def claimed_by(self, byte: int, role: Role) -> int:
-        """The pid of the process that has claimed `byte` and has `role` for that: this one, or a
-        live participant.
+        """The pid of the process that has claimed `byte` and has the `role` for it: this process,
+        or a live participant.
 
-        0 if it cannot be told: the process may not have announced the role yet, or have another
-        one besides, and then it is named only if there is no second one that it could be.
+        0 if it is unknown. The process may not have announced the role yet, or may have another
+        role besides. Then its pid is returned only if there is exactly one other live participant.
         """
         if self.has_claimed(byte):
             return os.getpid()
@@ -288,15 +289,15 @@ class SessionRuntimeBindings:
         return self._segment
 
     def close(self) -> None:
-        """Leave the epoch: this process's running operations end as `Terminated` before long.
+        """Leave the epoch: this process's running operations soon end as `Terminated`.
 
-        Interrupted, it may be called again.
+        If it was interrupted, it may be called again.
         """
         with _attached_lock:
             segment = vars(self).get("_segment")
             shared = segment if isinstance(segment, SharedSegment) else self.handle
             if shared is None:
-                return  # standalone bindings hold nothing that others wait for
+                return  # other processes do not wait for standalone bindings
             vars(self)["_closed"] = True
             reference = _attached.get(shared.witness)
             if reference is not None and reference() is self:
@@ -322,11 +323,11 @@ class SessionRuntimeBindings:
         )
 
 
-#: By the witness key, which is the segment's own: an epoch that was recovered has its name in
-#: other memory. Not a WeakValueDictionary, which guards its iteration against changes: it takes
-#: four times as long, and is not iterated.
+#: By the segment's own witness key, since a recovered epoch has its name in other memory. Not a
+#: WeakValueDictionary: it takes four times as long because it guards its iteration, which is not
+#: needed here.
 _attached: Final[dict[bytes, weakref.ref[SessionRuntimeBindings]]] = {}
-#: Reentrant: a signal handler may attach, and bindings may be dropped and forgotten, at any moment.
+#: Reentrant: at any moment a signal handler may attach, or bindings may be dropped.
 _attached_lock = threading.RLock()
 
 
@@ -350,7 +351,7 @@ def _join(handle: EpochHandle) -> SharedSegment:
 
 
 def _remember(kind: type[SessionRuntimeBindings], segment: SharedSegment) -> SessionRuntimeBindings:
-    """The bindings of a segment that this process had none of at the last check."""
+    """New bindings of a segment, for which this process had none at the last check."""
     try:
         made = kind(segment)
         bindings = _sole(segment.witness, made)
@@ -363,10 +364,10 @@ def _remember(kind: type[SessionRuntimeBindings], segment: SharedSegment) -> Ses
 
 
 def _sole(key: bytes, made: SessionRuntimeBindings) -> SessionRuntimeBindings:
-    """`made`, unless a signal handler has made bindings of the same epoch meanwhile: those."""
+    """`made`, or the bindings of the same epoch that a signal handler has made meanwhile."""
     reference = weakref.ref(made, partial(_forget, key))
     known = _attached.setdefault(key, reference)()
-    if known is None:  # dropped just now, and not forgotten yet
+    if known is None:  # it was dropped just now
         _attached[key] = reference
     if known is None or known is made or known.handle != made.handle:
         return made
@@ -388,9 +389,9 @@ on_fork(Part.BINDINGS, after_in_child=_after_fork_in_child)
 
 
 class StandaloneEphemeral:
-    """Build with local-only bindings of its own: for tests, embedding and examples.
+    """Build with new local bindings: for tests, embedding and examples.
 
-    It works without /dev/shm, and what it makes cannot leave the process.
+    It works without /dev/shm. The bindings cannot be shared with other processes.
     """
 
     def __repr__(self) -> str:
@@ -404,7 +405,7 @@ class StandaloneEphemeral:
 
 
 class SessionOwned:
-    """Build with the bindings that the session's runtime prepared, and make none."""
+    """Build with the bindings that the session's runtime prepared."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
         require(SessionRuntimeBindings, bindings, "SessionOwned", "bindings")
@@ -421,4 +422,4 @@ class SessionOwned:
 
 
 RuntimeBuildMode: TypeAlias = StandaloneEphemeral | SessionOwned
-"""How a factory comes by the lifecycle resources of what it builds."""
+"""Where a factory gets the lifecycle resources for a build."""

@@ -1,7 +1,6 @@
-"""How records are written: JSON for people and stores, MessagePack for shared memory.
+"""The encoding of records: JSON for people and stores, MessagePack for shared memory.
 
-The two differ in one thing only: an identifier is its text in JSON and its sixteen bytes in
-MessagePack.
+The two differ only in identifiers: text in JSON, sixteen bytes in MessagePack.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ to_wire = _wire_encoder.encode
 
 
 def wire_decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
-    """A decoder for what `to_wire` wrote of a `kind`."""
+    """A decoder for records of a `kind` that `to_wire` encoded."""
     return msgspec.msgpack.Decoder(kind, dec_hook=decode)
 
 
@@ -39,13 +38,13 @@ class Record(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
-        """Read what `to_json` wrote; `RecordInvalid` names the field that is wrong."""
+        """Read a record that `to_json` wrote; `RecordInvalid` names the field that is wrong."""
         return decode_json(cls, data)
 
 
 def decode_json(kind: type[T], data: bytes | str, named: type | None = None) -> T:
-    """Read one JSON value of type `kind`; `RecordInvalid` names the field that is wrong, of a
-    record that is `named` so."""
+    """Read one JSON value of type `kind`; `RecordInvalid` names the wrong field, and the record by
+    the name of `named` if given."""
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=dec_hook)
     except (msgspec.DecodeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Completions: what the feed carries, and the protocol every feed keeps."""
+"""Completions: the entries of the feed, and the protocol of every feed."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class CompletionFeedGap(Record, frozen=True):
 
     @property
     def missing(self) -> int:
-        """How many completions cannot be had."""
+        """How many completions are lost to this consumer."""
         return self.dropped_through - self.after_seq
 
 
 class CompletionBatch(Record, kw_only=True, frozen=True):
     """The retained entries above a position, and the feed's state at the same instant.
 
-    FEED-1: no entry is above `watermark`, and none at or below it is missing unless it is at or
-    below `dropped_through`.
+    FEED-1: no entry is above `watermark`. Every entry between `dropped_through` and `watermark` is
+    there.
     """
 
     entries: tuple[CompletionEntry, ...]
@@ -53,7 +53,8 @@ class CompletionBatch(Record, kw_only=True, frozen=True):
     dropped_through: CompletionSeq = 0
 
     def gap_after(self, after_seq: CompletionSeq) -> CompletionFeedGap | None:
-        """What a consumer that stood at `after_seq` can no longer read, or None."""
+        """The gap for a consumer at `after_seq`: completions that it can no longer read. None if
+        there is no gap."""
         after_seq = operator.index(after_seq)
         if after_seq < self.dropped_through:
             return CompletionFeedGap(after_seq, self.dropped_through)

@@ -1,4 +1,4 @@
-"""Cursors: how far each consumer of an epoch's feed has come."""
+"""Cursors: the position of each consumer of an epoch's feed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: CURSOR-2: the highest position of a cursor that an epoch is continued from. A recovered feed
+#: CURSOR-2: the highest position of a cursor from which an epoch can be continued. A recovered feed
 #: begins above every cursor, and needs room there.
 LAST_CONTINUABLE: Final = 2**62
 
 Position: TypeAlias = Annotated[int, Meta(ge=0)]
-"""A sequence of the feed as a record has it; 0 is before the first."""
+"""A sequence of the feed in a record; 0 is before the first."""
 
 
 class EpochCursorSnapshot(Record, frozen=True, gc=False):
     """The three cursors as they stood at one instant.
 
-    A snapshot may be stale when it is used; that repeats a notice and never loses one. Its JSON has
+    A snapshot may be stale when it is used: then a notice is repeated, and never lost. Its JSON has
     all three, each from 0 to 2**64-1.
     """
 
@@ -45,8 +45,8 @@ class EpochCursorSnapshot(Record, frozen=True, gc=False):
         return decode_json(cls, data)
 
     def continuable(self, last: int) -> EpochCursorSnapshot:
-        """These positions, but `last` in place of what an epoch cannot be continued from: what is
-        above 2**62 and above `last`, its last sequence."""
+        """These positions, with `last`, the epoch's last sequence, in place of positions from which
+        it cannot be continued: those above both 2**62 and `last`."""
         most = max(LAST_CONTINUABLE, last)
         if max(astuple(self)) <= most:
             return self
@@ -56,8 +56,8 @@ class EpochCursorSnapshot(Record, frozen=True, gc=False):
 
 
 class WrittenCursors(Struct):
-    """What the JSON of an `EpochCursorSnapshot` has to have: one that was cut must not be read as a
-    position of 0."""
+    """The required fields in the JSON of an `EpochCursorSnapshot`: a missing field must not be read
+    as position 0."""
 
     agent_applied_cursor: Position
     runtime_observed_seq: Position
@@ -79,38 +79,38 @@ class CursorCell(Protocol):
     def advance(self, value: int, /) -> bool:
         """CURSOR-1: become the larger of the position and `value`; whether this call moved it.
 
-        Lock-free. A position above the feed's watermark is taken, and makes the consumer deaf to
-        every completion up to there; one above 2**62 cannot be continued from after a reboot, and
-        counts as the last sequence then. Raises `OverflowError` outside 0..2**64-1, `TypeError` for
-        what is no integer, and `EpochSealed`.
+        Lock-free. A position above the feed's watermark is accepted: the consumer then misses every
+        completion up to there. An epoch cannot be continued from a position above 2**62: after a
+        reboot such a position counts as the last sequence. Raises `OverflowError` outside
+        0..2**64-1, `TypeError` for a value that is not an integer, and `EpochSealed`.
         """
         ...
 
     def compare_and_swap(self, expected: int, new: int, /) -> bool:
         """Become `new` if the position is `expected`; whether it was.
 
-        Raises `ValueError` for a `new` below `expected`, and what `advance` raises.
+        Raises `ValueError` for a `new` below `expected`, and the errors of `advance`.
         """
         ...
 
 
 @runtime_checkable
 class CursorState(Protocol):
-    """The cursors of one epoch, wherever they are kept."""
+    """The cursors of one epoch, in any kind of memory."""
 
     @property
     def agent_applied_cursor(self) -> CursorCell:
-        """Advanced by the agent boundary once the notices up to it are in the agent's context."""
+        """Advanced by the agent boundary after the notices up to it are in the agent's context."""
         ...
 
     @property
     def runtime_observed_seq(self) -> CursorCell:
-        """Advanced by the runtime loop once it has dealt with a batch of the feed."""
+        """Advanced by the runtime loop after it has handled a batch of the feed."""
         ...
 
     @property
     def runtime_last_injected_seq(self) -> CursorCell:
-        """Advanced by the runtime loop once a continuation was accepted."""
+        """Advanced by the runtime loop after a continuation was accepted."""
         ...
 
     def snapshot(self) -> EpochCursorSnapshot:
@@ -125,11 +125,11 @@ class EpochCursorState:
     agent_applied_cursor: CursorCell
     runtime_observed_seq: CursorCell
     runtime_last_injected_seq: CursorCell
-    #: All three as they stood at one instant; in one native call, which makes the record, too.
+    #: All three as they stood at one instant. One native call, which also makes the record.
     snapshot: Callable[[], EpochCursorSnapshot]
 
     def __init__(self, segment: Segment | None = None) -> None:
-        """Fresh cursors, all zero, in private memory of their own, unless `segment` is given."""
+        """The cursors of `segment`; without it, fresh cursors, all zero, in private memory."""
         if not isinstance(segment, Segment):
             require(Segment | None, segment, "EpochCursorState", "segment")
             segment = Segment.private(None)
@@ -147,7 +147,7 @@ class EpochCursorState:
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        # What was assigned would be this object's alone, and the epoch's cursor stay where it is.
+        # An assignment would change this object alone, and not the epoch's cursor.
         raise AttributeError(
             f"{name} of an EpochCursorState cannot be assigned to; move a cursor with its "
             "advance(position)"
@@ -157,8 +157,9 @@ class EpochCursorState:
     def values(self) -> NDArray[np.uint64]:
         """The live words of the three cursors as a read-only array, for monitors.
 
-        It follows the cursors, and keeps their memory for as long as it is there, after the epoch
-        was left too. Each element is whole, but they are not of one instant; `snapshot` is.
+        It follows the cursors, and keeps their memory as long as the array exists, also after the
+        process left the epoch. Each element is whole, but the three may be of different instants,
+        unlike those of `snapshot`.
         """
         import numpy as np  # half the import time of the whole library, and only monitors need it
 

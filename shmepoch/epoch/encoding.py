@@ -1,7 +1,7 @@
-"""How an operation is encoded for shared memory: its spec, its detail and what ends it.
+"""The encoding of an operation for shared memory: its spec, its detail and its outcome.
 
-A slot holds what the operation's feed entry will have of its spec, the head, and the rest. The
-native module puts an entry together of a template, the head and the outcome. So it reads no
+A slot holds the spec in two parts: the head, which the operation's feed entry will have too, and
+the rest. The native module joins a template, the head and the outcome to an entry. So it reads no
 MessagePack, and nothing is encoded while a lock is held.
 """
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _U64: Final = b"\xcf"  # MessagePack's uint64, of eight bytes, big-endian
 _ID: Final = b"\xc4\x10"  # and its binary data, of sixteen
-#: What an entry has before its sequence, its id, its head, its outcome and its time.
+#: The bytes of an entry before its sequence, its id, its head, its outcome and its time.
 ENTRY_TEMPLATE: Final = (
     b"\x86" + to_wire("seq") + _U64,
     to_wire("operation_id") + _ID,
@@ -47,7 +47,7 @@ _HEAD_MAP: Final = b"\x82" + to_wire("kind")
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
-    """What changes of an operation while it lives, as its slot holds it."""
+    """The part of an operation that changes while it lives, as its slot holds it."""
 
     progress_count: Count = 0
     last_progress: OperationProgressUpdate | None = None
@@ -68,14 +68,14 @@ FRESH: Final = Detail()
 
 
 class _Head(msgspec.Struct):
-    """What an entry has of its operation's spec, besides the id."""
+    """The part of the spec that is in the feed entry, besides the id."""
 
     kind: OperationKind
     display_name: str
 
 
 class _Rest(msgspec.Struct, array_like=True):
-    """What it does not have; the owner is None where it is the epoch's session."""
+    """The part that is not in the entry; the owner is None if it is the epoch's session."""
 
     owner_session_id: SessionId | None
     source_label: str
@@ -84,7 +84,7 @@ class _Rest(msgspec.Struct, array_like=True):
 
 
 class EncodedSpec(msgspec.Struct, frozen=True, gc=False):
-    """A spec as its slot holds it, and as it will be read from there."""
+    """A spec, encoded for its slot, and as a reader will decode it."""
 
     head: bytes
     rest: bytes
@@ -103,7 +103,7 @@ _outcome_decoder: Final[msgspec.msgpack.Decoder[OperationTerminalOutcome]] = wir
 
 
 def encode_spec(spec: OperationSpec, session_id: SessionId) -> EncodedSpec:
-    """A spec for its slot, of an operation that is this session's unless it says otherwise.
+    """Encode a spec for its slot. If the spec names no owner, this session owns the operation.
 
     Raises `RecordInvalid` or `PayloadTooLarge` if it cannot be held.
     """
@@ -123,7 +123,7 @@ def encode_spec(spec: OperationSpec, session_id: SessionId) -> EncodedSpec:
 
 
 def encode_head(kind: OperationKind, display_name: str) -> bytes:
-    """What comes between the template's parts for the head and for the outcome."""
+    """The head: the bytes between the template's parts before the head and before the outcome."""
     return to_wire(kind) + _DISPLAY_NAME + to_wire(display_name)
 
 
@@ -140,7 +140,7 @@ def _encode_rest(spec: OperationSpec, session_id: SessionId) -> bytes:
 
 
 def decode_spec(id: bytes, head: bytes, rest: bytes, session_id: SessionId) -> OperationSpec:
-    """The spec that was encoded. Raises `msgspec.DecodeError` or `ValueError`."""
+    """Decode a spec. Raises `msgspec.DecodeError` or `ValueError`."""
     first = _head_decoder.decode(_HEAD_MAP + head)
     second = _rest_decoder.decode(rest)
     return OperationSpec(
@@ -155,30 +155,30 @@ def decode_spec(id: bytes, head: bytes, rest: bytes, session_id: SessionId) -> O
 
 
 def encode_outcome(outcome: OperationTerminalOutcome) -> bytes:
-    """What ends an operation; `RecordInvalid`."""
+    """Encode an outcome. Raises `RecordInvalid`."""
     return encode_checked(outcome, _outcome_decoder)[0]
 
 
 def decode_outcome(data: bytes) -> OperationTerminalOutcome:
-    """An outcome that was encoded. Raises `msgspec.DecodeError` or `ValueError`."""
+    """Decode an outcome. Raises `msgspec.DecodeError` or `ValueError`."""
     return _outcome_decoder.decode(data)
 
 
 def check_peer_handle(handle: OperationPeerHandle) -> None:
-    """Refuse a handle that cannot be held: `RecordInvalid`, `PayloadTooLarge`."""
+    """Raise `RecordInvalid` or `PayloadTooLarge` if a slot cannot hold the handle."""
     data, _ = encode_checked(handle, _peer_decoder)
     if len(data) > PEER_HANDLE_LIMIT:
         raise PayloadTooLarge(len(data), PEER_HANDLE_LIMIT, what="the peer handle")
 
 
 def check_progress(update: OperationProgressUpdate) -> None:
-    """Refuse an update that is none: `RecordInvalid`."""
+    """Raise `RecordInvalid` if this is not a valid update."""
     encode_checked(update, _progress_decoder)
 
 
 def encode_detail(detail: Detail) -> bytes:
-    """A detail for its slot. The last progress message is cut to the room that a peer handle
-    leaves."""
+    """Encode a detail for its slot. The last progress message is cut to the room beside the peer
+    handle."""
     if detail == FRESH:
         return b""
     data = to_wire(detail)
@@ -192,25 +192,25 @@ def encode_detail(detail: Detail) -> bytes:
 
 
 def decode_detail(data: bytes) -> Detail:
-    """The detail of a slot. Raises `msgspec.DecodeError` or `ValueError`."""
+    """Decode a detail. Raises `msgspec.DecodeError` or `ValueError`."""
     return _detail_decoder.decode(data) if data else FRESH
 
 
 def encode_checked(record: msgspec.Struct, decoder: msgspec.msgpack.Decoder[T]) -> tuple[bytes, T]:
-    """A record for shared memory, refused unless a reader will find in it what went in; and what
-    that reader will find."""
+    """Encode a record for shared memory; also returns the record as a reader will decode it.
+    Refused if the two differ."""
     try:
         data = to_wire(record)
         found = decoder.decode(data)
     except (msgspec.MsgspecError, NotImplementedError, OverflowError, ValueError) as error:
         raise _invalid(record, decoder.type, str(error)) from error
-    if found != record:  # such as the text of an identifier in the place of one
+    if found != record:  # such as a string in the place of an identifier
         raise _invalid(record, decoder.type, f"{record!r} would be read as {found!r}")
     return data, found
 
 
 def _invalid(record: msgspec.Struct, kind: Any, reason: str) -> RecordInvalid:
-    """Why `record` cannot be held, in the terms of its caller and not of its encoding."""
+    """Why `record` is refused, in the terms of the caller and not of the encoding."""
     if not isinstance(record, kind):
         return RecordInvalid(named(kind), f"it is {described(record)}")
     found = _WRONG_TYPE.fullmatch(reason)
@@ -222,7 +222,7 @@ def _invalid(record: msgspec.Struct, kind: Any, reason: str) -> RecordInvalid:
     return RecordInvalid(type(record).__name__, reason)
 
 
-#: What a decoder says of a field of another type than the record's.
+#: The message of a decoder about a field of the wrong type.
 _WRONG_TYPE: Final = re.compile(
     r"(?:Expected `[^`]*`, got `[^`]*`|\w+ takes bytes, not: .*) - at `\$\.(?P<path>[\w.]+)`",
     re.DOTALL,

@@ -1,4 +1,4 @@
-"""The completion feed of an epoch: readers take no lock, and a writer holds up none."""
+"""The completion feed of an epoch: readers take no lock, and writers do not delay them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shmepoch.errors import EpochGone, EpochSealed
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import pauses
 
-#: How long an event loop pauses, at first and at most, before it polls again how far a store is.
+#: How long an event loop pauses, at first and at most, before it polls the store's progress again.
 _PAUSES_S = 0.001, 0.02
 
 _entries_decoder = wire_decoder(tuple[CompletionEntry, ...])
@@ -67,15 +67,16 @@ class SegmentFeed:
         """Like `wait_for_advance`, without blocking the event loop."""
         return await self._segment.waiters.above(after_seq)
 
-    # --- how far a store has come -------------------------------------------------------------
+    # --- the progress of a store --------------------------------------------------------------
 
     def durable_through(self) -> CompletionSeq:
         """Every completion up to this one is in a store, unless it was dropped before."""
         return self._memory.load(at.DURABLE_AT)
 
     def mark_durable(self, seq: CompletionSeq) -> None:
-        """A store has taken everything up to `seq`; writers that wait for it go on."""
-        with contextlib.suppress(EpochSealed, EpochGone):  # then no writer waits any more
+        """Record that a store has everything up to `seq`, and wake the writers that wait for
+        that."""
+        with contextlib.suppress(EpochSealed, EpochGone):  # then no writer waits
             self._segment.cell(at.DURABLE_AT).advance(seq)
             self._segment.waiters.wake_writers()
 
@@ -93,7 +94,7 @@ class SegmentFeed:
     async def durable(self, seq: CompletionSeq) -> None:
         """Like `wait_durable`, without blocking the event loop."""
         seq = require_position(seq, "durable", "seq")
-        # A store comes further a few times a second; no doorbell is rung for that.
+        # A store advances a few times a second, and rings no doorbell.
         for pause in pauses(*_PAUSES_S):
             if self.durable_through() >= seq or self._segment.ended:
                 break

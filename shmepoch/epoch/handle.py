@@ -1,4 +1,4 @@
-"""The handle of an epoch: what another process needs to attach to it, and its text, the token."""
+"""The handle of an epoch, with which another process attaches to it, and its text, the token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAC_SIZE: Final = 8
 
 
 class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What it takes to attach to an epoch. A capability: `repr` does not show its key."""
+    """The facts needed to attach to an epoch. A capability: `repr` does not show its key."""
 
     namespace: str
     session_id: SessionId
@@ -36,7 +36,8 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     @classmethod
     def from_token(cls, text: str) -> EpochHandle:
-        """Read what `to_token` wrote; `TokenInvalid` if it was cut, edited or is another's."""
+        """Read a token that `to_token` wrote; `TokenInvalid` if it was cut or edited, or is no
+        token."""
         if not isinstance(text, str):
             hint = "pass the text that to_token() gave"
             require(str, text, "from_token", "text", hint=hint)
@@ -47,8 +48,8 @@ class EpochHandle(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         try:
             data = binascii.a2b_base64(body + "==")
             handle = _handle_decoder.decode(data[:-_MAC_SIZE])
-            # A handle has one token. Base64 has spare bits, and passes over what it does not know,
-            # and msgpack has lengths of several widths, that decode to the same.
+            # A handle has one token only. The decoders are not strict: base64 has spare bits and
+            # ignores unknown characters, and msgpack can write one length in several widths.
             whole = hmac.compare_digest(handle.to_token(), token)
         except (msgspec.DecodeError, ValueError) as error:
             raise TokenInvalid("it was cut or edited") from error

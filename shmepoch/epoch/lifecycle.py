@@ -25,51 +25,52 @@ from shmepoch.ids import OperationId, RunId, RuntimeEpochId
 class OpsLifecycleRegistry(Protocol):
     """Every operation of one epoch and its lifecycle.
 
-    Every verb raises `NotFound` for an id the registry does not hold, `InvalidTransition` where
-    the lifecycle does not allow it, and `EpochSealed` once the epoch has ended; a refused call
-    changes nothing. With `store_wait_ms`, those that end operations may wait, and raise
-    `StoreBehind`.
+    Every verb raises `NotFound` for an id that the registry does not hold, `InvalidTransition` if
+    the lifecycle does not allow it, and `EpochSealed` after the epoch has ended. A refused call
+    changes nothing. With `store_wait_ms`, verbs that end operations may wait for the store, and
+    raise `StoreBehind`.
     """
 
     def register_operation(self, spec: OperationSpec) -> None:
-        """Enter a new operation, in provisioning.
+        """Register a new operation. Its status is `provisioning`.
 
         Raises `AlreadyRegistered`, `MaxConcurrentExceeded`, `PayloadTooLarge`, `RecordInvalid`.
         """
         ...
 
     def register_operations(self, specs: Iterable[OperationSpec]) -> None:
-        """Enter new operations, in provisioning: all of them in one commit, or none.
+        """Register new operations: all of them in one commit, or none.
 
-        Raises what `register_operation` does.
+        Raises the errors of `register_operation`.
         """
         ...
 
     def provisioning_succeeded(self, id: OperationId) -> None:
-        """The operation runs from now on."""
+        """Mark the operation as running."""
         ...
 
     def start_operations(self, ids: Iterable[OperationId]) -> None:
-        """The operations run from now on, if all of them may; else none.
+        """Mark the operations as running, if all of them may start; else none.
 
-        They start one by one: of a process that is killed meanwhile, some may have.
+        They start one by one: if the process is killed meanwhile, some may have started.
         """
         ...
 
     def provisioning_failed(self, id: OperationId, error: str) -> None:
-        """The operation could not be started: it ends as `Failed`."""
+        """End an operation that could not be started as `Failed`."""
         ...
 
     def abort_provisioning(self, id: OperationId, reason: str | None = None) -> None:
-        """The operation is given up before it started: it ends as `Aborted`."""
+        """End an operation that is given up before it started as `Aborted`."""
         ...
 
     def peer_ready(self, id: OperationId, handle: OperationPeerHandle) -> None:
-        """A child agent hands over its channel, once; `PeerNotExpected`, `AlreadyPeerReady`."""
+        """Hand over the channel of a child agent, once. Raises `PeerNotExpected`,
+        `AlreadyPeerReady`."""
         ...
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
-        """Something to wait on, or await, for the operation's outcome."""
+        """A watch: wait on it, or await it, for the operation's outcome."""
         ...
 
     def report_progress(self, id: OperationId, update: OperationProgressUpdate) -> None:
@@ -84,40 +85,40 @@ class OpsLifecycleRegistry(Protocol):
         durable: bool = False,
         timeout: float | None = 10.0,
     ) -> None:
-        """The operation ends as `Completed`.
+        """End the operation as `Completed`.
 
-        With `durable` it returns once a store has the completion. If none has it after `timeout`
-        seconds, or when the epoch ends, it raises `StoreBehind` with `completed` true: the
-        completion stands all the same. Without a store that is always so.
+        With `durable` it returns after a store has the completion. If no store has it after
+        `timeout` seconds, or when the epoch ends, it raises `StoreBehind` with `completed` true:
+        the operation has ended all the same. Without a store it always raises that.
         """
         ...
 
     def complete_operations(self, results: Iterable[OperationResult]) -> None:
-        """The operations end as `Completed`, in this order: all of them in one commit, or none.
+        """End the operations as `Completed`, in this order: all of them in one commit, or none.
 
         Readers get them together. Raises `PayloadTooLarge` if the feed cannot hold them together.
         """
         ...
 
     def fail_operation(self, id: OperationId, error: str) -> None:
-        """The operation ends as `Failed`."""
+        """End the operation as `Failed`."""
         ...
 
     def cancel_operation(self, id: OperationId, reason: str | None = None) -> None:
-        """The operation ends as `Cancelled`."""
+        """End the operation as `Cancelled`."""
         ...
 
     def request_retire(self, id: OperationId) -> None:
-        """Ask a running operation to wind down."""
+        """Ask a running operation to finish early: its status becomes `retiring`."""
         ...
 
     def mark_retired(self, id: OperationId) -> None:
-        """The operation ends as `Retired`."""
+        """End the operation as `Retired`."""
         ...
 
     def terminate_owner(self, reason: str) -> None:
-        """Every operation that has not ended ends as `Terminated`, all in one commit, in the order
-        of their registration."""
+        """End every operation that has not ended as `Terminated`, in one commit, in the order of
+        their registration."""
         ...
 
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
@@ -139,8 +140,7 @@ class OpsLifecycleRegistry(Protocol):
         """Block until all of `ids` have ended.
 
         Raises `DuplicateWaitOperation`, `NotFound`, `OutcomeDropped`, `WaitAlreadyActive`, and
-        `TimeoutError` after `timeout` seconds; whatever it raises frees the handle for another
-        wait.
+        `TimeoutError` after `timeout` seconds. After any error another wait may begin.
         """
         ...
 
@@ -159,6 +159,7 @@ class OpsLifecycleRegistry(Protocol):
         *,
         after_seq: CompletionSeq = 0,
     ) -> PersistedOpsSnapshot:
-        """Everything a store needs to continue the epoch, if it has the completions up to
-        `after_seq`: those above it, and the operations but for those that these ended."""
+        """Everything that a store needs to continue the epoch, if it already has the completions up
+        to `after_seq`: the later completions, and the operations that the earlier ones have not
+        ended."""
         ...

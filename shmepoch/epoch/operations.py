@@ -1,4 +1,4 @@
-"""Operations: what one is, what can become of it, and the table of its lifecycle."""
+"""Operations: their records, their outcomes, and the table of their lifecycle."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shmepoch.ids import OperationId, RunId, SessionId, WaitRequestId
 #: How many terminal operations a registry retains unless told otherwise.
 DEFAULT_MAX_COMPLETED: Final = 256
 
-#: How many there are, or a number of milliseconds: what a record and a store can hold of one.
+#: The largest count, or number of milliseconds, that a record and a store can hold.
 LAST_COUNT: Final = 2**63 - 1
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LAST_COUNT)]
 
 
 class OperationKind(StrEnum):
-    """What sort of work an operation is."""
+    """The sort of work of an operation."""
 
     MOB_MEMBER_CHILD = "mob_member_child"
-    """A child agent; it may hand over a peer channel, and its end wakes no agent."""
+    """A child agent; it may hand over a peer channel, and its end does not wake an agent."""
     BACKGROUND_TOOL_OP = "background_tool_op"
     """A tool that runs in the background; the agent is told of its end."""
 
@@ -48,11 +48,10 @@ class OperationStatus(StrEnum):
 
 
 class OperationSpec(Record, kw_only=True, frozen=True):
-    """What is known of an operation when it is registered.
+    """The facts of an operation at its registration.
 
-    `owner_session_id` is the session of the registry that it is registered with, which fills it in
-    where it is None. Encoded, a spec has at most 512 bytes: `display_name` and `source_label` have
-    about 300 between them.
+    `owner_session_id` must be the registry's session; the registry fills it in if it is None. An
+    encoded spec has at most 512 bytes: `display_name` and `source_label` together have about 300.
     """
 
     id: OperationId
@@ -65,7 +64,7 @@ class OperationSpec(Record, kw_only=True, frozen=True):
 
 
 class OperationResult(Record, kw_only=True, frozen=True):
-    """What a completed operation returned; `is_error` marks a tool's own failure."""
+    """The result of a completed operation; `is_error` marks a tool's own failure."""
 
     id: OperationId
     content: str
@@ -75,10 +74,10 @@ class OperationResult(Record, kw_only=True, frozen=True):
 
 
 class OperationProgressUpdate(Record, frozen=True):
-    """How far a running operation has come; `percent` is 0 to 100 where it is known.
+    """The progress of a running operation; `percent` is 0 to 100 if it is known.
 
-    A message of more than about 450 bytes, or of more than 60 beside a long peer handle, is cut to
-    what fits, and ends with an ellipsis then.
+    A message that is too long is cut and ends with an ellipsis: above about 450 bytes, or above 60
+    beside a long peer handle.
     """
 
     message: str
@@ -86,7 +85,7 @@ class OperationProgressUpdate(Record, frozen=True):
 
 
 class TrustedPeerSpec(Record, frozen=True):
-    """A peer agent and where it is reached."""
+    """A peer agent and its address."""
 
     name: str
     peer_id: str
@@ -107,7 +106,7 @@ class Completed(Record, frozen=True, tag_field="outcome_type", tag="completed"):
 
 
 class Failed(Record, frozen=True, tag_field="outcome_type", tag="failed"):
-    """The operation could not be started or broke off with `error`."""
+    """The operation could not be started, or stopped with `error`."""
 
     error: str
 
@@ -125,11 +124,11 @@ class Cancelled(Record, frozen=True, tag_field="outcome_type", tag="cancelled"):
 
 
 class Retired(Record, frozen=True, tag_field="outcome_type", tag="retired"):
-    """The operation was wound down on request."""
+    """The operation finished early on request."""
 
 
 class Terminated(Record, frozen=True, tag_field="outcome_type", tag="terminated"):
-    """The operation's owner or process ended under it, for the given `reason`."""
+    """The operation's owner or process ended before it; `reason` says why."""
 
     reason: str
 
@@ -137,7 +136,7 @@ class Terminated(Record, frozen=True, tag_field="outcome_type", tag="terminated"
 OperationTerminalOutcome: TypeAlias = (
     Completed | Failed | Aborted | Cancelled | Retired | Terminated
 )
-"""How an operation ended: exactly one of these, told apart by `outcome_type`."""
+"""How an operation ended: exactly one of these; `outcome_type` says which."""
 
 
 def status_of(outcome: OperationTerminalOutcome) -> OperationStatus:
@@ -148,8 +147,9 @@ def status_of(outcome: OperationTerminalOutcome) -> OperationStatus:
 class OperationLifecycleSnapshot(Record, kw_only=True, frozen=True):
     """One operation as it stood at one instant.
 
-    The `_at_ms` fields are wall-clock milliseconds since the Unix epoch, never decreasing from
-    created to completed; `elapsed_ms` is monotonic, from registration to the end, and None before.
+    The `_at_ms` fields are wall-clock milliseconds since the Unix epoch; they never decrease from
+    created to completed. `elapsed_ms` is the monotonic time from registration to the end, and None
+    before.
     """
 
     id: OperationId
@@ -178,14 +178,14 @@ class WaitAllSatisfied(Record, kw_only=True, frozen=True):
 
 
 class WaitAllResult(Record, kw_only=True, frozen=True):
-    """What `wait_all` returns: `(id, outcome)` in the order asked, and the proof."""
+    """The result of `wait_all`: `(id, outcome)` in the order of the argument, and the proof."""
 
     outcomes: tuple[tuple[OperationId, OperationTerminalOutcome], ...]
     satisfied: WaitAllSatisfied
 
 
 class Action(StrEnum):
-    """What can be asked of a registered operation; the names that `InvalidTransition` shows."""
+    """The actions on a registered operation; the names that `InvalidTransition` shows."""
 
     PROVISIONING_SUCCEEDED = "provisioning_succeeded"
     PROVISIONING_FAILED = "provisioning_failed"
@@ -202,8 +202,8 @@ class Action(StrEnum):
 
 _P, _R, _T = OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.RETIRING
 
-#: OPS-1. The lifecycle: for each action, the statuses it is allowed in and the one it leads to
-#: (None: the status stays). The registry's guard reads it, the tests enumerate it.
+#: OPS-1. The lifecycle: for each action, the statuses in which it is allowed, and its target status
+#: (None: the status stays). The registry's guard reads it, and the tests enumerate it.
 TRANSITIONS: Final[dict[Action, tuple[frozenset[OperationStatus], OperationStatus | None]]] = {
     Action.PROVISIONING_SUCCEEDED: (frozenset({_P}), _R),
     Action.PROVISIONING_FAILED: (frozenset({_P}), OperationStatus.FAILED),

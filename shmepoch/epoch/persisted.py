@@ -1,4 +1,4 @@
-"""What of an epoch survives a reboot."""
+"""The records of an epoch that survive a reboot."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shmepoch.epoch.operations import OperationLifecycleSnapshot, OperationSpec
 from shmepoch.ids import RuntimeEpochId
 
 SkippedRange: TypeAlias = tuple[Position, Position]
-"""Sequences that a recovery left out: those above the first, through the second. No completion has
-one of them, and none ever will."""
+"""Sequences that a recovery skipped: those above the first, through the second. No completion ever
+has one of them."""
 
 
 class _Written(msgspec.Struct):
-    """What the JSON of a `PersistedOpsSnapshot` has to have besides."""
+    """The other required fields in the JSON of a `PersistedOpsSnapshot`."""
 
     cursors: WrittenCursors
 
@@ -26,8 +26,8 @@ class _Written(msgspec.Struct):
 class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     """An epoch as it is stored: enough to continue it in a new segment.
 
-    `operations` are those the registry held, terminal ones included, with the `specs` they were
-    registered with; `entries` are the feed's, those beyond the registry's retention too.
+    `operations` are those that the registry held, terminal ones included, and `specs` are their
+    specs. `entries` are those of the feed, which may go back further than the registry's retention.
     """
 
     epoch_id: RuntimeEpochId
@@ -36,7 +36,8 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     entries: tuple[CompletionEntry, ...] = ()
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
     skipped: tuple[SkippedRange, ...] = ()
-    """What every recovery so far has left out; the next sequence is above them (RECOVERY-2)."""
+    """The sequences that the recoveries so far have skipped; the next is above them
+    (RECOVERY-2)."""
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
@@ -47,7 +48,7 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
     def last_seq(self) -> CompletionSeq:
         """RECOVERY-1: the next sequence is above the last entry and above every cursor.
 
-        A feed that restarted below a consumer's cursor would have its new completions taken for
+        If a feed restarted below a consumer's cursor, the consumer would take new completions for
         old ones.
         """
         cursors = self.recovered_cursors
@@ -65,9 +66,9 @@ class PersistedOpsSnapshot(Record, kw_only=True, frozen=True):
 
     @property
     def recovered_cursors(self) -> EpochCursorSnapshot:
-        """Where the cursors go on after a recovery: CURSOR-2 says what they may be at most."""
+        """The positions of the cursors after a recovery; CURSOR-2 limits them."""
         return self.cursors.continuable(self._last_stored)
 
     def left_out(self, skip: int) -> SkippedRange:
-        """What a recovery leaves out that goes on `skip` sequences above the last one."""
+        """The sequences that a recovery skips if it continues `skip` above the last one."""
         return self.entries[-1].seq if self.entries else 0, self.last_seq + skip

@@ -1,4 +1,4 @@
-"""Operations as records: what readers and stores are given of them, read without a lock."""
+"""Operations as records for readers and stores, read without a lock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OperationReader:
         self._segment = segment
         self._table = table
         self._feed = feed
-        #: Whether a warning of the cursors was logged.
+        #: Whether a warning about the cursors was logged.
         self._told = False
 
     def list(self) -> list[OperationLifecycleSnapshot]:
@@ -41,13 +41,13 @@ class OperationReader:
     def capture(
         self, epoch_id: RuntimeEpochId, cursor_state: CursorState, after_seq: CompletionSeq
     ) -> tuple[PersistedOpsSnapshot, CompletionBatch]:
-        """What a store needs that has the completions up to `after_seq`, and the batch that the
-        others came in."""
-        # PERSIST-1: cursors before entries. The other way round, a cursor could be stored that is
-        # above an entry that was not, and that completion would never be delivered.
+        """The snapshot for a store that has the completions up to `after_seq`, and the batch with
+        the later ones."""
+        # PERSIST-1: cursors before entries. In the other order, a stored cursor could be above an
+        # entry that was not stored, and that completion would never be delivered.
         cursors = self._continuable(cursor_state)
         views = {view.birth: view for view in self._table.live()}
-        # After the operations: one that has ended meanwhile has its entry here.
+        # After the operations: an operation that has ended meanwhile has its entry here.
         batch = self._feed.list_since(after_seq)
         floor = self._table.words().floor
         for entry in batch.entries:
@@ -70,8 +70,8 @@ class OperationReader:
         return snapshot, batch
 
     def _continuable(self, cursor_state: CursorState) -> EpochCursorSnapshot:
-        """The cursors for a store, which keeps the highest it is given: one that it could not be
-        continued from would hide where the consumer really is for good."""
+        """The cursors for a store. A store keeps the highest position, so a position from which the
+        epoch cannot be continued would hide the consumer's real position for good."""
         cursors = cursor_state.snapshot()
         stored = cursors.continuable(self._feed.watermark())
         if stored != cursors and not self._told:

@@ -1,4 +1,4 @@
-"""Recovery: what is recovered of a stored epoch, and its completions laid into fresh memory."""
+"""Recovery: it checks a stored epoch, and writes its completions into fresh memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ RestoredRecord: TypeAlias = tuple[
     int, int, int, int, int, int, OperationId, bytes, bytes, bytes, bytes
 ]
 
-#: Sequences grow from where recovery puts them; half of the range is left for that.
+#: The limit for recovered sequences: half of the range is left for new ones.
 _LAST_SEQ_LIMIT = 2**63
 
 
 def require_consistent(snapshot: PersistedOpsSnapshot) -> None:
-    """RECOVERY-3: `RecordInvalid` for what is no history of one epoch: a completion of sequence 0,
-    completions out of order, an operation that ended twice or is in there twice."""
+    """RECOVERY-3: raise `RecordInvalid` if this is not the history of one epoch: a completion has
+    sequence 0, completions are out of order, or an operation ended or is listed twice."""
     for entry in snapshot.entries[:1]:
         if entry.seq < 1:
             raise _invalid(f"the completion of operation {entry.operation_id} has sequence 0")
@@ -68,7 +68,7 @@ def _invalid(reason: str) -> RecordInvalid:
 def unfinished_operations(
     snapshot: PersistedOpsSnapshot,
 ) -> list[tuple[OperationLifecycleSnapshot, OperationSpec]]:
-    """The operations that had not ended when the epoch was stored, as far as their specs were."""
+    """The operations that had not ended when the epoch was stored, and whose specs were stored."""
     specs = {spec.id: spec for spec in snapshot.specs}
     return [
         (operation, specs[operation.id])
@@ -80,11 +80,11 @@ def unfinished_operations(
 def room_for(
     snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig, *, unfinished: bool
 ) -> OpsLifecycleConfig:
-    """`config`, with more room where a recovery of `snapshot` takes more.
+    """`config`, with more room if a recovery of `snapshot` needs more.
 
     Every completion must fit the feed, and with `unfinished` every operation that had not ended
-    must fit the table. How much is retained is for `config` alone to say. Raises `RecordInvalid`
-    for what cannot be recovered.
+    must fit the table. Only `config` decides how much is retained. Raises `RecordInvalid` for a
+    snapshot that cannot be recovered.
     """
     require_consistent(snapshot)
     operations = len(unfinished_operations(snapshot)) if unfinished else 0
@@ -98,7 +98,7 @@ def room_for(
 
 
 def _record_size(entry: CompletionEntry) -> int:
-    """What a record of an entry takes at most."""
+    """The largest size of an entry's record."""
     first = encode_head(entry.kind, entry.display_name) + encode_outcome(entry.terminal_outcome)
     return Layout.record_size(len(first), at.SPEC_LIMIT + at.DETAIL_LIMIT)
 
@@ -106,7 +106,7 @@ def _record_size(entry: CompletionEntry) -> int:
 def require_room(
     snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig, *, unfinished: bool
 ) -> None:
-    """`RecoveryNeedsRoom` unless an epoch of this size holds what a recovery brings back."""
+    """Raise `RecoveryNeedsRoom` if an epoch of this size cannot hold the recovered snapshot."""
     needed = asdict(room_for(snapshot, config, unfinished=unfinished))
     for setting, given in asdict(config).items():
         if needed[setting] != given:
@@ -114,10 +114,10 @@ def require_room(
 
 
 def restore_completions(segment: Segment, snapshot: PersistedOpsSnapshot, *, skip: int) -> None:
-    """Lay in the entries and the terminal operations, and set the next sequence (RECOVERY-1).
+    """Write the entries and the terminal operations, and set the next sequence (RECOVERY-1).
 
-    The newest entries are kept, as many as the feed holds. Sequences that have no entry, because
-    a cursor stands above the last one or `skip` says so, will never have one.
+    The newest entries are kept, as many as the feed holds. Sequences that are passed over, because
+    a cursor is above the last entry or because of `skip`, will never have an entry.
     """
     newest, last = snapshot.left_out(skip)
     if last > _LAST_SEQ_LIMIT:
@@ -154,7 +154,7 @@ def restore_completions(segment: Segment, snapshot: PersistedOpsSnapshot, *, ski
 
 
 class _Record:
-    """A completion as it is laid in, with what is known of its operation if that is retained."""
+    """A completion to restore, with the facts of its operation if that is retained."""
 
     def __init__(
         self,
@@ -184,12 +184,12 @@ class _Record:
 
     @property
     def size(self) -> int:
-        """What it takes of the feed."""
+        """Its bytes in the feed."""
         first, second = self._head + self._outcome, self._rest + self._detail
         return Layout.record_size(len(first), len(second))
 
     def at_birth(self, birth: int) -> RestoredRecord:
-        """It, as the native module takes it."""
+        """The record as the native module takes it."""
         return (
             self.seq,
             birth,
@@ -208,7 +208,7 @@ class _Record:
 def _spec_of(
     operation: OperationLifecycleSnapshot | None, segment: Segment
 ) -> OperationSpec | None:
-    """The spec of a terminal operation that a store kept without it."""
+    """A spec for a terminal operation that was stored without one."""
     if operation is None:
         return None
     return OperationSpec(

@@ -1,4 +1,4 @@
-"""The operation registry over an epoch's memory: every verb of every operation."""
+"""The operation registry over an epoch's memory, with all verbs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import limit_s
 
-#: For each action, the statuses it is allowed in, as bits.
+#: For each action, the statuses in which it is allowed, as bits.
 _ALLOWED: Final = {
     action: sum(1 << STATUSES.index(status) for status in allowed)
     for action, (allowed, _) in TRANSITIONS.items()
@@ -93,13 +93,13 @@ _SAME_STATUS: Final = 0
 class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     """The `OpsLifecycleRegistry` of one segment, shared or private.
 
-    Each transition is one call of the native `Epoch`, which takes the writer lock itself. What
-    it takes is encoded before, and what it refuses becomes an error after.
+    Each transition is one call of the native `Epoch`, which takes the writer lock itself. The
+    arguments are encoded before the call, and a refusal becomes an error after it.
     """
 
     def __init__(self, segment: Segment | None = None) -> None:
-        """A registry that stands alone, in private memory of its own, unless `segment` is given."""
-        #: Whether it is of no session in particular.
+        """The registry of `segment`; without it, a standalone registry in private memory."""
+        #: Whether it is standalone: it belongs to no particular session.
         self._is_alone = segment is None
         if not isinstance(segment, Segment):
             require(Segment | None, segment, "RuntimeOpsLifecycleRegistry", "segment")
@@ -117,7 +117,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     @classmethod
     def with_config(cls, config: OpsLifecycleConfig) -> Self:
-        """A registry that stands alone, of the given size."""
+        """A standalone registry of the given size."""
         require(OpsLifecycleConfig, config, "with_config", "config")
         self = cls(Segment.private(config))
         self._is_alone = True
@@ -127,11 +127,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def from_recovered(
         cls, snapshot: PersistedOpsSnapshot, config: OpsLifecycleConfig | None = None
     ) -> Self:
-        """A registry that stands alone and continues a stored epoch.
+        """A standalone registry that continues a stored epoch.
 
         Operations that had not ended are dropped: their processes are gone. The registry is larger
-        than `config` where a stored completion would not fit its feed otherwise. Raises
-        `RecordInvalid` for what is no history of one epoch.
+        than `config` if a stored completion would not fit its feed otherwise. Raises
+        `RecordInvalid` if the snapshot is not the history of one epoch.
         """
         require(PersistedOpsSnapshot, snapshot, "from_recovered", "snapshot")
         require(OpsLifecycleConfig | None, config, "from_recovered", "config")
@@ -226,7 +226,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def _change_detail(
         self, id: OperationId, action: Action, make: Callable[[OperationView], Detail]
     ) -> None:
-        """Replace a detail by what is made of it. Where another one was faster, it is made anew."""
+        """Replace a detail by a new one that `make` returns; try again if another change was
+        faster."""
         require(OperationId, id, action, "id")
         while True:
             self._segment.require_writable()
@@ -316,19 +317,19 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         writer lock: no operation is registered in between.
 
         A process that is killed between the two leaves an open epoch in which every operation has
-        ended. The next runtime goes on with it, and the call may be made again.
+        ended. The next runtime continues it, and the call may be repeated.
         """
         self._terminate(reason, None, seal=True)
 
     def terminate_where(
         self, ended: Callable[[int], bool], reason: str, *, dead: Iterable[int] = ()
     ) -> int:
-        """End, as `Terminated` and in one commit, the operations that have not ended and whose
-        participant has: `ended` says so of its key. Forget what the `dead` participants watched.
-        How many operations there were.
+        """End the live operations whose participant has ended, as `Terminated` and in one commit.
+        `ended` takes a participant's key. Also remove the watchers of the `dead` participants.
+        Returns how many operations it ended.
 
-        It waits for nothing: it raises `WriterBusy` while another transition is in progress, and
-        `StoreBehind` where others would wait for the store.
+        It does not wait: it raises `WriterBusy` while another transition is in progress, and
+        `StoreBehind` if it would have to wait for the store.
         """
         runners = {view.participant for view in self._table.live()}
         gone = tuple(runner for runner in runners if ended(runner))
@@ -343,7 +344,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         seal: bool = False,
         waits: bool = True,
     ) -> int:
-        encode_outcome(Terminated(reason))  # refuses what is no reason
+        encode_outcome(Terminated(reason))  # refuses a reason that is not valid
         room = self._reason_room(1)
 
         def terminate(waits_for_store: bool) -> int:
@@ -367,10 +368,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return ended
 
     def _reason_room(self, operations: int) -> int:
-        """FEED-3: how long a reason may be that so many operations end with in one commit.
+        """FEED-3: the longest reason with which so many operations can end in one commit.
 
-        A configuration gives each operation of a full table two specs' room in the feed, and a
-        record without its detail and its reason takes little more than one.
+        A configuration gives the feed room for two specs for each operation of a full table. A
+        record without its detail and its reason takes little more than one spec.
         """
         return self._config.feed_bytes // operations - SPEC_LIMIT - RECORD_ROOM
 
@@ -384,7 +385,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def _end_all(
         self, endings: tuple[tuple[OperationId, bytes], ...], action: Action
     ) -> CompletionSeq:
-        """End them in one commit; the sequence of the first."""
+        """End them in one commit; returns the sequence of the first."""
         allowed = _ALLOWED[action]
 
         def end(waits_for_store: bool) -> CompletionSeq:
@@ -400,10 +401,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return first
 
     def _with_store(self, transition: Callable[[bool], int], waits: bool) -> int:
-        """Make a transition, after a store has what it would drop, in an epoch whose writers wait
-        for that.
+        """Make a transition. In an epoch whose writers wait for the store, wait first until a store
+        has the entries that it would drop.
 
-        DURABLE-1: no wait for a store holds the writer lock, so that others go on.
+        DURABLE-1: a wait for a store does not hold the writer lock, so other transitions go on.
         """
         wait_ms = self._config.store_wait_ms if waits else 0
         deadline = time.monotonic() + wait_ms / 1000
@@ -419,10 +420,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             except TimeoutError:
                 raise self._store_behind(awaited, wait_ms) from None
 
-    # --- what was refused ---------------------------------------------------------------------
+    # --- refusals -----------------------------------------------------------------------------
 
     def _refusal(self, refused: Refused, ids: Sequence[OperationId], action: Action) -> Exception:
-        """The error of a refused transition of these operations."""
+        """The error for a refused transition of these operations."""
         reason, _, index, _, _, actual = refused.args
         if reason == "too_large":
             together = f" of {len(ids)} operations together" if len(ids) > 1 else ""
@@ -497,7 +498,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def register_watcher(self, id: OperationId) -> OperationCompletionWatch:
         require(OperationId, id, "register_watcher", "id")
-        if self._segment.read_only:  # an observer watches without being counted
+        if self._segment.read_only:  # an observer's watch is not counted
             return OperationCompletionWatch(self, self.locate(id))
         try:
             slot, birth, since = self._epoch.watch(id)
@@ -508,8 +509,8 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return OperationCompletionWatch(self, Pending(self, id, (slot, birth), since))
 
     def try_watch(self, places: Sequence[Place]) -> list[Watching] | None:
-        """Watch those operations that have not ended; None if that has to wait for a transition,
-        which an event loop must not. An observer watches without being counted."""
+        """Watch those operations that have not ended. Returns None if it would have to wait for a
+        transition, which an event loop must not do. An observer's watches are not counted."""
         if self._segment.read_only:
             return []
         try:
@@ -522,11 +523,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
         return [(place, mine) for place, watched in zip(places, counted, strict=True) if watched]
 
     def unwatch(self, watched: Iterable[Watching]) -> None:
-        """Watch these no longer. Never waits, and never fails: what cannot be done at once is done
-        with the next ones, and what the epoch's end prevents is not needed."""
+        """Stop watching these. Never waits, and never fails: if the lock is busy, the next call
+        stops these too, and after the epoch's end it is not needed."""
         if self._segment.read_only:
             return
-        mine = self._segment.participant  # a forked child inherits those of its parent
+        mine = self._segment.participant  # a forked child inherits its parent's watches
         self._unwatched.extend(watching for watching in watched if watching[1] == mine)
         over = []
         while self._unwatched:
@@ -556,7 +557,7 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
 
     def locate(self, id: OperationId) -> Pending:
         """An operation to be waited for; `NotFound` if the registry does not hold it."""
-        since = self._feed.watermark()  # before the check: if it has not ended, nor had it here
+        since = self._feed.watermark()  # first: so it is below the operation's end
         view = self._require(id)
         outcome = None if view.entry is None else view.entry.terminal_outcome
         return Pending(self, id, (view.slot, view.birth), since, outcome)
@@ -564,10 +565,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def outcome_at(
         self, id: OperationId, place: Place, since: CompletionSeq
     ) -> OperationTerminalOutcome | None:
-        """How the operation that was registered in a place ended, or None while it has not.
+        """The outcome of the operation that was registered in a place, or None while it has not
+        ended.
 
         `since` is a watermark at which it had not ended. Raises `OutcomeDropped` if retention has
-        dropped its entry, and it was not kept.
+        dropped its entry and did not keep the outcome.
         """
         slot, birth = place
         try:
@@ -596,16 +598,16 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def capture_news(
         self, epoch_id: RuntimeEpochId, cursor_state: CursorState, after_seq: CompletionSeq
     ) -> tuple[PersistedOpsSnapshot, CompletionBatch]:
-        """What `capture_persistence_snapshot` gives, and the batch that its entries came in."""
+        """The result of `capture_persistence_snapshot`, and the batch that its entries came in."""
         return self._reader.capture(epoch_id, cursor_state, after_seq)
 
     def restore(
         self, snapshot: PersistedOpsSnapshot, *, skip: int = 0, unfinished: bool = False
     ) -> None:
-        """Continue a stored epoch in this fresh one, which is in no other use yet.
+        """Continue a stored epoch in this fresh one, which is not used yet.
 
-        `skip` leaves out that many sequences. With `unfinished`, operations that had not ended are
-        entered as running, for the caller to end; without, they are dropped. Raises
+        It skips `skip` sequences. With `unfinished`, operations that had not ended are registered
+        as running, and the caller ends them; without it, they are dropped. Raises
         `RecoveryNeedsRoom` and `RecordInvalid`.
         """
         require_room(snapshot, self._config, unfinished=unfinished)
@@ -624,11 +626,11 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     # --- audit --------------------------------------------------------------------------------
 
     def check(self) -> tuple[CursorAhead, ...]:
-        """Verify every invariant of the epoch's memory against the others; what is no damage and
-        yet needs a check.
+        """Verify every invariant of the epoch's memory. Returns warnings: cursors ahead of the
+        feed.
 
-        Takes the writer lock for a copy, and repairs first, as any transition would. Raises
-        `SegmentCorrupted` that names what is wrong.
+        Takes the writer lock for a copy, and repairs first, as every transition does. Raises
+        `SegmentCorrupted` that names the damaged field.
         """
         try:
             segment = self._segment.copy()

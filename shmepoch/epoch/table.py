@@ -1,4 +1,4 @@
-"""The operations of an epoch as they are found in its memory, without a lock."""
+"""The operations of an epoch, read from its memory without a lock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shmepoch.memory.segment import Segment
 
 T = TypeVar("T")
 
-#: What the status bits of a slot's word are the numbers of.
+#: The statuses, by the number in the status bits of a slot's word.
 STATUSES: Final = (
     OperationStatus.ABSENT,
     OperationStatus.PROVISIONING,
@@ -32,7 +32,7 @@ STATUSES: Final = (
 
 
 class Words(NamedTuple):
-    """The words that commit transitions, and what follows from them."""
+    """The words that commit transitions, and values that follow from them."""
 
     registrations: int
     watermark: int
@@ -42,11 +42,11 @@ class Words(NamedTuple):
     dropped: int
     collected: int
     floor: int
-    """The sequence up to which terminal operations are not retained any more."""
+    """The sequence up to which terminal operations are no longer retained."""
 
 
 class RawSlot(NamedTuple):
-    """What a slot holds, as it lies there; `terminal_seq` is 0 before the end."""
+    """The contents of a slot, not decoded; `terminal_seq` is 0 before the end."""
 
     word: int
     birth: int
@@ -63,7 +63,7 @@ class RawSlot(NamedTuple):
 
 
 class RawRecord(NamedTuple):
-    """What a record holds, as it lies there; `birth` is 0 if its operation is not held."""
+    """The contents of a record, not decoded; `birth` is 0 if its operation is not held."""
 
     birth: int
     created_at_ms: int
@@ -78,7 +78,7 @@ class RawRecord(NamedTuple):
 
 
 class OperationView(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation as a reader found it, whole; `entry` is what ended it, if it has ended."""
+    """One whole operation as a reader found it; `entry` is its feed entry if it has ended."""
 
     spec: OperationSpec
     detail: Detail
@@ -87,7 +87,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     started_at_ms: int | None
     elapsed_ms: int | None = None
     entry: CompletionEntry | None = None
-    #: Where it is while it has not ended, and who watches it there.
+    #: Its slot while it has not ended, and the slot's facts.
     slot: int = -1
     word: int = 0
     participant: int = 0
@@ -108,7 +108,7 @@ class OperationTable:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._epoch = segment.epoch
-        # Specs never change, and decoding one is the dearest part of reading an operation.
+        # Specs never change, and decoding one is the slowest part of reading an operation.
         self._specs: dict[int, OperationSpec] = {}
 
     def find(self, id: OperationId) -> OperationView | None:
@@ -121,10 +121,10 @@ class OperationTable:
             view = self.in_slot(slot) if slot >= 0 else self.in_record(seq)
             if view is not None and view.spec.id == id:
                 return view
-            # It has passed on since it was found.
+            # It has left that place since it was found.
 
     def place(self, id: OperationId) -> tuple[int, CompletionSeq] | None:
-        """The slot of an operation, or -1 and the sequence that ended it."""
+        """The slot of an operation and 0, or -1 and the sequence that ended it."""
         return self._read(self._epoch.find, id)
 
     def live(self) -> Iterator[OperationView]:
@@ -135,8 +135,8 @@ class OperationTable:
                 yield view
 
     def retained(self, after_seq: CompletionSeq = 0) -> Iterator[OperationView]:
-        """Every operation that has ended and is held, in the order of their ends, above a
-        sequence."""
+        """Every operation that ended above a sequence and is held, in the order in which they
+        ended."""
         words = self.words()
         for seq in range(max(words.floor, after_seq) + 1, words.watermark + 1):
             view = self.in_record(seq)
@@ -146,16 +146,16 @@ class OperationTable:
     def held(self) -> list[OperationView]:
         """Every operation that the registry holds, each once, in no order."""
         views = {view.birth: view for view in self.live()}
-        # Afterwards: one that has ended meanwhile is here.
+        # Read last: an operation that has ended meanwhile is here.
         views.update((view.birth, view) for view in self.retained())
         return list(views.values())
 
     def words(self) -> Words:
-        """The words that commit, as they stand."""
+        """The words that commit, as they are now."""
         return Words(*self._read(self._epoch.words))
 
     def in_slot(self, slot: int) -> OperationView | None:
-        """The operation in a slot, if it has one that has not ended."""
+        """The operation in a slot, or None if it holds none or one that has ended."""
         found = self.slot(slot)
         if found is None or found.terminal_seq:
             return None
@@ -180,8 +180,8 @@ class OperationTable:
     def in_record(
         self, seq: CompletionSeq, entry: CompletionEntry | None = None
     ) -> OperationView | None:
-        """The operation that a sequence ended, unless it was dropped or is of no operation that is
-        held; `entry` is its entry, if that is known already."""
+        """The operation that a sequence ended; None if its record was dropped, or the operation is
+        not held. `entry` is its entry, if the caller has it."""
         found = self.record(seq)
         if found is None or not found.birth:
             return None
@@ -211,18 +211,18 @@ class OperationTable:
         return self.decode(field, decode_spec, found.id, found.head, found.rest, session_id)
 
     def slot(self, slot: int) -> RawSlot | None:
-        """What a slot holds, as it lies there."""
+        """The contents of a slot, not decoded."""
         found = self._read(self._epoch.slot, slot)
         return None if found is None else RawSlot(*found)
 
     def record(self, seq: CompletionSeq) -> RawRecord | None:
-        """What a record holds, as it lies there; None if it was dropped, or never was."""
+        """The contents of a record, not decoded; None if it was dropped, or never existed."""
         found = self._read(self._epoch.record, seq)
         return None if found is None else RawRecord(*found)
 
     def outcome(self, slot: int, birth: int, since: CompletionSeq) -> bytes | None:
-        """How the operation of this birth ended, encoded; None if it has not, or if that cannot be
-        had any more."""
+        """The encoded outcome of the operation of this birth; None if it has not ended, or if its
+        outcome was dropped."""
         try:
             return self._epoch.outcome(slot, birth, since)
         except Refused as refused:
@@ -231,7 +231,7 @@ class OperationTable:
             raise self._segment.refusal(refused) from None
 
     def remember(self, birth: int, spec: OperationSpec) -> OperationSpec:
-        """Keep the spec of a registration that is committed, so that it need not be decoded."""
+        """Cache the spec of a committed registration, so that it need not be decoded."""
         if len(self._specs) >= self._segment.layout.slots:
             self._specs.clear()
         self._specs[birth] = spec
@@ -244,7 +244,7 @@ class OperationTable:
             raise self._segment.refusal(refused) from None
 
     def decode(self, field: str, decode: Callable[..., T], *data: object) -> T:
-        """What `decode` makes of data that was read; `field` says from where."""
+        """Call `decode` on data that was read from `field`; `SegmentCorrupted` if it fails."""
         try:
             return decode(*data)
         except (msgspec.DecodeError, ValueError) as error:

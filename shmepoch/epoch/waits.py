@@ -18,20 +18,20 @@ from shmepoch.timeouts import deadline_after, pauses
 
 #: Where an operation that is watched is registered: its slot, and the number of its registration.
 Place: TypeAlias = tuple[int, int]
-#: An operation that is watched, and the participant that does.
+#: An operation that is watched, and the participant that watches it.
 Watching: TypeAlias = tuple[Place, int]
 
 #: How long a barrier pauses, at first and at most, before it polls again whether a transition is
-#: over: that takes microseconds, unless its process was stopped.
+#: over. A transition takes microseconds, unless its process was stopped.
 _PAUSES_S: Final = 0.001, 0.05
 
 
 class Source(Protocol):
-    """What a wait needs of a registry."""
+    """The part of a registry that a wait needs."""
 
     @property
     def participant(self) -> int:
-        """This process's participant key, which its watchers are counted under."""
+        """This process's participant key; its watchers are counted under it."""
         ...
 
     def completion_feed(self) -> CompletionFeed:
@@ -45,7 +45,7 @@ class Source(Protocol):
     def outcome_at(
         self, id: OperationId, place: Place, since: int
     ) -> OperationTerminalOutcome | None:
-        """How an operation ended, or None while it has not; `OutcomeDropped`."""
+        """The outcome of an operation, or None while it has not ended. Raises `OutcomeDropped`."""
         ...
 
     def try_watch(self, places: Sequence[Place]) -> Sequence[Watching] | None:
@@ -53,13 +53,13 @@ class Source(Protocol):
         ...
 
     def unwatch(self, watched: Sequence[Watching]) -> None:
-        """Watch these no longer. Never waits, and never fails."""
+        """Stop watching these. Never waits, and never fails."""
         ...
 
 
 class Pending:
-    """An operation that had not ended when the feed stood at `since`, unless its `outcome` says
-    how it had."""
+    """An operation to wait for. It had not ended when the feed was at `since`, unless `outcome` is
+    given."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Pending:
 
     def wait(self, deadline: float | None) -> OperationTerminalOutcome:
         while True:
-            watermark = self._feed.watermark()  # before the poll: an end after it raises this
+            watermark = self._feed.watermark()  # before the poll: an end after the poll raises it
             outcome = self.poll()
             if outcome is not None:
                 return outcome
@@ -99,8 +99,8 @@ class Pending:
 
 
 class OperationCompletionWatch:
-    """One watcher of an operation; every watcher of it gets the same outcome, whatever retention
-    does meanwhile.
+    """One watcher of an operation. All its watchers get the same outcome, even if retention drops
+    it.
 
     It counts as a watcher until it is resolved or closed, or its process ends.
     """
@@ -117,8 +117,8 @@ class OperationCompletionWatch:
         """Block until the operation has ended; its outcome.
 
         Raises `TimeoutError` after `timeout` seconds and `EpochSealed` when the epoch ends. Raises
-        `OutcomeDropped` if so many operations ran that the epoch had no room to keep the outcome of
-        this one, or if the watch was closed before and retention has dropped the outcome.
+        `OutcomeDropped` if the epoch had no room to keep this outcome, because too many operations
+        ran; or if the watch was closed before, and retention has dropped the outcome.
         """
         deadline = deadline_after(timeout, "OperationCompletionWatch.wait")
         if self._outcome is None:
@@ -142,7 +142,7 @@ class OperationCompletionWatch:
     def close(self) -> None:
         """Stop watching."""
         try:
-            watching = self._watching.pop()  # whole, since two threads may wait on one watch
+            watching = self._watching.pop()  # atomic, since two threads may wait on one watch
         except IndexError:
             return
         self._source.unwatch([watching])
@@ -155,9 +155,9 @@ class OperationCompletionWatch:
 
 
 class _Turn:
-    """One wait at a barrier. A forked child does not have its parent's.
+    """One wait at a barrier. A parent's wait does not count in a forked child.
 
-    Its call alone has it. So it is over once that has ended it, in whatever way the call is left.
+    Only its call has a reference to it. So it ends with the call, in whatever way the call ends.
     """
 
     def __init__(self) -> None:
@@ -170,11 +170,11 @@ class _Turn:
 
 
 class WaitAll:
-    """The one barrier of a registry handle. It has no reference to the handle, which is freed with
-    its last user, and with it the mapping that it keeps."""
+    """The one barrier of a registry handle. It has no reference to the handle, so the handle and
+    its mapping are freed with the last user."""
 
     def __init__(self) -> None:
-        # In the order of their arrival: the first one waits, and others are refused and leave.
+        # In the order of arrival: the first one waits, and the others are refused.
         self._turns: list[weakref.ref[_Turn]] = []
 
     def wait(
@@ -232,7 +232,7 @@ class WaitAll:
 
 
 class _Watched:
-    """The operations of one barrier, which watches those that have not ended while it lasts."""
+    """The operations of one barrier. It watches those that have not ended until it is left."""
 
     def __init__(self, source: Source, ids: Sequence[OperationId]) -> None:
         self._source = source
@@ -240,7 +240,7 @@ class _Watched:
         self._watching: Sequence[Watching] = ()
 
     def watch(self) -> bool:
-        """Watch them; False if that has to wait for a transition."""
+        """Watch them; False if it would have to wait for a transition."""
         live = [pending.place for pending in self.pending if pending.poll() is None]
         watching = self._source.try_watch(live) if live else ()
         if watching is None:

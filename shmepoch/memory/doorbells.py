@@ -11,8 +11,8 @@ DOORBELLS-1: a process never waits for another one here, and another file with t
 no harm. A process may be stopped or killed between any two steps of making or removing a page, so
 
 - a page has a word that says that its listeners have left it for good. A writer that has such a
-  page opens the name again, once; a listener joins again. A listener that finds a page that is being
-  removed completes the removal and makes a new one.
+  page opens the name again, once; a listener joins again. A listener that finds a page in removal
+  completes the removal and makes a new page.
 - a listener also checks the name of its page, and its waits, four times a second. So a page that
   has lost its name, or cannot be opened, only delays a wake-up.
 """
@@ -248,8 +248,8 @@ class Doorbells:
                 fd.close()
 
     def _leave_listeners(self, page: Memory, *, last: bool) -> None:
-        """Leave the page for good: it is retired or has lost its name. With `last` this thread stops
-        listening, and the page is removed if no other process listens."""
+        """Leave the page for good: it is retired or has lost its name. With `last` this thread
+        stops, and the page is removed if no other process listens."""
         self._heard = None
         fd, self._fd = self._fd, None
         if fd is None:
