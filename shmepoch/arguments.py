@@ -1,4 +1,4 @@
-"""What a public call was given: held against what it takes, and refused in the caller's words."""
+"""Checks of the arguments of public calls, with errors in the caller's terms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shmepoch.errors import ArgumentInvalid
 
 T = TypeVar("T")
 
-#: A longer value is not shown: it says no more, and a token is a secret.
+#: A longer value is not shown: it is not more useful, and a token is a secret.
 _SHOWN: Final = 40
 _POSITIONS: Final = range(2**64)
 
@@ -29,7 +29,7 @@ def require(
 ) -> None:
     """Raise `ArgumentInvalid` unless `value` is an instance of `kind`; `hint` says what to write.
 
-    A class is refused: it has the methods that a protocol asks for, and is no instance of it.
+    A class is refused: it has the methods of a protocol, but is not an instance of it.
     """
     if not isinstance(value, kind) or isinstance(value, type):
         raise ArgumentInvalid(call, argument, named(kind), described(value), hint)
@@ -53,9 +53,10 @@ def require_callable(value: Callable[..., object], call: str, argument: str) -> 
 
 
 def require_position(value: SupportsIndex, call: str, argument: str) -> int:
-    """A position of the feed as an int, whatever type of integer it was given as.
+    """A position of the feed as an int, from any type of integer.
 
-    Raises `ArgumentInvalid` for what is no integer and `OverflowError` outside 0..2**64-1.
+    Raises `ArgumentInvalid` for a value that is not an integer, and `OverflowError` outside
+    0..2**64-1.
     """
     try:
         position = operator.index(value)
@@ -67,7 +68,7 @@ def require_position(value: SupportsIndex, call: str, argument: str) -> int:
 
 
 def named(kind: object) -> str:
-    """What messages call a type: its name, or those that may stand in its place."""
+    """The name of a type in messages; for a union, the names of its members."""
     if get_origin(kind) is Annotated:
         return named(get_args(kind)[0])
     kinds = get_args(kind)
@@ -77,7 +78,7 @@ def named(kind: object) -> str:
 
 
 def described(value: object) -> str:
-    """What messages call a value."""
+    """The text for a value in messages."""
     if value is None:
         return "None"
     if isinstance(value, type):

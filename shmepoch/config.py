@@ -1,4 +1,4 @@
-"""How large an epoch is."""
+"""The size of an epoch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import msgspec
 from shmepoch._native import MAX_PARTICIPANTS, PAGE, SPEC_LIMIT, WORD
 from shmepoch.errors import ConfigInvalid
 
-#: What a detail has besides the peer handle takes 50 bytes, and some of a message shall always fit.
+#: The rest of a detail takes 50 bytes, and part of a message must always fit.
 PEER_HANDLE_LIMIT: Final = 400
-#: What a record takes at most besides its operation's spec and detail, and a reason.
+#: The most bytes that a record takes besides its operation's spec, detail and reason.
 RECORD_ROOM: Final = 112
-#: An hour: a writer that has waited longer for a store needs to be told.
+#: An hour: a writer that has waited longer for a store must get an error.
 MAX_STORE_WAIT_MS: Final = 3_600_000
 
 
 class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How large an epoch is; every size in its memory follows from these.
+    """The size of an epoch; every size in its memory follows from these settings.
 
-    Fixed are, encoded: 512 bytes for an operation's spec, 400 for its peer handle, and 512 for that
-    together with its last progress, whose message is cut to what fits.
+    Some sizes are fixed, each encoded: 512 bytes for an operation's spec, 400 for its peer handle,
+    and 512 for the handle and the last progress together; its message is cut to fit.
 
     Raises `ConfigInvalid` for a value outside its range.
     """
@@ -30,18 +30,18 @@ class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_completed: int = 256
     """Terminal operations retained; the oldest is evicted first."""
     max_concurrent: int | None = None
-    """Operations that have not ended, at most; None: only `max_operations` limits them."""
+    """The most operations that have not ended; None: only `max_operations` limits them."""
     max_operations: int = 128
     """Room in the table for operations that have not ended."""
     feed_bytes: int = 240 * 1024
-    """Room for encoded completions; one that is larger is refused."""
+    """Room for encoded completions; a larger completion is refused."""
     max_participants: int = 64
     """Processes attached at the same time."""
     store_wait_ms: int = 0
-    """How long a call that ends operations waits for a store that is behind: that lacks what would
-    have to be dropped from a full feed, or more than 1,024 completions. Then it raises
-    `StoreBehind`, and the operation is as it was. 0: it does not wait, and what is dropped before
-    it was stored is a gap."""
+    """How long a call that ends operations waits for a store that is behind. A store is behind if
+    it lacks completions that a full feed would have to drop, or more than 1,024 completions. After
+    this time the call raises `StoreBehind`, and the operation is unchanged. 0: the call does not
+    wait, and completions that are dropped before they were stored are a gap."""
 
     def __post_init__(self) -> None:
         self._settle("max_completed", 1, 2**20)
@@ -58,7 +58,7 @@ class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._settle("max_concurrent", 1, most, allowed)
 
     def _settle(self, setting: str, lowest: int, highest: int, allowed: str = "") -> None:
-        """Make a setting a plain int, of whatever type of integer it is, within its range."""
+        """Check the range of a setting, and convert it from any type of integer to int."""
         value = getattr(self, setting)
         number = operator.index(value) if hasattr(value, "__index__") else lowest - 1
         if isinstance(value, bool) or not lowest <= number <= highest:
@@ -68,7 +68,7 @@ class OpsLifecycleConfig(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, setting, number)
 
     def capacities(self) -> tuple[int, int, int, int, int, int]:
-        """The settings as a segment's header holds them, each as one number."""
+        """The settings in the form of a segment's header, each as one number."""
         return (
             self.max_completed,
             self.max_concurrent or 0,

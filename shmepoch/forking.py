@@ -1,8 +1,8 @@
-"""Forks: what each part of the library does around one, in one stated order.
+"""Forks: the hooks of each part of the library around a fork, in a fixed order.
 
-A forked child has one thread, and everything that its parent had: descriptors, mappings, and locks.
-A lock that another thread of the parent held is held for ever in the child. Each part gives up in
-the child what is the parent's alone.
+A forked child has one thread, and all of its parent's descriptors, mappings and locks. A lock that
+another thread of the parent held stays locked for ever in the child. In the child, each part
+releases the things that belong to the parent alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Hook: TypeAlias = Callable[[], None]
 
 
 class Part(IntEnum):
-    """The parts that a fork concerns. After it they follow in this order, before it in the other.
+    """The parts with hooks. After a fork they are called in this order, before it in reverse.
 
-    So a fork waits for a store's disk while it holds nothing else, and a child has left its
-    parent's locks before it does anything that could fail.
+    So a fork waits for a store's disk before it holds other locks, and a child leaves its parent's
+    locks before it does anything that could fail.
     """
 
     ATTACHMENTS = 1
@@ -47,7 +47,7 @@ def on_fork(
     after_in_parent: Hook | None = None,
     after_in_child: Hook | None = None,
 ) -> None:
-    """Have these called around every fork, in the order of the parts; once for each part."""
+    """Register the hooks of a part, which are called around every fork. Once for each part."""
     if part in _parts:
         raise ValueError(f"{part!r} has its hooks already")
     _parts[part] = _Hooks(before, after_in_parent, after_in_child)
@@ -66,8 +66,7 @@ def _after_in_child() -> None:
 
 
 def _call(hooks: Iterable[Hook | None]) -> None:
-    """Call every hook. One that fails does not keep the others from being called: an exception
-    would not stop the fork."""
+    """Call every hook, also after one has failed: an exception would not stop the fork."""
     for hook in hooks:
         if hook is not None:
             try:

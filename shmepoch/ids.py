@@ -1,10 +1,9 @@
 """Identifiers: typed, time-ordered names for sessions, epochs, operations, runs and waits.
 
-An identifier keeps the sixteen bytes of its UUID: that is what shared memory holds. The text and
-the `uuid.UUID` are made on request. In JSON it is the plain text, written by
+An identifier keeps the sixteen bytes of its UUID, as in shared memory. The text and the `uuid.UUID`
+are made on demand. In JSON it is plain text, alone or in a record of the user: written by
 `msgspec.json.encode(value, enc_hook=enc_hook)` or `json.dumps(value, default=str)`, and read by
-`msgspec.json.decode(data, type=..., dec_hook=dec_hook)` or `SessionId.parse(text)`; alone or as
-part of a record of the user's own.
+`msgspec.json.decode(data, type=..., dec_hook=dec_hook)` or `SessionId.parse(text)`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _TEXT: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}
 
 
 class _Id(Identifier):
-    """What every identifier has in common; never instantiated itself."""
+    """The base class of all identifiers; never instantiated itself."""
 
     __slots__ = ()
 
@@ -42,17 +41,17 @@ class _Id(Identifier):
 
     @classmethod
     def from_uuid(cls, value: uuid.UUID) -> Self:
-        """The identifier that names the same thing as `value`; `TypeError` for anything else."""
+        """The identifier with the UUID `value`; `TypeError` if it is not a `uuid.UUID`."""
         if not isinstance(value, uuid.UUID):
             raise TypeError(f"{cls.__name__}.from_uuid takes a uuid.UUID, not {value!r}")
         return cls(value.bytes)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the hyphenated UUID text; `ValueError` that shows the text for anything else.
+        """Read the hyphenated UUID text; for any other text, `ValueError` that shows it.
 
-        `uuid.UUID` alone would also take braces, a URN or misplaced hyphens, and then one
-        identifier would have many texts.
+        `uuid.UUID` alone would also accept braces, a URN or misplaced hyphens; then one identifier
+        would have several texts.
         """
         if not isinstance(text, str) or not _TEXT.fullmatch(text):
             raise ValueError(
@@ -63,7 +62,7 @@ class _Id(Identifier):
 
     @property
     def uuid(self) -> uuid.UUID:
-        """The same name as a `uuid.UUID`."""
+        """The identifier as a `uuid.UUID`."""
         return uuid.UUID(bytes=self.bytes)
 
     def __str__(self) -> str:
@@ -86,8 +85,8 @@ class SessionId(_Id):
 class RuntimeEpochId(_Id):
     """Names one continuous async-ordering domain of a session.
 
-    Stable across rebuilds and recovery; rotated on reset, and on a restart that could not
-    recover.
+    It stays the same across rebuilds and recovery. A reset makes a new one, and so does a restart
+    that could not recover.
     """
 
     __slots__ = ()
@@ -100,7 +99,7 @@ class OperationId(_Id):
 
 
 class RunId(_Id):
-    """Names one run of an agent: the turn on whose behalf a barrier is waited for."""
+    """Names one run of an agent: the turn that waits at a barrier."""
 
     __slots__ = ()
 
@@ -112,19 +111,20 @@ class WaitRequestId(_Id):
 
 
 def enc_hook(value: object) -> object:
-    """For msgspec's JSON encoders: the text of an identifier, and other numbers as plain ones.
+    """For msgspec's JSON encoders: an identifier becomes its text, and other types of numbers plain
+    ones.
 
-    Raises `NotImplementedError` for anything else, which msgspec says of it then.
+    Raises `NotImplementedError` for anything else, as msgspec expects.
     """
     plain = encode(value)
     return str(value) if isinstance(value, Identifier) else plain
 
 
 def dec_hook(kind: type, value: object) -> object:
-    """For msgspec's JSON decoders: the identifier of a `kind` that has this text.
+    """For msgspec's JSON decoders: the identifier of this `kind` with this text.
 
-    Raises `ValueError` for what is no such text, and `NotImplementedError` for what is no kind of
-    identifier.
+    Raises `ValueError` if the text is not an identifier, and `NotImplementedError` if `kind` is not
+    a kind of identifier.
     """
     if not issubclass(kind, _Id):
         raise NotImplementedError(f"{kind.__name__} is no kind of identifier")

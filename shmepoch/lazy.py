@@ -1,4 +1,4 @@
-"""Attributes that are made when they are first asked for."""
+"""Attributes that are made on first use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """A method that is called once, and whose answer is the attribute from then on.
+    """A method that is called once; its result is the attribute from then on.
 
-    `functools.cached_property` holds a lock meanwhile up to CPython 3.11, one for every object of
-    the class: a child that is forked at that moment would wait for it for ever. So there is none,
-    and of two threads that ask first at once each makes an answer; one of them stays.
+    Up to CPython 3.11 `functools.cached_property` holds one lock for all objects of the class
+    during the call: a child that is forked at that moment would wait for it for ever. So there is
+    no lock here. If two threads ask first at once, each calls the method, and one result stays.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:

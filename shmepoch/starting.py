@@ -1,7 +1,7 @@
-"""Ctrl-C while the `shmepoch` command starts: it ends the process, for nothing has begun yet.
+"""Ctrl-C while the `shmepoch` command starts: it ends the process, since no work has begun.
 
-Most of the start is the import of this package, which therefore imports this module first. In every
-other program that changes nothing.
+Most of the start is the import of this package, so the package imports this module first. Other
+programs are not affected.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def end_on_interrupt() -> None:
-    """From now on Ctrl-C ends this process at once and without a word, with status 130."""
+    """Make Ctrl-C end this process at once and silently, with status 130."""
     _handle(lambda *_: os._exit(INTERRUPTED))
 
 
 def raise_on_interrupt() -> None:
-    """From now on Ctrl-C raises `KeyboardInterrupt`, as in every Python program."""
+    """Make Ctrl-C raise `KeyboardInterrupt`, as in every Python program."""
     _handle(signal.default_int_handler)
 
 
 def _handle(handler: signal._HANDLER) -> None:
-    # A shell starts background jobs with it ignored.
+    # Shells start background jobs with SIGINT ignored.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
 
 
 def imported() -> None:
-    """The package is imported: in what may be another program, Ctrl-C does what it did before."""
+    """Called after the import: in a script of this name, which may be another program, Ctrl-C works
+    as before."""
     if _name == _SCRIPT and _before is not None:
-        importlib.import_module("shmepoch.cli")  # the script does that next, and is quiet by then
+        importlib.import_module("shmepoch.cli")  # the script's next import; Ctrl-C is silent there
         signal.signal(signal.SIGINT, _before)
 
 

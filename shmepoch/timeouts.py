@@ -1,4 +1,4 @@
-"""Seconds: how long a call waits at most, and how long between two polls."""
+"""Timeouts in seconds, and the pauses between two polls."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Final, SupportsFloat, SupportsIndex, TypeAlias
 from shmepoch.arguments import described
 from shmepoch.errors import ArgumentInvalid, ConfigInvalid
 
-#: About 32 years. A longer wait is one without a limit: no clock has to hold its end.
+#: About 32 years. A longer wait has no limit, so that no clock must hold its end.
 _FOREVER_S: Final = 1e9
 
 Seconds: TypeAlias = SupportsFloat | SupportsIndex
-"""Every kind of real number is one, numpy's too."""
+"""Any type of real number, numpy's too."""
 
 
 def limit_s(timeout: Seconds | None, call: str) -> float | None:
-    """How many seconds `call` waits at most; None for as long as it takes.
+    """The longest wait of `call` in seconds; None for no limit.
 
-    Infinity, and more than a clock can hold, is no limit; a negative number is 0. Raises
-    `ArgumentInvalid` for what is no number and `ConfigInvalid` for NaN.
+    Infinity, and a number that no clock can hold, mean no limit; a negative number is 0. Raises
+    `ArgumentInvalid` for a value that is not a number and `ConfigInvalid` for NaN.
     """
     if timeout is None:
         return None
@@ -33,7 +33,7 @@ def limit_s(timeout: Seconds | None, call: str) -> float | None:
 
 
 def setting_s(value: Seconds, setting: str) -> float | None:
-    """A setting in seconds; None for no limit. `ConfigInvalid` for what is no number."""
+    """A setting in seconds; None for no limit. `ConfigInvalid` if it is not a number."""
     try:
         return _limit_s(value, setting)
     except TypeError:
@@ -41,13 +41,14 @@ def setting_s(value: Seconds, setting: str) -> float | None:
 
 
 def deadline_after(timeout: Seconds | None, call: str) -> float | None:
-    """When a timeout that begins now ends on the monotonic clock; raises what `limit_s` does."""
+    """The end, on the monotonic clock, of a timeout that begins now. Raises the errors of
+    `limit_s`."""
     limit = limit_s(timeout, call)
     return None if limit is None else time.monotonic() + limit
 
 
 def pauses(first_s: float, longest_s: float) -> Iterator[float]:
-    """How long to pause between two polls: twice as long each time, up to the longest."""
+    """The pauses between two polls: twice as long each time, up to the longest."""
     pause_s = first_s
     while True:
         yield pause_s
@@ -58,7 +59,7 @@ def _limit_s(value: Seconds, setting: str) -> float | None:
     try:
         if math.isnan(value):
             raise ConfigInvalid(setting, math.nan, "a number of seconds")
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer that is too large for a float
         pass
-    # Compared before it is converted, for such an integer.
+    # Compared before the conversion, because of such integers.
     return float(max(0, value)) if value < _FOREVER_S else None  # type: ignore[operator, call-overload]

@@ -1,4 +1,4 @@
-"""The `shmepoch` command: what a user types, and what it shows."""
+"""The `shmepoch` command: its options and its output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
     except BrokenPipeError:
         streams.reader_left()
     except OSError as error:
-        error.filename = error.filename or "standard output"  # the commands report all the rest
+        error.filename = error.filename or "standard output"  # the commands report all other errors
         streams.complain(error)
         streams.discard()
         sys.exit(exits.NOT_CARRIED_OUT)

@@ -29,8 +29,8 @@ _REFUSALS: Final = (NamespaceInvalid, SessionNotFound, StoreUnusable)
 
 @contextlib.contextmanager
 def reporting(*refusals: type[Exception]) -> Iterator[None]:
-    """Print what was raised inside in one line, and end with the status that it has; `refusals`
-    besides those of every command. An `OSError` is left to `main`."""
+    """Print an error that is raised inside in one line, and exit with its status. `refusals` are
+    added to those of every command. `main` handles an `OSError`."""
     refused: tuple[type[Exception], ...] = (*_REFUSALS, *refusals)
     try:
         yield
@@ -44,7 +44,7 @@ def reporting(*refusals: type[Exception]) -> Iterator[None]:
 
 
 def fail(status: int, error: Exception) -> NoReturn:
-    """Print what went wrong, and end with this status."""
+    """Print an error, and exit with this status."""
     streams.complain(error)
-    streams.discard()  # or the end of the process fails once more, with a status of its own
+    streams.discard()  # or the exit of the process fails again, with another status
     sys.exit(status)

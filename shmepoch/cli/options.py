@@ -1,4 +1,4 @@
-"""The options that several commands have, each with one meaning."""
+"""Options that several commands share, each with one meaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 def seconds(least: float, most: float) -> Callable[[float | None], float | None]:
-    """A check of a number of seconds; typer's own let NaN pass, in some versions."""
+    """A check of a number of seconds; some versions of typer's own check accept NaN."""
 
     def check(value: float | None) -> float | None:
         if value is None or least <= value <= most:

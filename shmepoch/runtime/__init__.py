@@ -1,1 +1,1 @@
-"""What drives an epoch: session adapter, agent factory and boundary, runtime loop, persistence."""
+"""The drivers of an epoch: session adapter, agent factory and boundary, loop, persistence."""

@@ -1,4 +1,4 @@
-"""The session adapter: the runtime's end of every session it owns."""
+"""The session adapter: it owns the sessions of one runtime."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _CLOSE_S: Final = 1.0
 
 
 class _Session:
-    """What an adapter has of one session. Changed by the one call that holds `lock`."""
+    """The adapter's state of one session. Changed only by the call that holds `lock`."""
 
     def __init__(self, id: SessionId) -> None:
         self.id: Final = id
-        #: Reentrant, for a signal handler or finalizer to be refused where it would wait for ever.
+        #: Reentrant: a signal handler or finalizer is refused instead of waiting for ever.
         self.lock: Final = threading.RLock()
         self.busy = False
         #: The epoch that the adapter owns, with its bindings; read without the lock.
@@ -54,15 +54,16 @@ class _Session:
 
 
 class RuntimeSessionAdapter:
-    """Owns sessions: makes their epochs, finds them again, looks after them and ends them.
+    """Owns sessions: makes their epochs, finds them again, supervises them and ends them.
 
-    A session has one live runtime. Closing the adapter, or dying, leaves the segments, and the
-    next adapter goes on with them. Its methods may be called from any thread; calls about one
-    session wait for each other, and for no other session. After a fork it belongs to the parent.
+    A session has one live runtime. When the adapter is closed or its process dies, the segments
+    stay, and the next adapter continues them. Its methods may be called from any thread; calls
+    about one session wait for each other, and for no other session. After a fork it belongs to the
+    parent.
 
-    ADAPTER-1: a store and other processes are waited for with the session's own lock only, which no
-    call about another session, no poll and no supervision takes. So one that stands still holds up
-    its own session and no other.
+    ADAPTER-1: while a call waits for a store or another process, it holds the lock of its own
+    session only. Calls about other sessions, polls and the supervision do not take that lock. So a
+    store that is stuck delays its own session and no other.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class RuntimeSessionAdapter:
     ) -> Self:
         """An adapter whose epochs survive every process, and end with the machine.
 
-        `namespace` keeps deployments apart (default: SHMEPOCH_NAMESPACE, else "default");
-        `config` sizes the epochs that it makes. A session whose segment is damaged is refused with
-        `SegmentCorrupted`, unless `rotate_if_unloadable` says to remove the segment and to start a
-        new epoch. Raises `NamespaceInvalid`.
+        `namespace` separates deployments (default: SHMEPOCH_NAMESPACE, else "default"); `config` is
+        the size of new epochs. A session with a damaged segment is refused with `SegmentCorrupted`;
+        with `rotate_if_unloadable`, the segment is removed and a new epoch started. Raises
+        `NamespaceInvalid`.
         """
         return cls(namespace=namespace, config=config, rotate_if_unloadable=rotate_if_unloadable)
 
@@ -121,16 +122,16 @@ class RuntimeSessionAdapter:
     ) -> Self:
         """An adapter whose epochs also survive the machine's restart, in `store`.
 
-        A session without a live segment goes on from the store. Its operations that had not ended
-        cannot be running any more: they end as `Terminated`, so that the agent hears of them,
-        unless `terminate_unfinished` is false, which drops them. A session that the store cannot
-        load is refused with `StoreLoadFailed`, unless `rotate_if_unloadable` says to start a new
-        epoch for it. One whose live segment is damaged is refused with `SegmentCorrupted`, unless
-        it says to remove the segment and to go on from the store.
+        A session without a live segment is recovered from the store. Its operations that had not
+        ended cannot be running any more. They end as `Terminated`, so that the agent is told of
+        them; if `terminate_unfinished` is false they are dropped. A session that the store cannot
+        load is refused with `StoreLoadFailed`; with `rotate_if_unloadable`, it gets a new epoch. A
+        session with a damaged live segment is refused with `SegmentCorrupted`; with
+        `rotate_if_unloadable`, the segment is removed and the session recovered from the store.
 
-        A completion is durable within 50 ms, as far as the store's speed allows. One that retention
-        drops before that is a gap and is counted; `config` with a `store_wait_ms` makes writers
-        wait for the store instead.
+        A completion is durable within 50 ms, as far as the store's speed allows. A completion that
+        retention drops before that is a gap, and is counted; with a `store_wait_ms` in `config`,
+        writers wait for the store instead.
         """
         require(RuntimeStore, store, "RuntimeSessionAdapter.persistent", "store")
         return cls(
@@ -143,22 +144,22 @@ class RuntimeSessionAdapter:
     # --- sessions -----------------------------------------------------------------------------
 
     def register_session(self, session_id: SessionId) -> None:
-        """Own a session: go on with its live epoch, or make one.
+        """Own a session: continue its live epoch, or make one.
 
         Does nothing if this adapter owns it already. Raises `RuntimeAlreadyActive` while another
-        runtime does, `SharedMemoryExhausted`, and what validating a segment may raise. After a
-        failure the session is as it was, and the call may be made again. From a signal handler or
-        finalizer that interrupted a call about the same session it raises `SessionBusy`, as every
-        method does that changes something.
+        runtime owns it, `SharedMemoryExhausted`, and the errors of a segment that is not valid.
+        After a failure the session is unchanged, and the call may be repeated. A signal handler or
+        finalizer that interrupted a call about the same session gets `SessionBusy`, from this and
+        every other method that changes a session.
         """
         require(SessionId, session_id, "register_session", "session_id")
         self.prepare_bindings(session_id)
 
     def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
-        """The bindings of a session, registering it first if need be: the same ones every time.
+        """The bindings of a session; registers it first if necessary. The same object every time.
 
-        Others once the epoch has ended, the session's name has gone or they were closed. Raises
-        what `register_session` does.
+        New bindings after the epoch has ended, the session's name was removed or they were closed.
+        Raises the errors of `register_session`.
         """
         require(SessionId, session_id, "prepare_bindings", "session_id")
         self._check_open()
@@ -177,13 +178,13 @@ class RuntimeSessionAdapter:
         return owned.bindings.ops_lifecycle
 
     def contains_session(self, session_id: SessionId) -> bool:
-        """Whether this adapter owns the session; in a forked child it owns none."""
+        """Whether this adapter owns the session; false in a forked child."""
         require(SessionId, session_id, "contains_session", "session_id")
         return self._pid == os.getpid() and self._owned(session_id) is not None
 
     def observe_session(self, session_id: SessionId) -> SessionRuntimeBindings:
-        """Look at a session of this adapter's namespace, whatever process owns it, as
-        `shmepoch.observe_session` does. Completions that the feed has dropped are read from the
+        """Observe a session of this adapter's namespace, owned by any process, like
+        `shmepoch.observe_session`. Completions that the feed has dropped are read from the
         adapter's store."""
         self._check_open()
         bindings = observe_session(session_id, namespace=self._namespace)
@@ -194,9 +195,9 @@ class RuntimeSessionAdapter:
     def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.
 
-        What waits on the old epoch wakes with `EpochSealed`. Raises `SessionNotRegistered`. With a
-        store that does not take the old epoch's end it raises `StoreWriteFailed` and starts no new
-        one; call it again, or `prepare_bindings`, which finishes it.
+        Waits on the old epoch end with `EpochSealed`. Raises `SessionNotRegistered`. If the store
+        does not take the old epoch's end, it raises `StoreWriteFailed` and starts no new epoch;
+        call it again, or call `prepare_bindings`, which completes the reset.
         """
         require(SessionId, session_id, "reset_session", "session_id")
         return self._alone(session_id, self._reset)
@@ -205,18 +206,18 @@ class RuntimeSessionAdapter:
         """End the session: its operations end as `Terminated`, its epoch is sealed and its segment
         removed.
 
-        Raises `SessionNotRegistered`. With a store that does not take the epoch's end it raises
+        Raises `SessionNotRegistered`. If the store does not take the epoch's end, it raises
         `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
         require(SessionId, session_id, "unregister_session", "session_id")
         self._alone(session_id, self._unregister)
 
     def close(self) -> None:
-        """Give up every session, leaving the segments for the next runtime.
+        """Give up every session, and leave the segments for the next runtime.
 
-        A session that a call of another thread is about, or that this call interrupted, is given up
-        when that call ends; the log names it if that takes longer than a moment. May be called
-        again after it was interrupted.
+        If another call about a session is in progress, in another thread or interrupted by this
+        call, the session is given up when that call ends; the log names it if that takes too long.
+        May be called again after it was interrupted.
         """
         if self._pid != os.getpid():
             return
@@ -239,7 +240,7 @@ class RuntimeSessionAdapter:
     # --- one call about a session at a time ---------------------------------------------------
 
     def _alone(self, session_id: SessionId, act: Callable[[_Session], T]) -> T:
-        """Do `act` while no other call is about the session."""
+        """Call `act` while no other call is about the session."""
         self._check_open()
         while True:
             session = self._sessions.setdefault(session_id, _Session(session_id))
@@ -296,12 +297,12 @@ class RuntimeSessionAdapter:
     # --- what a call does about its session ---------------------------------------------------
 
     def _prepare(self, session: _Session) -> SessionRuntimeBindings:
-        self._supervise()  # before anything is owned: there may be no thread to be had
+        self._supervise()  # before anything is owned, since the thread may fail to start
         if session.owned is not None:
             old = session.owned.bindings
             segment = old.shared_segment()
             if segment.attached and segment.named:
-                session.owned.lost = False  # or it was, for a while
+                session.owned.lost = False  # it has its name again
                 if not old.ended:
                     return old
                 return self._opener.renew(session.id, old, partial(self._adopt, session))
@@ -311,13 +312,13 @@ class RuntimeSessionAdapter:
     def _reset(self, session: _Session) -> SessionRuntimeBindings:
         old = self._require(session)
         old.shared_segment().seal()
-        self._check_open()  # sealing may have waited; what is sealed the next runtime replaces
+        self._check_open()  # sealing may have waited; the next runtime replaces a sealed epoch
         return self._prepare(session)
 
     def _unregister(self, session: _Session) -> None:
         bindings = self._require(session)
         segment = bindings.shared_segment()
-        with suppress(EpochGone):  # there is nothing to end any more
+        with suppress(EpochGone):  # there is nothing left to end
             if not segment.ended:
                 self._end(bindings)
         if self._durability is not None:
@@ -335,14 +336,14 @@ class RuntimeSessionAdapter:
             bindings.shared_segment().seal()
 
     def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:
-        """Own an epoch no longer whose segment has lost its name, or whose bindings were closed."""
-        if old.sealed:  # and perhaps replaced, by a call that failed after that
+        """Stop owning an epoch whose segment has lost its name, or whose bindings were closed."""
+        if old.sealed:  # and perhaps replaced, by a call that failed later
             if self._durability is not None:
                 self._durability.end(old)
             old.close()
         elif self._durability is not None:
             self._durability.forget(old)
-        # One that is open stays attached: its users are told that it is gone (`EpochGone`).
+        # An open epoch stays attached: its users get `EpochGone`.
         session.owned = None
 
     def _require(self, session: _Session) -> SessionRuntimeBindings:
@@ -361,7 +362,7 @@ class RuntimeSessionAdapter:
             raise AdapterClosed
 
     def _adopt(self, session: _Session, owned: EpochSupervisor) -> None:
-        self._check_open()  # by now close may have passed this session over
+        self._check_open()  # `close` may have skipped this session meanwhile
         session.owned = owned
 
     # --- supervision --------------------------------------------------------------------------
@@ -372,7 +373,7 @@ class RuntimeSessionAdapter:
                 supervisor = Supervisor(self._epochs)
                 supervisor.start()
                 self._supervisor = supervisor
-        if self._closed:  # by another thread or a signal handler, which may have found none
+        if self._closed:  # meanwhile; the closer may have found none
             self._stop_supervising()
 
     def _stop_supervising(self) -> None:

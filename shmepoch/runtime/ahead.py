@@ -1,4 +1,4 @@
-"""Cursors that are ahead of the feed: their consumer hears of nothing before the feed is there."""
+"""Cursors ahead of the feed: their consumer misses everything until the feed reaches them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _log = logging.getLogger(__name__)
 class CursorsAhead:
     """Warns of each cursor of an epoch that is ahead of its feed, once.
 
-    Nothing of shmepoch moves a cursor there, and it cannot be moved back: only a new epoch helps.
+    shmepoch itself never moves a cursor there, and a cursor cannot move back: only a new epoch
+    helps.
     """
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:

@@ -1,4 +1,4 @@
-"""The agent boundary: what the agent has to be told before its next model call."""
+"""The agent boundary: the notices for the agent's next model call."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
-"""What an agent is told: completions, and before them what cannot be had any more."""
+"""A notice for the agent: a completion, or before these a gap of completions that are lost."""
 
 
 class Drain:
-    """The notices of one turn. As a context manager it commits on a clean exit; after an exception
-    the cursor is where it was, and the same notices come again."""
+    """The notices of one turn. As a context manager it commits on a clean exit. After an exception
+    the cursor does not move, and the same notices come again."""
 
     def __init__(
         self, boundary: AgentBoundary, notices: Sequence[Notice], watermark: CompletionSeq
     ) -> None:
         self._session_id: Final = boundary.session_id
         self._boundary: Final = weakref.ref(boundary)
-        #: The agent stays the agent during its turn, though nothing else may hold the boundary.
+        #: Keeps the boundary, and so the agent's claim, during the turn.
         self._turn: AgentBoundary | None = boundary
         self.notices: Final = tuple(notices)
         self.watermark: Final = watermark
 
     def commit(self) -> None:
-        """The notices are in the agent's context: move the cursor past them, and past the entries
-        of other kinds between them.
+        """Move the cursor past the notices, which are in the agent's context now, and past the
+        entries of other kinds between them.
 
-        Raises `EpochSealed`, and `BoundaryClosed` after the boundary was closed: the notices come
-        again, to the next agent.
+        Raises `EpochSealed`, and `BoundaryClosed` after the boundary was closed: then the next
+        agent gets the notices again.
         """
         boundary = self._boundary()
         if boundary is None:
@@ -70,11 +70,11 @@ class Drain:
 
 
 class AgentBoundary:
-    """One agent's end of an epoch. Made by `AgentFactory.build`.
+    """One agent's access to an epoch. Made by `AgentFactory.build`.
 
     AGENT-1: a session has one live agent, or several that all agreed to share it. A boundary is the
     agent until it is closed or collected, its bindings are closed, or its process ends. In a forked
-    child it is not.
+    child it is not the agent.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class AgentBoundary:
             pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT)
             raise AgentAlreadyActive(bindings.session_id, pid)
         self._claim: Final = claim
-        # A runtime that hosts its agent stays the runtime.
+        # A runtime that hosts its agent keeps its role.
         if bindings.role is not Role.RUNTIME:
             bindings.announce(Role.AGENT)
 
@@ -114,7 +114,7 @@ class AgentBoundary:
         self.close()
 
     def apply(self, watermark: CompletionSeq) -> None:
-        """The agent has been told of everything up to `watermark`; for `Drain.commit`."""
+        """Move the agent's cursor to `watermark`; for `Drain.commit`."""
         self._require_agent()
         self._cursor.advance(watermark)
 
@@ -125,12 +125,12 @@ class AgentBoundary:
             raise BoundaryClosed(self.session_id)
 
     def drain(self) -> Drain:
-        """What the agent has not been told: the `background_tool_op` completions since its cursor.
+        """The new notices for the agent: the `background_tool_op` completions since its cursor.
 
-        BOUNDARY-1: a gap is never silent. What the feed has dropped is read from the history, and
-        what that does not have either is reported in front of the notices.
+        BOUNDARY-1: a gap is never silent. Completions that the feed has dropped are read from the
+        history. Those that the history does not have are reported as gaps, in front of the notices.
 
-        Raises `EpochSealed` or `BoundaryClosed` once this is not the agent any more.
+        Raises `EpochSealed` or `BoundaryClosed` after this has stopped being the agent.
         """
         self._require_agent()
         applied = self._cursor.load()
@@ -154,7 +154,7 @@ class AgentBoundary:
 def _missing(
     gap: CompletionFeedGap, found: Sequence[CompletionEntry], skipped: Sequence[SkippedRange]
 ) -> Iterator[Notice]:
-    """The parts of `gap` that no found entry fills, and that no recovery left out."""
+    """The parts of `gap` without the found entries and the sequences that recoveries skipped."""
     after, through = gap.after_seq, gap.dropped_through
     for begin, end in sorted([*((e.seq - 1, e.seq) for e in found), *skipped, (through, through)]):
         if after < min(begin, through):

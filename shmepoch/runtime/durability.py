@@ -1,4 +1,4 @@
-"""The durable side of an adapter: what it asks of its store, and of the persistence channel."""
+"""The durable side of an adapter: its use of the store and of the persistence channel."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from shmepoch.stores import EpochCapture, RuntimeStore
 
 _log = logging.getLogger(__name__)
 
-#: How long the end of an epoch waits for a store that fails or is slow.
+#: How long the end of an epoch waits for a failing or slow store.
 _END_TIMEOUT_S: Final = 10.0
 
 
 class Durability:
-    """One store, the channel that fills it, and how to come back from it."""
+    """One store, the channel that fills it, and the recovery from it."""
 
     def __init__(
         self, store: RuntimeStore, terminate_unfinished: bool, rotate_if_unloadable: bool
@@ -45,9 +45,9 @@ class Durability:
     def load(
         self, session_id: SessionId, config: OpsLifecycleConfig
     ) -> PersistedOpsSnapshot | None:
-        """The session's stored epoch, or None; of its completions, those that can fit an epoch of
-        this size. A store that fails to load is not an empty one: `StoreLoadFailed`, unless the
-        adapter was told to rotate."""
+        """The session's stored epoch, or None, with as many completions as can fit an epoch of this
+        size. A store that fails to load is not an empty store: it raises `StoreLoadFailed`, unless
+        the adapter rotates."""
         try:
             stored = self.store.load(session_id, max_entries=Layout(config).entries)
             if stored is not None:
@@ -59,7 +59,7 @@ class Durability:
             return None
 
     def rotates(self, error: StoreLoadFailed) -> bool:
-        """Whether a new epoch is to be started for a session that cannot be loaded."""
+        """Whether to start a new epoch for a session that cannot be loaded."""
         if self._rotate_if_unloadable:
             reason = "session %s: not loadable, so its epoch is rotated"
             _log.error(reason, error.session_id, exc_info=error)
@@ -68,15 +68,15 @@ class Durability:
     def room_for(
         self, stored: PersistedOpsSnapshot, config: OpsLifecycleConfig
     ) -> OpsLifecycleConfig:
-        """How large an epoch has to be that continues a stored one: `config`, or larger."""
+        """The size of an epoch that continues a stored one: `config`, or larger."""
         needed = room_for(stored, config, unfinished=self._terminate_unfinished)
         if needed != config:
             _log.info("epoch %s: recovered into more room, %s", stored.epoch_id, needed)
         return needed
 
     def is_current(self, session_id: SessionId, stored: PersistedOpsSnapshot) -> bool:
-        """Whether the store's epoch is as it was loaded: another runtime may have gone on with it
-        since, and ended it."""
+        """Whether the store's epoch is still as it was loaded: another runtime may have continued
+        and ended it since."""
         now = self.store.load(session_id, max_entries=1)
         return (
             now is not None
@@ -88,7 +88,7 @@ class Durability:
         """Continue a stored epoch in a segment that no process has found yet.
 
         Raises `StoreWriteFailed` if the store cannot reserve the sequences that this skips, and
-        `StoreLoadFailed` if what is stored cannot be continued.
+        `StoreLoadFailed` if the stored epoch cannot be continued.
         """
         try:
             self._continue(segment, stored)
@@ -96,8 +96,8 @@ class Durability:
             raise StoreLoadFailed(segment.session_id, str(error)) from error
 
     def _continue(self, segment: SharedSegment, stored: PersistedOpsSnapshot) -> None:
-        # Before any process sees a sequence above them: a machine that goes down again at once,
-        # with nothing stored, must not hand out the same ones another time.
+        # Reserved before any process sees a sequence above them: if the machine crashes again
+        # before anything is stored, it must not use the same sequences twice.
         reserved = PersistedOpsSnapshot(
             epoch_id=stored.epoch_id, skipped=(stored.left_out(RECOVERY_SKIP),)
         )
@@ -105,23 +105,24 @@ class Durability:
         registry = RuntimeOpsLifecycleRegistry(segment)
         registry.restore(stored, skip=RECOVERY_SKIP, unfinished=self._terminate_unfinished)
         EpochCursorState(segment).advance_all(stored.recovered_cursors)
-        # It came from the store; with `store_wait_ms`, room is made at its expense.
+        # These completions came from the store. With `store_wait_ms`, a writer may drop them at
+        # once.
         feed = registry.completion_feed()
         feed.mark_durable(feed.watermark())
         if self._terminate_unfinished:
             registry.terminate_owner("the runtime restarted, and the operation with it")
 
     def follow(self, bindings: SessionRuntimeBindings) -> None:
-        """Keep an epoch durable from now on."""
+        """Start to keep an epoch durable."""
         bindings.history = self.store
         self.channel.follow(bindings)
 
     def end(self, bindings: SessionRuntimeBindings) -> None:
-        """Store the end of a sealed epoch, and follow it no longer.
+        """Store the end of a sealed epoch, and stop following it.
 
-        Raises `StoreWriteFailed` if the store does not take it, or what makes this epoch impossible
-        to store, and goes on following. Of a segment that is damaged the end alone is stored: what
-        the store does not have of it is lost.
+        Raises `StoreWriteFailed` if the store does not take it, or the error that makes this epoch
+        impossible to store; then it goes on following. For a damaged segment only the end is
+        stored: anything else that the store does not have is lost.
         """
         try:
             self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
@@ -133,11 +134,11 @@ class Durability:
         self.channel.unfollow(bindings)
 
     def forget(self, bindings: SessionRuntimeBindings) -> None:
-        """Follow an epoch no longer that has not ended, and is out of reach."""
+        """Stop following an epoch that has not ended, and is out of reach."""
         self.channel.unfollow(bindings)
 
     def close(self) -> None:
-        """Store what there is and stop."""
+        """Store what is new, and stop."""
         self.channel.close()
 
 

@@ -1,4 +1,4 @@
-"""The agent factory: builds an agent's boundary from bindings, and never makes competing ones."""
+"""The agent factory: it builds an agent's boundary from bindings, and makes no competing ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HINT: Final = (
 class AgentFactory:
     """Builds agents.
 
-    `history`, such as the deployment's store, is where their boundaries find what the feed has
-    dropped; the process of a persistent adapter has its store without being told.
+    Their boundaries read completions that the feed has dropped from `history`, such as the
+    deployment's store. In the process of a persistent adapter this is its store by default.
     """
 
     def __init__(self, history: History | None = None) -> None:
@@ -37,18 +37,18 @@ class AgentFactory:
     ) -> AgentBoundary:
         """The boundary of the agent of `session_id`.
 
-        With `SessionOwned` it starts at the shared cursor, whatever that holds: a zero is a
-        position, not a sign that nothing was recovered. With `StandaloneEphemeral` it starts at
-        the watermark of a feed of its own.
+        With `SessionOwned` it starts at the shared cursor, also if that is zero: zero is a position
+        like any other. With `StandaloneEphemeral` it starts at the watermark of its own new feed.
 
-        A session has one live agent. With `sharing` it may have several that are all built so: they
-        share one cursor, and each is told what none of them has applied. The boundary is the agent
-        until it is closed or collected; that of an agent that died is free at once.
+        A session has one live agent. It may have several if all are built with `sharing`: they
+        share one cursor, and each is told of completions that no agent has applied yet. The
+        boundary is the agent until it is closed or collected. When an agent has died, another can
+        be built at once.
 
-        Raises `ArgumentInvalid`, a `TypeError`, for anything but the two build modes, raw bindings
-        above all; `BindingsMismatch` for another session's bindings, `EpochSealed` or `EpochGone`
-        for an epoch that has ended, `BindingsClosed` for bindings that this process gave up, and
-        `AgentAlreadyActive`.
+        Raises `ArgumentInvalid`, a `TypeError`, for anything but the two build modes, for example
+        for raw bindings; `BindingsMismatch` for another session's bindings, `EpochSealed` or
+        `EpochGone` for an epoch that has ended, `BindingsClosed` for bindings that this process has
+        closed, and `AgentAlreadyActive`.
         """
         require(SessionId, session_id, "AgentFactory.build", "session_id")
         require(RuntimeBuildMode, build_mode, "AgentFactory.build", "build_mode", hint=_HINT)

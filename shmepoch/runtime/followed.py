@@ -1,4 +1,4 @@
-"""One epoch that a persistence channel follows: what the store does not have of it yet."""
+"""One epoch that a persistence channel follows, and how much of it is stored."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _log = logging.getLogger(__name__)
 
 
 class EpochPersistence(Record, kw_only=True, frozen=True):
-    """How far the store has come with one epoch."""
+    """The store's progress with one epoch."""
 
     session_id: SessionId
     epoch_id: RuntimeEpochId
     watermark: CompletionSeq
     durable_seq: CompletionSeq
-    """Every completion up to this one is in the store, unless it is among the missed."""
+    """Every completion up to this one is in the store, unless it was missed."""
     missed: int = 0
     """Completions that retention dropped before the channel had read them."""
     last_gap: CompletionFeedGap | None = None
     """The last of the gaps that `missed` counts."""
     error: str | None = None
-    """Why this epoch cannot be stored any more, whatever is tried; None while it can."""
+    """Why this epoch can never be stored again; None while it can."""
     failure: str | None = None
-    """Why the store did not take what is new of it the last time; it is tried again."""
+    """Why the last attempt to store its news failed; it is tried again."""
 
     @property
     def lag(self) -> int:
@@ -42,7 +42,7 @@ class EpochPersistence(Record, kw_only=True, frozen=True):
 
 
 class _Fingerprint(NamedTuple):
-    """What tells, at little cost, whether there is something to store."""
+    """A cheap comparison that shows whether there is something to store."""
 
     watermark: CompletionSeq
     active: int
@@ -51,7 +51,7 @@ class _Fingerprint(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What was read of an epoch, and what will be so once the store has it."""
+    """One reading of an epoch: the capture for the store, and the state after the store has it."""
 
     capture: EpochCapture
     fingerprint: _Fingerprint
@@ -61,20 +61,20 @@ class Reading(NamedTuple):
 
 
 class Followed:
-    """An epoch, and how far the store has come with it. Changed by its channel's thread only."""
+    """An epoch, and the store's progress with it. Changed by its channel's thread only."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
         self.bindings: Final = bindings
         self.feed: Final = bindings.ops_lifecycle.completion_feed()
         self.durable: CompletionSeq = 0
-        #: Why it cannot be stored any more; the channel's to say.
+        #: Why it can never be stored again; set by the channel.
         self.error: Exception | None = None
-        #: Why it was not stored the last time, how often it failed alone, and whether it did so
-        #: while the store took others; the channel's to say.
+        #: Why the last attempt failed, how often it failed alone, and whether it failed while the
+        #: store took others; set by the channel.
         self.failure: Exception | None = None
         self.failures = 0
         self.is_suspect = False
-        #: The wait for its next completion; the channel's to keep.
+        #: The wait for its next completion; kept by the channel.
         self.waiting: asyncio.Task[None] | None = None
         self._missed = 0
         self._last_gap: CompletionFeedGap | None = None
@@ -93,8 +93,8 @@ class Followed:
     def is_due(self, *, thoroughly: bool) -> bool:
         """Whether there is something to store.
 
-        How far running operations have come does not show in what is compared; with `thoroughly`
-        they count as something.
+        The comparison does not include the progress of running operations. With `thoroughly`, an
+        epoch with running operations always counts as changed.
         """
         if self.error is not None:
             return False
@@ -102,15 +102,15 @@ class Followed:
         return now != self._stored or (thoroughly and now.active > 0)
 
     def locate(self, store: RuntimeStore) -> None:
-        """Find where the next reading begins, if that is not known."""
+        """Ask the store where the next reading begins, if that is not known."""
         if self._position is None:
             last = store.last_seq(self.id)
             after, through = self.bindings.skipped
-            # No completion has a sequence that recovery skipped, so none of those is missing.
+            # No completion has a sequence that recovery skipped, so these are not missing.
             self._position = through if after <= last < through else last
 
     def read(self) -> Reading:
-        """What the store does not have yet; it was located before."""
+        """Read what the store does not have yet. `locate` was called before."""
         bindings = self.bindings
         assert self._position is not None
         fingerprint = self._fingerprint()
@@ -141,7 +141,7 @@ class Followed:
         return Reading(capture, fingerprint, batch.watermark, gap, live)
 
     def stored(self, reading: Reading) -> None:
-        """The store has taken `reading`."""
+        """Record that the store has taken `reading`."""
         self._stored = reading.fingerprint
         self._position = self.durable = reading.watermark
         self._live = reading.live
@@ -159,13 +159,13 @@ class Followed:
         self.feed.mark_durable(reading.watermark)
 
     def ask_again(self) -> None:
-        """What the store holds is not certain any more; the next reading begins where it says."""
+        """Forget what the store holds, since it is uncertain; the next reading asks the store."""
         self._position = None
         self._live = {}
 
     def status(self) -> EpochPersistence:
-        """How far the store has come with it."""
-        durable = self.durable  # before the watermark, which is never below it then
+        """The store's progress with it."""
+        durable = self.durable  # read before the watermark, which is then never below it
         return EpochPersistence(
             session_id=self.bindings.session_id,
             epoch_id=self.id,

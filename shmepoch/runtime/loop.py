@@ -26,12 +26,13 @@ from shmepoch.runtime.ahead import CursorsAhead
 
 _log = logging.getLogger(__name__)
 
-#: A position that no feed gets above: waiting for it is waiting for the end of the epoch.
+#: A position that no feed reaches: a wait for it ends with the epoch.
 _THE_END: Final = 2**64 - 1
 
 
 class Continuation(Record, kw_only=True, frozen=True):
-    """A reason to go on: completions up to `watermark` that the agent has not been told of."""
+    """A reason for a new turn: completions up to `watermark` that the agent has not been told
+    of."""
 
     session_id: SessionId
     epoch_id: RuntimeEpochId
@@ -39,7 +40,8 @@ class Continuation(Record, kw_only=True, frozen=True):
 
 
 class _Pause(NamedTuple):
-    """What to wait for, besides `session_changed`: the feed above `after`, or `timeout` seconds."""
+    """The end of a pause, besides `session_changed`: the feed above `after`, or `timeout`
+    seconds."""
 
     after: CompletionSeq
     timeout: float | None = None
@@ -65,11 +67,11 @@ class _Growing:
 
 
 class _Owed:
-    """What the agent is to be told of, up to `through`, and what was promised of that.
+    """The completions up to `through` that the agent must be told of, and the promises for them.
 
-    LOOP-2: only the agent's cursor says that it was told. That a continuation was accepted is a
-    promise, good for a while: long enough for the turn to begin. What is still owed is then offered
-    again, after growing pauses.
+    LOOP-2: only the agent's cursor proves that it was told. An accepted continuation is a promise
+    for a while: long enough for the turn to begin. After that, completions that are still owed are
+    offered again, after growing pauses.
     """
 
     def __init__(self, applied: CompletionSeq) -> None:
@@ -80,8 +82,8 @@ class _Owed:
         self._promises: Final = _Growing(0.5, 30.0)
 
     def examine(self, batch: CompletionBatch) -> None:
-        """Look for what wakes the agent in a batch of what follows `examined`."""
-        # What was dropped may have carried an obligation, so a gap counts as one.
+        """Find the completions that wake the agent, in a batch that follows `examined`."""
+        # Dropped completions may have been owed, so a gap counts as owed.
         if batch.dropped_through > self.examined:
             self.through = max(self.through, batch.dropped_through)
         for entry in reversed(batch.entries):
@@ -91,7 +93,8 @@ class _Owed:
         self.examined = max(self.examined, batch.watermark)
 
     def promise(self, watermark: CompletionSeq) -> float:
-        """A continuation up to `watermark` was accepted; for how many seconds that is good."""
+        """Record that a continuation up to `watermark` was accepted; returns for how many seconds
+        that is good."""
         if self.through > self._promised:
             self._promises.reset()
         self._promised = watermark
@@ -100,7 +103,7 @@ class _Owed:
         return good_for
 
     def promised_for(self) -> float:
-        """For how many seconds more all that is owed is promised."""
+        """For how many more seconds everything that is owed is promised."""
         if self.through > self._promised:
             return 0.0
         return max(0.0, self._promise_ends - time.monotonic())
@@ -118,19 +121,19 @@ class _Run:
         self._cancellations = 0
 
     def begin(self) -> None:
-        """The running task is the one to be woken, and its event loop is the one to wake it in."""
+        """Make the running task the one to wake, in its event loop."""
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._cancellations = self._task.cancelling() if self._task else 0
 
     @property
     def cancelled(self) -> bool:
-        """Whether its task was cancelled, and not only something that it awaits."""
+        """Whether its task was cancelled, and not only an awaitable of the task."""
         return self._task is None or self._task.cancelling() > self._cancellations
 
     @property
     def over(self) -> bool:
-        """Whether it is to end: it was stopped, or its bindings were closed."""
+        """Whether the run must end: it was stopped, or its bindings were closed."""
         return self._stopping or not self.claim.held
 
     def stop(self) -> None:
@@ -139,11 +142,11 @@ class _Run:
 
     def wake(self) -> None:
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop was closed under it
+            with contextlib.suppress(RuntimeError):  # the event loop was closed
                 self._loop.call_soon_threadsafe(self._wake.set)
 
     async def woken(self) -> None:
-        """Return once it was woken; it can be woken anew from then on."""
+        """Wait until it is woken. After that it can be woken again."""
         await self._wake.wait()
         self._wake.clear()
 
@@ -153,15 +156,16 @@ class RuntimeLoop:
 
     `inject` hands a continuation to the session and returns True if it was accepted and False if
     it was refused; it may be a coroutine function. `quiescent` returns whether the session is
-    between turns; call `session_changed` whenever its answer may have changed. What either of them
-    raises is logged, and they are asked again later, as after a refusal. An injection that is
-    cancelled, while the loop is not, was refused, too. An answer other than True and False ends the
-    loop with `LoopAnswerInvalid`.
+    between turns; call `session_changed` whenever its answer may have changed. An error of either
+    is logged, and counts as a refusal: the loop tries again later. So does the cancellation of an
+    injection while the loop is not cancelled. An answer other than True and False ends the loop
+    with `LoopAnswerInvalid`.
 
     An epoch has one running loop; it may run again after its end, and in another event loop.
 
-    LOOP-1: only an accepted continuation advances `runtime_last_injected_seq`, and nothing
-    advances `runtime_observed_seq` past an obligation that was neither accepted nor met.
+    LOOP-1: only an accepted continuation advances `runtime_last_injected_seq`.
+    `runtime_observed_seq` is never advanced past a completion that is owed, and for which no
+    continuation was accepted.
     """
 
     def __init__(
@@ -201,7 +205,7 @@ class RuntimeLoop:
         asyncio.run(self.run_async())
 
     def start(self) -> Self:
-        """Run in a thread of its own. What ends that thread is logged, and raised by `stop`.
+        """Run in a new thread. An error that ends the thread is logged, and raised by `stop`.
 
         Raises `LoopAlreadyActive` while a loop runs on the epoch, this one included.
         """
@@ -222,8 +226,8 @@ class RuntimeLoop:
     def stop(self) -> None:
         """End the run, from any thread, and wait for the thread of `start`.
 
-        Without a run this does nothing, not to the next one either. Raises, once, what ended the
-        thread of `start`.
+        Without a run it does nothing, and does not affect the next run. Raises, once, the error
+        that ended the thread of `start`.
         """
         run = self._run
         if run is not None:
@@ -286,7 +290,7 @@ class RuntimeLoop:
     # --- what it does -------------------------------------------------------------------------
 
     async def _step(self, run: _Run, owed: _Owed) -> _Pause:
-        cursors = self._cursors.snapshot()  # before the batch, which they are held against
+        cursors = self._cursors.snapshot()  # read before the batch, with which they are compared
         batch = self._feed.list_since(owed.examined)
         for name in EpochCursorSnapshot.__struct_fields__:
             self._ahead.check(name, getattr(cursors, name), batch.watermark)
@@ -308,7 +312,7 @@ class RuntimeLoop:
         return _Pause(batch.watermark, promised_for or None)
 
     async def _offer(self, run: _Run, watermark: CompletionSeq) -> bool | None:
-        """Whether the session took the continuation; None if it is not the moment to offer it."""
+        """Whether the session took the continuation; None if the session is not quiescent."""
         continuation = Continuation(
             session_id=self._bindings.session_id,
             epoch_id=self._bindings.epoch_id,

@@ -1,4 +1,4 @@
-"""Looking at the sessions of a namespace without being their runtime."""
+"""Observing the sessions of a namespace without being their runtime."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shmepoch.memory.segment import ObservedSegment
 def observe_session(
     session_id: SessionId, *, namespace: str | None = None
 ) -> SessionRuntimeBindings:
-    """Bindings that look at a session's epoch, sealed or not, and change nothing.
+    """Bindings that observe a session's epoch, sealed or not, and change nothing.
 
-    They read everything, and wait like others. Whatever would change the epoch raises
-    `ObserverReadOnly`. They are an attachment of their own, whatever else this process has of the
-    epoch; `close` them after use. They are listed as a participant if a slot is free, and neither
-    keep a runtime from starting nor become one. `namespace` is that of the session's adapter
-    (default: SHMEPOCH_NAMESPACE, else "default").
+    They read everything, and wait like others. Every call that would change the epoch raises
+    `ObserverReadOnly`. They are a separate attachment, even if this process has other bindings of
+    the epoch; `close` them after use. They are listed as a participant if a slot is free. They do
+    not keep a runtime from starting, and do not become one. `namespace` is that of the session's
+    adapter (default: SHMEPOCH_NAMESPACE, else "default").
 
-    Raises `SessionNotFound`, `NamespaceInvalid`, and what validating the segment may raise.
+    Raises `SessionNotFound`, `NamespaceInvalid`, and the errors of a segment that is not valid.
     """
     require(SessionId, session_id, "observe_session", "session_id")
     chosen = resolve_namespace(namespace)
@@ -42,7 +42,7 @@ def observe_session(
 def list_sessions(*, namespace: str | None = None) -> list[SessionId]:
     """The sessions of a namespace that have an epoch in shared memory, in order.
 
-    Whether a process has them attached is not looked at. Raises `NamespaceInvalid`.
+    Includes those that no process has attached. Raises `NamespaceInvalid`.
     """
     return sorted(namespaces.list_sessions(resolve_namespace(namespace)))
 
@@ -50,9 +50,9 @@ def list_sessions(*, namespace: str | None = None) -> list[SessionId]:
 def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> bool:
     """Remove a session's epoch from shared memory if no process has it attached; whether it was.
 
-    Never disturbs a process that uses it, or is just attaching. What no store has of the epoch is
-    gone for good. A segment that is damaged, or of another release, is removed as well. Raises
-    `SegmentForeign` for one of another user, and `NamespaceInvalid`.
+    Never disturbs a process that uses it, or is just attaching. Anything of the epoch that is not
+    in a store is lost. A segment that is damaged, or of another release, is removed as well. Raises
+    `SegmentForeign` for a segment of another user, and `NamespaceInvalid`.
     """
     require(SessionId, session_id, "remove_unused", "session_id")
     return removal.remove_unused(resolve_namespace(namespace), session_id)

@@ -1,4 +1,4 @@
-"""Where an epoch comes from: the session's live segment, or the store, or it is a new one."""
+"""The source of an epoch: the session's live segment, or the store, or a new one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from shmepoch.runtime.supervision import EpochSupervisor
 
 _log = logging.getLogger(__name__)
 
-#: Called with an epoch once it is owned; what it raises undoes that.
+#: Called with an epoch after it is owned; an error from it undoes that.
 Adopt: TypeAlias = Callable[[EpochSupervisor], None]
 
 
 class EpochOpener:
-    """Opens the epochs of one adapter. Each call either hands one over in the end, or leaves
-    nothing."""
+    """Opens the epochs of one adapter. Each call either hands an epoch over, or leaves nothing
+    behind."""
 
     def __init__(
         self,
@@ -46,19 +46,20 @@ class EpochOpener:
         self._config = config
         self._durability: Final = durability
         self._rotate_if_unloadable: Final = rotate_if_unloadable
-        #: Raises once the adapter was closed.
+        #: Raises if the adapter is closed.
         self._check_open: Final = check_open
 
     def open(self, session_id: SessionId, adopt: Adopt) -> SessionRuntimeBindings:
         """The epoch of a session that has no other runtime. Raises `RuntimeAlreadyActive`,
-        `SharedMemoryExhausted`, `StoreLoadFailed`, and what validating a segment may raise."""
+        `SharedMemoryExhausted`, `StoreLoadFailed`, and the errors of a segment that is not
+        valid."""
         abandoned = False
         while True:
             self._check_open()
             try:
                 bindings = self._find(session_id, adopt)
             except SegmentExists:
-                continue  # another runtime was faster; it will be named
+                continue  # another runtime was faster; the next pass names it
             except SegmentCorrupted:
                 if abandoned or not self._rotate_if_unloadable:
                     raise
@@ -71,7 +72,7 @@ class EpochOpener:
                 return bindings
 
     def _find(self, session_id: SessionId, adopt: Adopt) -> SessionRuntimeBindings | None:
-        """A session's epoch, wherever it is now; None if it is elsewhere by now."""
+        """A session's epoch from its segment or the store; None if it has moved meanwhile."""
         try:
             found = SharedSegment.attach(self._namespace, session_id)
         except FileNotFoundError:
@@ -85,7 +86,7 @@ class EpochOpener:
 
         OWN-1: only the owner of the segment that has the session's name gives that name to another
         segment, or removes it. A segment may have lost the name before its owner left it, so the
-        name is looked at after the segment was taken over.
+        name is checked after the segment was taken over.
         """
         bindings = SessionRuntimeBindings.of_segment(found)
         segment = bindings.shared_segment()
@@ -95,7 +96,7 @@ class EpochOpener:
             if not segment.try_own():
                 runtimes = [p.pid for p in bindings.participants() if p.role is Role.RUNTIME]
                 raise RuntimeAlreadyActive(session_id, runtimes[0] if runtimes else 0)
-            if segment is not found:  # this process used it before, and goes on to
+            if segment is not found:  # this process used it before, and still uses it
                 undo.callback(segment.disown, segment.role)
             if not segment.named:
                 return None
@@ -106,7 +107,7 @@ class EpochOpener:
                 return self.renew(session_id, bindings, adopt)
             segment.join(Role.RUNTIME)
             owned = EpochSupervisor(bindings)
-            owned.settle()  # of a new epoch, nobody can have left anything yet
+            owned.settle()  # not for a new epoch: no process has left operations in it yet
             self._hand_over(owned, adopt)
             undo.pop_all()
         _log.info("session %s: live epoch %s", session_id, segment.epoch_id)
@@ -115,13 +116,13 @@ class EpochOpener:
     def renew(
         self, session_id: SessionId, old: SessionRuntimeBindings, adopt: Adopt
     ) -> SessionRuntimeBindings:
-        """A new epoch in the place of one that was sealed, and that this process owns."""
+        """A new epoch that replaces a sealed one, which this process owns."""
         if self._durability is not None:
             self._durability.end(old)
         bindings = self._make(
             session_id, RuntimeEpochId.new(), adopt, replacing=old.shared_segment()
         )
-        old.close()  # not before: its lock keeps others from replacing it, too
+        old.close()  # last: until then its lock keeps others from replacing it
         _log.info("session %s: new epoch %s after %s", session_id, bindings.epoch_id, old.epoch_id)
         return bindings
 
@@ -158,8 +159,8 @@ class EpochOpener:
         replacing: SharedSegment | None = None,
         stored: PersistedOpsSnapshot | None = None,
     ) -> SessionRuntimeBindings:
-        """Raises `SegmentExists` if the session has a segment besides the one to be replaced, or
-        had one since `stored` was loaded."""
+        """Make an epoch. Raises `SegmentExists` if the session has a segment other than
+        `replacing`, or had one since `stored` was loaded."""
         config = self._config
         if stored is not None and self._durability is not None:
             config = self._durability.room_for(stored, config)
@@ -174,7 +175,8 @@ class EpochOpener:
                 self._durability.restore(segment, stored)
             segment.publish(replace=replacing is not None and replacing.named)
             undo.callback(self._unpublish, segment)
-            # From here on the name keeps others away; what they did before has to show.
+            # From here on the name keeps others away, and any change that they made before is
+            # visible.
             if stored is not None and not self._is_current(session_id, stored):
                 raise SegmentExists(segment.name)
             bindings = SessionRuntimeBindings.of_segment(segment)
@@ -184,7 +186,7 @@ class EpochOpener:
 
     @staticmethod
     def _unpublish(segment: SharedSegment) -> None:
-        # One that was left already is another attachment's to take over.
+        # If it was left already, another attachment may have taken it over.
         if segment.attached:
             segment.unlink()
 

@@ -1,4 +1,4 @@
-"""The persistence channel: keeps a store up to date with epochs, from outside the hot path."""
+"""The persistence channel: it keeps a store up to date with epochs, outside the hot path."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ __all__ = ["ChannelStatus", "EpochPersistence", "PersistenceChannel"]
 
 _log = logging.getLogger(__name__)
 
-#: How many seconds the completions of a channel may wait for others at most.
+#: The longest time, in seconds, that completions may wait for others.
 MOST_DELAY_S: Final = 3600.0
-#: How often epochs are looked at for what wakes no process: cursors, and operations that begin.
-#: Those that something was stored of since the last such poll are looked at more often.
+#: How often epochs are polled for changes that do not wake the channel: cursors, and operations
+#: that begin. An epoch of which something was stored since the last such poll is polled more often.
 _POLL_S: Final = 1.0
 _WARM_POLL_S: Final = 0.05
-#: How often completions that wait for `max_delay` to pass are counted: in tenths of it, but not
-#: less often than this.
+#: How often completions that wait for `max_delay` to pass are counted: every tenth of it, and at
+#: least this often.
 _COUNT_S: Final = 0.05
 
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
 
-#: What can be wrong with one capture, and not with the store that is to take it.
+#: Errors that may be about one capture and not about the store.
 _OF_ONE_CAPTURE: Final = (StoreConflict, CaptureInvalid, ValueError, TypeError, ArithmeticError)
 
 
 class ChannelStatus(Record, kw_only=True, frozen=True):
-    """What a persistence channel has done, and what keeps it from doing more."""
+    """The work of a persistence channel, and its failures."""
 
     epochs: tuple[EpochPersistence, ...]
     flushes: int
@@ -63,9 +63,9 @@ class ChannelStatus(Record, kw_only=True, frozen=True):
     failures: int
     """Times that the store failed."""
     failing: bool
-    """Whether it did not take all that there was the last time; it is tried again."""
+    """Whether the last attempt did not store everything; it is tried again."""
     last_error: str | None
-    """Why it failed when it last did, however long ago."""
+    """Why the store failed the last time, however long ago."""
 
     @property
     def lag(self) -> int:
@@ -82,19 +82,19 @@ class PersistenceChannel:
     """Follows any number of epochs with one thread, and keeps a store up to date with them.
 
     A completion is durable within `max_delay` seconds, as far as the store's speed allows, and
-    sooner if `max_entries` of them wait; what came meanwhile, in every epoch, goes into the same
-    transaction. Cursors, and operations that begin, do not wake it: they are durable within about a
-    second, and within about 50 ms if anything of the epoch was stored during the last second. A
-    channel without work looks at its epochs once a second and does nothing else.
+    sooner if `max_entries` of them wait. Completions that come meanwhile, in any epoch, go into the
+    same transaction. Cursors, and operations that begin, do not wake the channel: they are durable
+    within about a second, or within about 50 ms if anything of the epoch was stored during the last
+    second. A channel without work only polls its epochs once a second.
 
-    PERSIST-2: it holds nothing that could be lost. What is new it reads from the epochs, and where
-    to go on from the store, so it may be killed anywhere and another one started, in any process,
-    beside it if need be. While the store fails it tries again, with growing pauses, and the epochs
-    go on; `status` tells.
+    PERSIST-2: it has no state that could be lost. It reads the news from the epochs, and the
+    position to continue from the store. So it may be killed at any point, and another one may be
+    started in any process, even beside it. While the store fails it tries again, with growing
+    pauses, and the epochs go on; `status` reports it.
 
-    PERSIST-3: what is wrong with one epoch holds up no other. When a store does not take several
-    together, they are saved one by one, and one that it does not take alone comes alone from then
-    on. One that it never can take is given up.
+    PERSIST-3: a fault of one epoch does not delay others. If the store does not take several
+    together, they are saved one by one. An epoch that it does not take alone is saved alone from
+    then on. An epoch that it can never take is given up.
 
     Its methods may be called from any thread. After a fork it belongs to the parent.
     """
@@ -107,15 +107,15 @@ class PersistenceChannel:
         if delay is None or not 0 <= max_delay <= MOST_DELAY_S:
             allowed = f"a number of seconds from 0 to {MOST_DELAY_S:.0f}"
             raise ConfigInvalid("max_delay", max_delay, allowed)
-        entries: object = max_entries  # numpy's integers are such, too
+        entries: object = max_entries  # numpy's integers are allowed, too
         if isinstance(entries, bool) or not isinstance(entries, Integral) or entries < 1:
             raise ConfigInvalid("max_entries", max_entries, "an integer, 1 or above")
         self._store: Final = store
         self._max_delay: Final = delay
         self._max_entries: Final = int(entries)
         self._pid: Final = os.getpid()
-        #: Signal handlers and finalizers may enter it again. It is never held while the store or
-        #: another thread is waited for.
+        #: Signal handlers and finalizers may enter it again. It is never held during a wait for the
+        #: store or another thread.
         self._state: Final = threading.Condition(threading.RLock())
         # Under `_state`:
         self._saving: frozenset[Followed] = frozenset()
@@ -126,7 +126,7 @@ class PersistenceChannel:
         self._ended = False
         self._requested = 0
         self._served = 0
-        # The thread's own:
+        # Used by the thread only:
         self._wake: Final = asyncio.Event()
         self._advanced: set[Followed] = set()
         self._warm: set[Followed] = set()
@@ -137,12 +137,13 @@ class PersistenceChannel:
         self._failure: Exception | None = None
         self._last_error: Exception | None = None
 
-    # --- what is followed ---------------------------------------------------------------------
+    # --- following epochs ---------------------------------------------------------------------
 
     def follow(self, bindings: SessionRuntimeBindings) -> None:
-        """Keep an epoch durable from now on; of no effect if it is followed already.
+        """Start to keep an epoch durable; no effect if it is followed already.
 
-        Raises `ObserverReadOnly` for an observer's bindings: an epoch says how far its store is.
+        Raises `ObserverReadOnly` for an observer's bindings: following writes `durable_seq` to the
+        epoch.
         """
         require(SessionRuntimeBindings, bindings, "PersistenceChannel.follow", "bindings")
         self._require_mine()
@@ -162,10 +163,10 @@ class PersistenceChannel:
             self._signal()
 
     def unfollow(self, bindings: SessionRuntimeBindings) -> None:
-        """Follow an epoch no longer: once this returns, the channel writes nothing of it.
+        """Stop following an epoch: after this returns, the channel writes nothing of it.
 
-        What is not stored by then is not stored any more; `flush` first. Of no effect if the epoch
-        is not followed.
+        Anything that is not stored by then will not be stored; `flush` first. No effect if the
+        epoch is not followed.
         """
         require(SessionRuntimeBindings, bindings, "PersistenceChannel.unfollow", "bindings")
         self._require_mine()
@@ -184,9 +185,9 @@ class PersistenceChannel:
         """Block until everything that was committed to the followed epochs by now is durable.
 
         After `timeout` seconds it raises `StoreWriteFailed` if the store fails, `TimeoutError` if
-        it is slow; the channel goes on trying. Raises the error of an epoch that cannot be stored
-        at all, and `ChannelClosed`. With `bindings`, only what is committed to theirs is waited
-        for. Infinity is no limit.
+        it is slow; the channel goes on trying. Raises the error of an epoch that can never be
+        stored, and `ChannelClosed`. With `bindings`, it waits for their epoch only. Infinity means
+        no limit.
         """
         require(SessionRuntimeBindings | None, bindings, "PersistenceChannel.flush", "bindings")
         limit = limit_s(timeout, "flush")
@@ -224,7 +225,7 @@ class PersistenceChannel:
         return [] if followed is None else [followed]
 
     def status(self) -> ChannelStatus:
-        """How far the store has come, what it took and what it did not."""
+        """The store's progress, and its failures."""
         self._require_mine()
         with self._state:
             return ChannelStatus(
@@ -237,14 +238,15 @@ class PersistenceChannel:
             )
 
     def close(self) -> None:
-        """Store what there is, or log that it could not be, and stop. The store stays open."""
+        """Store what is new, or log that this failed, and stop. The store stays open."""
         if self._pid != os.getpid():
             return
         with self._state:
             self._closed = True
             thread = self._thread
             self._signal()
-        # One without an identity is about to be started, by the caller that a handler interrupted.
+        # A thread without an identity is about to be started, by a call that this handler
+        # interrupted.
         if thread is not None and thread.ident and thread is not threading.current_thread():
             thread.join()
 
@@ -272,10 +274,10 @@ class PersistenceChannel:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
-    # --- the thread: when to look -------------------------------------------------------------
+    # --- the thread: when to store ------------------------------------------------------------
 
     def _start(self) -> None:
-        """Start the thread. What fails leaves nothing, so that the next call may try again."""
+        """Start the thread. A failure leaves nothing behind, so the next call may try again."""
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._main, args=[loop], name="shmepoch-persistence", daemon=True
@@ -319,7 +321,7 @@ class PersistenceChannel:
         retry_at, retry_s, tried, works = 0.0, _FIRST_RETRY_S, 0, True
         while not self._closed:
             await self._woken(pause)
-            # A flush that a caller waits for does not wait for the next try.
+            # A flush does not wait for the time of the next try.
             if not works and self._requested == tried and time.monotonic() < retry_at:
                 pause = retry_at - time.monotonic()
                 continue
@@ -346,9 +348,9 @@ class PersistenceChannel:
         self._wake.clear()
 
     async def _coalesce(self) -> None:
-        """Give further completions the time that `max_delay` leaves, less what storing takes."""
+        """Wait for further completions: for `max_delay`, less the time that storing takes."""
         count_s = min(self._max_delay / 10, _COUNT_S)
-        # One count less, because a wake-up and the timers of the event loop come late.
+        # One interval less, because a wake-up and the timers of the event loop come late.
         end = time.monotonic() + self._max_delay - count_s - self._took_s
         while self._advanced and not self._is_pressed() and (left := end - time.monotonic()) > 0:
             await self._woken(min(left, count_s))
@@ -379,8 +381,8 @@ class PersistenceChannel:
     def _store_news(
         self, candidates: Iterable[Followed], requested: int, *, thoroughly: bool
     ) -> bool:
-        """Store what is new of them; False if the store does not seem to work, and all of it is to
-        be tried again."""
+        """Store the news of these epochs. False if the store does not seem to work; then all is
+        tried again."""
         began = time.monotonic()
         due = self._due(candidates, thoroughly=thoroughly)
         left, taken, error = self._save_in_turn(due)
@@ -412,12 +414,12 @@ class PersistenceChannel:
     def _save_in_turn(
         self, due: Iterable[Followed]
     ) -> tuple[list[Followed], bool, Exception | None]:
-        """Save those that nothing speaks against together, the others one by one.
+        """Save the epochs that never failed together, and the suspect ones one by one.
 
-        What the store did not take when it failed, the one that it failed at first; whether it has
-        taken anything or was asked for nothing but what it had refused before; and how it failed.
+        Returns the epochs that were not saved, beginning with the one that failed; whether the
+        store took anything, or was only given suspect epochs; and the error.
         """
-        # Those that failed least come first. So none of them is in front of the others for ever.
+        # Those that failed least come first, so that a failing epoch is not always first.
         ordered = sorted(due, key=lambda followed: followed.failures)
         sound = [followed for followed in ordered if not followed.is_suspect]
         alone = [[followed] for followed in ordered if followed.is_suspect]
@@ -427,7 +429,7 @@ class PersistenceChannel:
             group = waiting.pop(0)
             try:
                 taken |= self._save(group)
-            except Exception as error:  # whatever it is, the epochs go on and keep what is new
+            except Exception as error:  # after any error, the epochs go on and keep their news
                 culprit = _culprit(error, group)
                 if culprit is not None:
                     _give_up(culprit, error)
@@ -443,7 +445,8 @@ class PersistenceChannel:
         return [], taken, None
 
     def _save(self, group: Iterable[Followed]) -> bool:
-        """Store what is new of them, in one transaction; whether there was anything."""
+        """Store the news of these epochs in one transaction; whether there was anything to
+        store."""
         with self._state:
             still = [one for one in group if self._epochs.get(one.id) is one]
             self._saving = frozenset(still)
@@ -476,7 +479,7 @@ class PersistenceChannel:
             followed.waiting = asyncio.create_task(self._watch(followed))
 
     def _note(self, error: Exception, followed: Followed, *, works: bool) -> None:
-        """Say what the store did not take, unless that is known."""
+        """Log the failure, unless it was logged before."""
         if not works:
             if self._failure is None:
                 _log.error("nothing is stored until the store works again: %s", error)
@@ -488,7 +491,7 @@ class PersistenceChannel:
 
 
 def _culprit(error: Exception, group: list[Followed]) -> Followed | None:
-    """The one that can never be stored, if that is what the store failed at."""
+    """The epoch that can never be stored, if it is the cause of the error."""
     if isinstance(error, StoreConflict | CaptureInvalid):
         return next((followed for followed in group if followed.id == error.epoch_id), None)
     return group[0] if len(group) == 1 and isinstance(error, _OF_ONE_CAPTURE) else None

@@ -1,4 +1,4 @@
-"""Supervision: noticing participants that ended, and ending what they ran."""
+"""Supervision: it notices participants that ended, and ends their operations."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from shmepoch.memory.participants import Participant, number_of
 
 _log = logging.getLogger(__name__)
 
-#: How often the participants' locks are looked at; a death is noticed within a second.
+#: How often the participants' locks are polled; a death is noticed within a second.
 _INTERVAL_S: Final = 0.25
-#: At every how many of these polls the names of the segments are looked at.
+#: The names of the segments are checked once in so many polls.
 _NAMES_EVERY: Final = 2
-#: How many of those that ended together are named in a reason, which each operation carries.
+#: How many participants that ended together are named in a reason, which each operation carries.
 _NAMED: Final = 3
 #: How long `settle` tries again while a transition is in progress, and how often.
 _SETTLE_S: Final = 1.0
 _SETTLE_PAUSE_S: Final = 0.001
-#: How long the end of the supervising thread is waited for. It waits for nothing but its log.
+#: How long to wait for the end of the supervising thread. It only ever waits for its log.
 _STOP_S: Final = 2.0
 
 
 class EpochSupervisor:
-    """Ends the operations whose participant is gone, so that the agent hears of them."""
+    """Ends the operations of participants that are gone, so that the agent is told of them."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
         self.bindings: Final = bindings
@@ -45,17 +45,18 @@ class EpochSupervisor:
 
     @property
     def out_of_reach(self) -> bool:
-        """Whether its adapter owns it no longer: the name was taken away, or code of this process,
-        where all bindings of an epoch are one object, has closed them."""
+        """Whether its adapter no longer owns it: the name was removed, or code in this process has
+        closed the bindings, which are one object for all of the process."""
         return self.lost or not self.bindings.shared_segment().attached
 
     def poll(self) -> int:
-        """Look once; how many operations were ended.
+        """Poll once; returns how many operations it ended.
 
-        SUPERVISE-1: it waits for nothing, neither for a transition nor for a store. What it cannot
-        do now the next poll does, and other epochs do not wait for it.
+        SUPERVISE-1: it never waits, neither for a transition nor for a store. If it cannot do
+        something now, the next poll does it. So it does not delay other epochs.
         """
-        # Alone, this process has no operations of others to end, until another one joins.
+        # If this process is alone, there are no operations of others to end, until another one
+        # joins.
         if self._memory.load(at.JOINED_AT) == self._alone_since:
             return 0
         try:
@@ -65,7 +66,7 @@ class EpochSupervisor:
             return 0
 
     def settle(self) -> None:
-        """Look, before the epoch is handed out: a transition in progress is waited for, but not for
+        """Poll before the epoch is handed out. It waits for a transition in progress, but not for
         long, since its process may be stopped."""
         deadline = time.monotonic() + _SETTLE_S
         while True:
@@ -80,7 +81,7 @@ class EpochSupervisor:
             time.sleep(_SETTLE_PAUSE_S)
 
     def check_name(self) -> None:
-        """Notice that the session's name is not this segment's any more."""
+        """Notice if this segment no longer has the session's name."""
         segment = self.bindings.shared_segment()
         if self.lost or not segment.attached or segment.named or segment.sealed:
             return
@@ -95,7 +96,7 @@ class EpochSupervisor:
             SHM_DIR,
         )
         with contextlib.suppress(EpochGone):
-            segment.require_name()  # tells the others, if the file is gone and not only its place
+            segment.require_name()  # tells the others, if the file has no name at all
 
     def _poll(self) -> int:
         segment = self.bindings.shared_segment()
@@ -106,12 +107,12 @@ class EpochSupervisor:
         present = participants.list(me=segment.participant)
         alone = len(present) <= 1 and not participants.others_hold_slots()
         if alone:
-            # Once more, after the locks: a participant that has joined by now and holds none is
-            # gone, and the rest of this poll finds what it left.
+            # List again, after the locks were checked: a participant that has joined by now and
+            # holds no lock is gone, and the rest of this poll finds its operations.
             present = participants.list(me=segment.participant)
         dead = [participant for participant in present if not participant.alive]
-        # Besides those found dead, a participant may have left in good order with operations
-        # running, or have joined and gone since the last poll, or have taken a dead one's slot.
+        # Besides the dead ones, a participant may have left regularly with operations running, or
+        # have joined and left since the last poll, or have taken the slot of a dead one.
         alive = frozenset(participant.key for participant in present if participant.alive)
         known = joined, alive
         ended = 0
@@ -121,8 +122,8 @@ class EpochSupervisor:
             def has_ended(key: int) -> bool:
                 if key in listed_dead:
                     return True
-                # One that has died since, or joined since and died, is left to the next poll,
-                # which can name it.
+                # A participant that has died since, or has joined since and died, is left to the
+                # next poll, which can name it.
                 since = key in alive or number_of(key) > joined
                 return not since and not participants.is_alive(key)
 
@@ -140,7 +141,7 @@ class EpochSupervisor:
         return ended
 
     def _tell(self, dead: Sequence[Participant], ended: int) -> None:
-        # How they ended does not show: a normal exit gives up the same lock.
+        # It is unknown how they ended: a normal exit releases the same lock.
         _log.log(
             logging.WARNING if ended else logging.INFO,
             "session %s: %s ended; operations terminated with that: %d",
@@ -151,28 +152,28 @@ class EpochSupervisor:
 
 
 def _names(participants: Sequence[Participant]) -> str:
-    """The first few of them, and how many more."""
+    """The names of the first few, and how many more there are."""
     names = ", ".join(f"{one.role} process {one.pid}" for one in participants[:_NAMED])
     more = len(participants) - _NAMED
     return f"{names} and {more} more" if more > 0 else names
 
 
 class Supervisor:
-    """One thread that looks after every epoch of an adapter."""
+    """One thread that supervises every epoch of an adapter."""
 
     def __init__(self, epochs: Callable[[], Iterable[EpochSupervisor]]) -> None:
         self._epochs = epochs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shmepoch-supervisor", daemon=True)
-        #: What failed at the last poll, so that it is told once.
+        #: The errors of the last poll, so that each is logged once.
         self._failing: dict[EpochSupervisor, str] = {}
 
     def start(self) -> None:
-        """Start the thread; raises `RuntimeError` if there is none to be had."""
+        """Start the thread. Raises `RuntimeError` if that fails."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and wait for that unless it is the caller's own."""
+        """End the thread, and wait for its end unless the caller runs in it."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join(_STOP_S)
@@ -189,10 +190,10 @@ class Supervisor:
                     if changed:
                         epoch.check_name()
                     epoch.poll()
-                # Another thread or process ended it or left it just now.
+                # Another thread or process has just ended or left it.
                 except (EpochSealed, EpochGone, BindingsClosed) as error:
                     _log.debug("not supervised: %s", error)
-                except Exception as error:  # one epoch's, and no concern of the others
+                except Exception as error:  # of one epoch: the others go on
                     failing[epoch] = repr(error)
                     if self._failing.get(epoch) != failing[epoch]:
                         _log.exception("an epoch cannot be looked after; it is tried again")
@@ -200,10 +201,10 @@ class Supervisor:
 
 
 class _Names:
-    """Whether names in shared memory may have changed: one look for every epoch.
+    """Whether names in shared memory may have changed: one check for all epochs.
 
-    A directory's time is as coarse as the kernel's clock, so a change may be followed by another
-    that does not show. One that shows counts for the next poll, too, which is later than that.
+    A directory's time is as coarse as the kernel's clock, so a second change soon after the first
+    may not show. So a change counts for the next poll as well, which is late enough.
     """
 
     def __init__(self) -> None:
@@ -216,7 +217,7 @@ class _Names:
             found = os.stat(SHM_DIR)
             now = found.st_dev, found.st_ino, found.st_mtime_ns
         except OSError:
-            pass  # all of it is gone, and every name with it
+            pass  # the directory is gone, and every name with it
         before, self._changed = self._changed, now != self._seen
         self._seen = now
         return self._changed or before

@@ -1,4 +1,4 @@
-"""Where an epoch survives a reboot: SQLite by default, memory for tests."""
+"""Stores, in which an epoch survives a reboot: SQLite by default, memory for tests."""
 
 from shmepoch.stores.memory import InMemoryRuntimeStore
 from shmepoch.stores.protocol import (

@@ -1,4 +1,4 @@
-"""One SQLite file and this process's connections to it: two, whatever the number of threads."""
+"""One SQLite file and this process's two connections to it, for any number of threads."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from shmepoch.forking import Part, on_fork
 from shmepoch.stores.schema import SchemaUnsupported, is_current, migrate
 
 _RETRY_S: Final = 0.01
-#: SQLite counts milliseconds in 32 bits: about 24 days, which stand for no limit.
+#: SQLite counts milliseconds in 32 bits: about 24 days, used for no limit.
 _LONGEST_BUSY_S: Final = 2_147_483.0
 
 
 class Database:
     """A connection that writes and one that reads, so that readers do not wait for a disk.
 
-    STORE-3: SQLite forgets its locks across a fork but not that it had them, and a child that so
-    much as closes an inherited connection, or opens the file beside one, can damage it. So there is
-    none to inherit: a fork waits for running transactions and closes every connection first, and
-    each process opens its own when it needs them. The one transaction that a fork cannot wait for
-    is its own thread's, which a signal handler interrupted. A child that is forked there leaves the
-    connection as it is, and the file to others.
+    STORE-3: SQLite loses its locks in a forked child, but believes that it still has them. A child
+    that only closes an inherited connection, or opens the file beside one, can damage the file. So
+    a child must not inherit connections: a fork waits for running transactions and closes every
+    connection first, and each process opens its own when it needs them. A fork cannot wait for a
+    transaction of its own thread, which a signal handler interrupted. A child that is forked there
+    does not touch the connection, and refuses to use the file.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class Database:
     ) -> None:
         self._file = _File(path, busy_timeout, synchronous, read_only)
         self._writer, self._reader = _Connection(self._file), _Connection(self._file)
-        # At the end of the interpreter, others may still use it.
+        # Not at exit, when other code may still use it.
         weakref.finalize(self, _abandon, self._writer, self._reader).atexit = False
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is committed on a clean exit, and durable then."""
+        """A transaction. A clean exit commits it, and then it is durable."""
         with self._writer.transaction("BEGIN IMMEDIATE") as connection:
             yield connection
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that sees one state of the file throughout."""
+        """A transaction that sees one state of the file."""
         with self._reader.transaction("BEGIN") as connection:
             yield connection
 
     def close(self) -> None:
-        """Close both connections, once their transactions are over, for good."""
+        """Close both connections for good, after their transactions."""
         self._file.closed = True
         for connection in (self._writer, self._reader):
             with connection.lock:
@@ -67,12 +67,12 @@ class Database:
                     connection.close()
 
     def explain(self, error: Exception) -> str:
-        """Why something failed, for the text of an error."""
+        """The reason of a failure, for the text of an error."""
         return f"{self._file.path}: {self._file.reason(error)}"
 
 
 class _FileId(NamedTuple):
-    """Which file a path names, and for one that is read without locks, in which state."""
+    """The file that a path names, and for a file that is read without locks, its state."""
 
     device: int
     inode: int
@@ -80,12 +80,12 @@ class _FileId(NamedTuple):
 
 
 class OwnConnection(sqlite3.Connection):
-    """A connection that is of no use in a process that inherited it, not even to be closed."""
+    """A connection that a process which inherited it does not use, and does not even close."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self._pid = os.getpid()
         super().__init__(*args, **settings)
-        # What is damaged is found where it is read as what it should be.
+        # Damaged text is noticed later, when it is decoded.
         self.text_factory = _text
 
     def execute(self, *args: Any) -> sqlite3.Cursor:
@@ -104,7 +104,7 @@ class OwnConnection(sqlite3.Connection):
         if self._pid == os.getpid():
             super().close()
         else:
-            _left_alone.append(self)  # to be collected would close it
+            _left_alone.append(self)  # keeps it from being collected, which would close it
 
     def _require_mine(self) -> None:
         if self._pid != os.getpid():
@@ -112,7 +112,7 @@ class OwnConnection(sqlite3.Connection):
 
 
 class _File:
-    """What the path names, and how it is opened."""
+    """The file of a path, and the way to open it."""
 
     def __init__(
         self, path: Path, busy_timeout: float | None, synchronous: str, read_only: bool
@@ -126,7 +126,7 @@ class _File:
         self._synchronous = synchronous
 
     def connect(self) -> tuple[sqlite3.Connection, _FileId]:
-        """Open the file, made or migrated if need be, and say which file that is.
+        """Open the file, and make or migrate it if necessary. Returns also which file it is.
 
         Raises `StoreUnusable`.
         """
@@ -138,7 +138,7 @@ class _File:
             raise StoreUnusable(self.path, self.reason(error)) from error
 
     def identify(self) -> _FileId | None:
-        """Which file the path names; None if it names none."""
+        """The file that the path names; None if there is none."""
         try:
             found = self.path.stat()
         except OSError:
@@ -147,7 +147,7 @@ class _File:
         return _FileId(found.st_dev, found.st_ino, state)
 
     def reason(self, error: Exception) -> str:
-        """Why something failed, for people."""
+        """The reason of a failure, for people."""
         if isinstance(error, StoreUnusable):
             return error.reason
         if isinstance(error, sqlite3.OperationalError) and _is_busy(error):
@@ -155,7 +155,8 @@ class _File:
         return str(error)
 
     def _connect(self) -> tuple[sqlite3.Connection, _FileId]:
-        # Where a link leads to: SQLite has its log beside that, and makes nothing that this did.
+        # The target of a link: SQLite has its log beside the target, and creates no file there
+        # itself.
         real = Path(os.path.realpath(self.path))
         made = not self.read_only and _make(real)
         found = self.identify()
@@ -190,8 +191,8 @@ class _File:
         return "mode=ro" if found.state is None else "mode=ro&immutable=1"
 
     def _is_at_rest(self) -> bool:
-        """Whether it is only read, and no process has it open for writing. Then there is no log,
-        and SQLite must not make one."""
+        """Whether the store is read-only and no process has the file open for writing. Then there
+        is no log, and SQLite must not make one."""
         return self.read_only and not os.path.exists(f"{os.path.realpath(self.path)}-wal")
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
@@ -220,7 +221,7 @@ class _File:
                 (mode,) = connection.execute("PRAGMA journal_mode = wal").fetchone()
                 break
             except sqlite3.OperationalError as error:
-                # Here SQLite does not always wait for the others by itself.
+                # For this statement SQLite does not always wait by itself.
                 if not _is_busy(error) or time.monotonic() >= deadline:
                     raise
                 time.sleep(_RETRY_S)
@@ -232,12 +233,12 @@ class _File:
 
 
 class _Connection:
-    """A connection that is opened when it is needed, for one thread at a time."""
+    """A connection that is opened on demand, for one thread at a time."""
 
     def __init__(self, file: _File) -> None:
         self.file: Final = file
-        #: Held by the thread that uses it, and by one that forks. Signal handlers and finalizers
-        #: run in the middle of a transaction, too, and must not wait for their own thread.
+        #: Held by the thread that uses it, and by a thread that forks. Reentrant: a signal handler
+        #: or finalizer in the middle of a transaction must not wait for its own thread.
         self.lock: Final = threading.RLock()
         #: Whether it is being opened or used. Under `lock`.
         self.inside = False
@@ -269,15 +270,15 @@ class _Connection:
                     raise
             finally:
                 self.inside = False
-                if self.file.closed:  # meanwhile, by a signal handler or a finalizer
+                if self.file.closed:  # by a signal handler or a finalizer meanwhile
                     self.close()
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None and self.file.identify() != self._found:
             self.close()
             if not self.file.read_only:
-                # What is written to a file without a name is lost. The next call opens what is
-                # there.
+                # Anything written to a file without a name is lost. The next call opens the path
+                # again.
                 raise StoreUnusable(
                     self.file.path, "the file was moved or removed while it was in use"
                 )
@@ -286,7 +287,7 @@ class _Connection:
         return self._connection
 
     def _require_unchanged(self) -> None:
-        """What was read without locks is of one state only if no process has written meanwhile."""
+        """Raise `StoreUnusable` if a process has written while the file was read without locks."""
         read_without_locks = self._found is not None and self._found.state is not None
         if read_without_locks and self.file.identify() != self._found:
             raise StoreUnusable(self.file.path, "it was changed while it was read; read it again")
@@ -295,7 +296,7 @@ class _Connection:
         try:
             connection.rollback()
         except sqlite3.Error:
-            self.close()  # so that the next call starts afresh
+            self.close()  # so that the next call opens a new one
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -308,17 +309,17 @@ def _text(data: bytes) -> str:
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
-    """Whether the only trouble is that another connection has the file locked."""
-    # What Python's own module raises has no code of SQLite's.
+    """Whether the error is only that another connection has the file locked."""
+    # An error of Python's own module has no SQLite error code.
     code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
     return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _make(path: Path) -> bool:
-    """Make an empty file for this user alone; whether there was none.
+    """Create an empty file for this user alone; false if there was a file.
 
-    SQLite's own would be open to others. It is never opened here: to close a file gives up every
-    lock that SQLite holds on it in this process.
+    A file that SQLite creates would be open to others. It is not opened here: closing a file
+    releases every lock that SQLite holds on it in this process.
     """
     if not path.parent.is_dir():
         raise OSError(f"there is no folder {path.parent}; create it first")
@@ -326,7 +327,7 @@ def _make(path: Path) -> bool:
         os.mknod(path, stat.S_IFREG | 0o600)
     except FileExistsError:
         return False
-    except OSError as error:  # which does not say where
+    except OSError as error:  # the error has no path
         raise OSError(error.errno, error.strerror, str(path)) from error
     path.chmod(0o600)  # whatever the umask is
     return True
@@ -339,21 +340,22 @@ _FORKED: Final = (
     "locks of that from its own; use the store in the parent, or in a process that starts afresh"
 )
 
-#: All that may be open.
+#: All connections that may be open.
 _connections: Final[set[_Connection]] = set()
-#: Held by the thread that forks, and what it has taken beside this.
+#: Held by the thread that forks; the list has the other locks that it has taken.
 _forking: Final = threading.RLock()
 _taken: Final[list[threading.RLock]] = []
-#: What a child inherited open all the same: such files, and the connections that it never closes.
+#: Files that were open in spite of this when a child was forked, and the connections to them, which
+#: it never closes.
 _inherited: Final[set[tuple[int, int]]] = set()
 _left_alone: Final[list[sqlite3.Connection]] = []
 
 
 def _abandon(*connections: _Connection) -> None:
-    """Close what no store uses any more.
+    """Close connections that no store uses any longer.
 
-    The collector calls it, in any thread, so it waits for nothing. Only a fork can have the lock of
-    such a connection, and that closes it.
+    The garbage collector calls it, in any thread, so it must not wait. Only a fork can hold the
+    lock of such a connection, and the fork closes it.
     """
     for connection in connections:
         if connection.lock.acquire(blocking=False):
@@ -365,9 +367,9 @@ def _abandon(*connections: _Connection) -> None:
 
 
 def _wait_for_forks() -> None:
-    """Return once no other thread forks. A connection that was made too late for the fork to see
-    it is not opened meanwhile."""
-    # A fork waits for a transaction of this thread, whose signal handler this may be.
+    """Wait until no other thread forks, so that a connection that the fork did not see is not
+    opened meanwhile."""
+    # If this is a signal handler in a transaction, a fork may be waiting for that transaction.
     if not any(c.inside and _is_owned(c.lock) for c in list(_connections)):
         with _forking:
             pass
@@ -384,7 +386,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Leave alone what is open: this thread's own transaction, which goes on in the parent."""
+    """Do not touch the open connection of this thread's own transaction, which goes on in the
+    parent."""
     for connection in list(_connections):
         if connection.inside and (found := connection.file.identify()):
             _inherited.add(found[:2])
@@ -392,9 +395,9 @@ def _after_fork_in_child() -> None:
 
 
 def _until_done(act: Callable[[], bool]) -> None:
-    """Repeat `act` until it says that it is done, whatever a signal handler raises meanwhile.
+    """Repeat `act` until it returns True, whatever a signal handler raises meanwhile.
 
-    What a hook raises does not stop the fork.
+    An error of a hook does not stop the fork.
     """
     interrupt: BaseException | None = None
     done = False
@@ -412,12 +415,12 @@ def _stop_others() -> bool:
         _forking.acquire()
     for connection in list(_connections):
         if not _is_owned(connection.lock):
-            _taken.append(connection.lock)  # first: what is not owned is not given back
+            _taken.append(connection.lock)  # first: a lock that is not owned is not released later
             connection.lock.acquire()
     for connection in list(_connections):
         if not connection.inside:
             connection.close()
-    # Some may have been made since, or a signal handler may have forked and given all back.
+    # New connections may exist, or a signal handler may have forked and released all locks.
     return all(_is_owned(lock) for lock in (_forking, *(c.lock for c in list(_connections))))
 
 
@@ -432,7 +435,7 @@ def _let_go_on() -> bool:
 
 
 def _is_owned(lock: threading.RLock) -> bool:
-    """Whether this thread has it, as `threading.Condition` asks."""
+    """Whether this thread has the lock; `threading.Condition` asks in the same way."""
     return lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""The store that forgets when its process ends: for tests and for trying things out."""
+"""A store in memory, which is lost when its process ends: for tests and experiments."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class InMemoryRuntimeStore:
                 if before is None:
                     raise StoreWriteFailed(_CLOSED)
                 after = make(before)
-                # Nothing is called between the two, so nothing else runs there.
+                # Between these two lines there is no call, so no other code can run.
                 if self._epochs is before:
                     self._epochs = after
                     return

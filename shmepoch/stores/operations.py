@@ -1,4 +1,4 @@
-"""What stores keep of an operation beside its completion, and how they bring the two together."""
+"""The operations in a store: kept apart from their completions, and joined again on load."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from shmepoch.ids import OperationId, RuntimeEpochId
 
 
 class StoredOperation(Record, frozen=True):
-    """One operation without its outcome: that is its completion's to tell."""
+    """One operation without its outcome, which is in its completion."""
 
     lifecycle: OperationLifecycleSnapshot
     spec: OperationSpec | None
 
 
 def stored_operations(snapshot: PersistedOpsSnapshot) -> dict[OperationId, StoredOperation]:
-    """The operations of a capture, as they are stored, in its order."""
+    """The operations of a capture in their stored form, in the capture's order."""
     specs = {spec.id: spec for spec in snapshot.specs}
     return {
         operation.id: StoredOperation(
@@ -33,7 +33,7 @@ def stored_operations(snapshot: PersistedOpsSnapshot) -> dict[OperationId, Store
 
 
 def unfinished(operations: Mapping[OperationId, StoredOperation]) -> Iterable[OperationId]:
-    """Those of a capture's operations that had not ended when it was made."""
+    """The operations of a capture that had not ended when it was made."""
     return (id for id, stored in operations.items() if not stored.lifecycle.status.is_terminal)
 
 
@@ -44,7 +44,7 @@ def assemble(
     live: Iterable[StoredOperation],
     skipped: Iterable[SkippedRange],
 ) -> PersistedOpsSnapshot:
-    """A stored epoch as it is recovered."""
+    """Join the parts of a stored epoch for a recovery."""
     pairs = list(entries)
     operations = [_ended(stored, entry) for entry, stored in pairs if stored is not None]
     operations += live
@@ -59,7 +59,7 @@ def assemble(
 
 
 def _ended(stored: StoredOperation, entry: CompletionEntry) -> StoredOperation:
-    """An operation as its completion left it, even if it was last seen before its end."""
+    """An operation after its completion, even if it was last stored before its end."""
     lifecycle = stored.lifecycle
     elapsed_ms = lifecycle.elapsed_ms
     if elapsed_ms is None:

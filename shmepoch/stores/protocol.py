@@ -1,4 +1,4 @@
-"""What every store keeps and promises."""
+"""The protocol of every store, and its promises."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot, SkippedRange
 from shmepoch.errors import CaptureInvalid
 from shmepoch.ids import RuntimeEpochId, SessionId
 
-#: The highest position there is.
+#: The highest possible position.
 LAST_SEQ: Final[CompletionSeq] = 2**64 - 1
 #: Milliseconds before and after 1970 that SQLite's integers hold.
 _TIME_END: Final = 2**63
 
 
 class EpochCapture(Record, kw_only=True, frozen=True):
-    """What is to be saved of one epoch: all of it, or what is new since the last capture.
+    """One epoch to be saved: all of it, or its news since the last capture.
 
-    `snapshot` holds new completions, the operations that changed, and the cursors as they stood
-    before those were read. `sealed` says that the epoch has ended.
+    `snapshot` holds new completions, the operations that changed, and the cursors from before those
+    were read. `sealed` says that the epoch has ended.
 
-    Raises `CaptureInvalid` for a position outside 0..2**64-1, or 1..2**64-1 for a completion, and
-    for a time of completion that has more than 64 bits with its sign.
+    Raises `CaptureInvalid` for a position outside 0..2**64-1, for a completion's sequence outside
+    1..2**64-1, and for a time of completion that does not fit a signed integer of 64 bits.
     """
 
     session_id: SessionId
@@ -60,23 +60,23 @@ class HistoryEntry(Record, frozen=True):
 
 @runtime_checkable
 class RuntimeStore(Protocol):
-    """Epochs that outlive the machine's memory. Every method may be called from any thread.
+    """Keeps epochs beyond the life of the machine's memory. All methods may be called from any
+    thread.
 
-    STORE-1: what a store knows of an epoch only grows, in whatever order captures arrive. Cursors
-    become the larger of both, completions are appended and never rewritten, an operation has ended
-    once its completion is stored, what a recovery left out stays left out, and a sealed epoch stays
-    sealed.
+    STORE-1: a stored epoch only grows, in whatever order captures arrive. A cursor becomes the
+    larger of both, and completions are appended and never rewritten. An operation has ended when
+    its completion is stored. Skipped sequences stay skipped, and a sealed epoch stays sealed.
 
-    STORE-2: a session has at most one current epoch: the one recorded last, until it is sealed.
-    Recording a new epoch that is not sealed seals those before it; their history stays.
+    STORE-2: a session has at most one current epoch: the last recorded one, until it is sealed.
+    Recording a new epoch that is not sealed seals the earlier ones; their history stays.
     """
 
     def save(self, captures: Sequence[EpochCapture]) -> None:
-        """Record all of `captures`, or nothing of them: they are durable when this returns.
+        """Record all of `captures`, or none: they are durable when this returns.
 
-        Saving the same again changes nothing. Raises `StoreWriteFailed`, after which the same call
-        may be tried again, and `StoreConflict` that names the completion stored and the other one
-        offered under its sequence.
+        Saving the same captures again changes nothing. Raises `StoreWriteFailed`, after which the
+        same call may be tried again. Raises `StoreConflict`, which names the stored completion and
+        the other one that has the same sequence.
         """
         ...
 
@@ -85,9 +85,9 @@ class RuntimeStore(Protocol):
     ) -> PersistedOpsSnapshot | None:
         """The session's current epoch; None if it has none.
 
-        Its `entries` are the newest `max_entries`, all for None. Its `operations` are those whose
-        completions these are, then those that have not ended, in the order of their registration.
-        Raises `StoreLoadFailed`.
+        Its `entries` are the newest `max_entries`, or all for None. Its `operations` are those of
+        these entries, then those that have not ended, in the order of their registration. Raises
+        `StoreLoadFailed`.
         """
         ...
 
@@ -107,7 +107,7 @@ class RuntimeStore(Protocol):
         ...
 
     def list_skipped(self, epoch_id: RuntimeEpochId) -> list[SkippedRange]:
-        """What recoveries of an epoch have left out, in order. Raises `StoreReadFailed`."""
+        """The sequences that recoveries of an epoch skipped, in order. Raises `StoreReadFailed`."""
         ...
 
     def history(
@@ -120,9 +120,9 @@ class RuntimeStore(Protocol):
     ) -> Iterator[HistoryEntry]:
         """The completions of every epoch of a session, epochs in the order they were recorded.
 
-        `statuses` keeps those that ended so; `from_ms` and `until_ms` those that ended at or after
-        the one and before the other. What is saved meanwhile may or may not appear. Raises
-        `StoreReadFailed`.
+        `statuses` selects by the final status; `from_ms` and `until_ms` select operations that
+        ended at or after the first time and before the second. Completions that are saved meanwhile
+        may or may not appear. Raises `StoreReadFailed`.
         """
         ...
 
@@ -131,12 +131,12 @@ class RuntimeStore(Protocol):
         ...
 
     def remove(self, session_id: SessionId) -> None:
-        """Forget a session and its history; of no effect if it is unknown.
+        """Remove a session and its history; no effect if it is unknown.
 
         Raises `StoreWriteFailed`.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the store; what was saved stays. Whatever is asked of it later fails."""
+        """Close the store. Saved epochs stay; every later call fails."""
         ...

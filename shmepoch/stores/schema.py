@@ -1,7 +1,7 @@
-"""What lies in a store's SQLite file, and how a file of an earlier release becomes one of this.
+"""The schema of a store's SQLite file, and the migrations from earlier releases.
 
-SQLite's integers are signed. A u64 position is kept as the integer 2**63 below it, which sorts
-alike; the view `history` shows sequences as they are.
+SQLite's integers are signed. A u64 position is stored as the integer 2**63 below it, which sorts in
+the same order. The view `history` shows the real sequences.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _BIAS: Final = 2**63
 
 
 def to_sql(position: int) -> int:
-    """A u64 position as it is kept."""
+    """A u64 position in its stored form."""
     return operator.index(position) - _BIAS
 
 
 def from_sql(kept: int) -> int:
-    """The u64 position that is kept so; `ValueError` for what is no position."""
+    """The u64 position from its stored form; `ValueError` if it is not a position."""
     if type(kept) is not int:
         raise ValueError(f"a position is kept as {kept!r}")
     return kept + _BIAS
 
 
-#: Each takes the file from one version of the schema to the next; the first from an empty file.
-#: One that was released is never changed.
+#: Each migrates the file from one version of the schema to the next; the first from an empty file.
+#: A released migration is never changed.
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
         # `key` grows in the order in which a session's epochs were first recorded.
@@ -61,7 +61,8 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
         "CREATE INDEX entry_of_operation ON entries (epoch, operation_id)",
-        # What recoveries left out: one that goes on from where another did leaves out more.
+        # The sequences that recoveries skipped. A recovery that starts at the same place as an
+        # earlier one skips more.
         """
         CREATE TABLE skipped (
             epoch INTEGER NOT NULL REFERENCES epochs ON DELETE CASCADE,
@@ -70,7 +71,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             PRIMARY KEY (epoch, after_seq)
         ) WITHOUT ROWID
         """,
-        # Those that have not ended. `number` grows in the order of their registration.
+        # Operations that have not ended. `number` grows in the order of their registration.
         """
         CREATE TABLE operations (
             number INTEGER PRIMARY KEY,
@@ -96,7 +97,8 @@ class SchemaUnsupported(Exception):
 
 
 def is_current(connection: sqlite3.Connection) -> bool:
-    """Whether the file has this release's schema; raises `SchemaUnsupported` if it never can."""
+    """Whether the file has this release's schema. Raises `SchemaUnsupported` if it cannot get
+    it."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
@@ -114,7 +116,7 @@ def is_current(connection: sqlite3.Connection) -> bool:
 def migrate(connection: sqlite3.Connection) -> None:
     """Give the file this release's schema, in the transaction that the caller has begun.
 
-    Another process may have been faster; then there is nothing to do.
+    If another process was faster, it does nothing.
     """
     if is_current(connection):
         return

@@ -38,11 +38,11 @@ from shmepoch.stores.schema import from_sql, to_sql
 from shmepoch.timeouts import setting_s
 
 Synchronous: TypeAlias = Literal["full", "normal"]
-"""When a save has reached the disk; what each promises, `SqliteRuntimeStore` says."""
+"""When a save reaches the disk; `SqliteRuntimeStore` describes the promises of each."""
 
 _log = logging.getLogger(__name__)
 
-#: What decoding a damaged row raises.
+#: The errors of decoding a damaged row.
 _DAMAGE: Final = (ValueError, TypeError, RecursionError)
 
 _PAGE: Final = 1000
@@ -69,7 +69,7 @@ _ADD_ENTRY: Final = """
         (SELECT operation FROM operations WHERE epoch = ?1 AND operation_id = ?3)))
     ON CONFLICT (epoch, seq) DO NOTHING
 """
-# As bytes: what is no text is found where it is decoded, with the rest of what may be wrong.
+# As bytes: text that is not valid is then noticed by the decoder, with all other damage.
 _FIND_ENTRY: Final = "SELECT CAST(entry AS BLOB) FROM entries WHERE epoch = ? AND seq = ?"
 _PUT_OPERATION: Final = """
     INSERT INTO operations (epoch, operation_id, operation) VALUES (?, ?, ?)
@@ -108,7 +108,7 @@ _REMOVE: Final = "DELETE FROM epochs WHERE session_id = ?"
 
 
 class _Rows(NamedTuple):
-    """A capture as rows that lack only the epoch's key: made before the file is locked."""
+    """A capture as rows without the epoch's key, made before the file is locked."""
 
     capture: EpochCapture
     cursors: tuple[int, ...]
@@ -120,26 +120,25 @@ class _Rows(NamedTuple):
 class SqliteRuntimeStore:
     """A `RuntimeStore` in one SQLite file, for any number of sessions, processes and threads.
 
-    The file is made, for this user alone, if it is not there. It has a write-ahead log: it lies on
-    a local file system, and the `-wal` and `-shm` beside it belong to it while it is in use.
-    `busy_timeout` is how many seconds a call waits for another process's transaction; infinity is
-    no limit. A store that is `read_only` needs no right to write to the file or beside it, makes
-    nothing, and refuses an empty file; what would change it raises `StoreWriteFailed`.
+    The file is created, for this user alone, if it does not exist. It has a write-ahead log: it
+    must be on a local file system, and the `-wal` and `-shm` files beside it belong to it while it
+    is in use. A call waits up to `busy_timeout` seconds for another process's transaction; infinity
+    means no limit. A `read_only` store needs no right to write to the file or its folder, creates
+    no files, and refuses an empty file; a call that would change it raises `StoreWriteFailed`.
 
-    `synchronous` says when a save has reached the disk. With either value the death of any process,
-    at any moment, takes nothing that was saved, and nothing that stops the machine leaves a damaged
-    or half-written file behind.
+    `synchronous` says when a save reaches the disk. With either value, the death of a process at
+    any moment loses no saved data, and a stop of the machine does not damage the file.
 
-    - "full": before `save` returns. A power loss takes nothing that was saved, as long as the disk
-      has what it says it has.
-    - "normal": when the operating system gets to it. A power loss or a crash of the kernel may take
-      the last saves, newest first, and the sequences of completions that are lost so may come again
-      as others; an orderly restart takes none. Saves do not wait for the disk.
+    - "full": before `save` returns. A power loss loses no saved data, as long as the disk really
+      has the data that it reports as written.
+    - "normal": when the operating system writes it. A power loss or a kernel crash may lose the
+      last saves, newest first, and the sequences of these completions may then be used again for
+      others. A regular restart loses none. Saves do not wait for the disk.
 
-    A row that is damaged never looks like another. `load` fails; `list_entries`, `history` and
-    `sessions` leave it out, count it in `damaged` and log which it is.
+    A damaged row is never taken for a valid one. `load` fails; `list_entries`, `history` and
+    `sessions` leave the row out, count it in `damaged` and log which row it is.
 
-    Raises `StoreUnusable` where the path cannot be a store, and `ConfigInvalid`.
+    Raises `StoreUnusable` if the path cannot be a store, and `ConfigInvalid`.
     """
 
     def __init__(
@@ -156,7 +155,7 @@ class SqliteRuntimeStore:
         if synchronous not in get_args(Synchronous):
             raise ConfigInvalid("synchronous", synchronous, "'full' or 'normal'")
         self.path: Final = Path(os.path.abspath(path))
-        #: How many damaged rows were left out of what this object was asked for so far.
+        #: How many damaged rows this object has left out so far.
         self.damaged = 0
         self._database = Database(
             self.path, busy_timeout=limit, synchronous=synchronous, read_only=read_only
@@ -242,7 +241,8 @@ class SqliteRuntimeStore:
                 continue
             after = to_sql(0)
             while True:
-                # A page at a time: an open read would keep the log from being wound up.
+                # A page at a time: a long read transaction would keep the log from being
+                # checkpointed.
                 with self._reading() as connection:
                     page = connection.execute(query, (key, after, *filters, _PAGE)).fetchall()
                 for entry in self._sound(epoch_id, page):
@@ -269,7 +269,7 @@ class SqliteRuntimeStore:
     def _sound(
         self, epoch_id: RuntimeEpochId, rows: Sequence[tuple[int, bytes]]
     ) -> list[CompletionEntry]:
-        """The completions of these rows, without those that are damaged."""
+        """The completions of these rows, without the damaged ones."""
         try:
             return _decode_entries(rows)
         except _DAMAGE:
@@ -315,7 +315,7 @@ class SqliteRuntimeStore:
 
 
 def _rows(capture: EpochCapture) -> _Rows:
-    """`RecordInvalid` for what cannot be written down."""
+    """Raises `RecordInvalid` for a capture that cannot be encoded."""
     try:
         return _encode(capture)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -358,7 +358,8 @@ def _merge(connection: sqlite3.Connection, rows: _Rows) -> None:
 
 
 def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
-    """STORE-1, STORE-2: the epoch's row with the larger of all cursors; its key."""
+    """STORE-1, STORE-2: insert or update the epoch's row, with the larger of all cursors; returns
+    its key."""
     capture = rows.capture
     epoch_id, session = capture.snapshot.epoch_id, str(capture.session_id)
     found = connection.execute(_FIND_EPOCH, (str(epoch_id),)).fetchone()
@@ -381,7 +382,7 @@ def _record_epoch(connection: sqlite3.Connection, rows: _Rows) -> int:
 
 
 def _require_same(connection: sqlite3.Connection, key: int, snapshot: PersistedOpsSnapshot) -> None:
-    """Some of the entries were there already: `StoreConflict` unless they are the same."""
+    """Some of the entries were stored before: raise `StoreConflict` unless they are the same."""
     for entry in snapshot.entries:
         (text,) = connection.execute(_FIND_ENTRY, (key, to_sql(entry.seq))).fetchone()
         stored = CompletionEntry.from_json(text)

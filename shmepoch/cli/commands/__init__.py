@@ -1,1 +1,1 @@
-"""The commands, one a file: what each is called with, what it does, and what it shows."""
+"""The commands, each in one file: its arguments, its work and its output."""

@@ -1,4 +1,4 @@
-"""`shmepoch history`: what a store has of a session, for people and for machines."""
+"""`shmepoch history`: shows a session from a store, for people and for machines."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from shmepoch.errors import ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
 from shmepoch.stores import HistoryEntry, SqliteRuntimeStore
 
-#: How wide a table is that no terminal bounds: a name has at most 200 bytes.
+#: The width of a table without a terminal: a name has at most 200 bytes.
 _UNBOUNDED_WIDTH: Final = 400
-#: How wide a table is at least: a narrower terminal breaks its lines, and no column is left out.
+#: The least width of a table: a narrower terminal breaks its lines, and no column is left out.
 _LEAST_WIDTH: Final = 72
 
 
@@ -52,7 +52,7 @@ def history(
     until: Annotated[datetime | None, typer.Option(help="Ended before then.")] = None,
     json: Json = False,
 ) -> None:
-    """Show what a store has of a session: how its operations ended, epoch by epoch.
+    """Show a session from a store: how its operations ended, epoch by epoch.
 
     Times are local. Exit status: 0, or 2 for a session or a file that cannot be read.
     """
@@ -77,7 +77,7 @@ def history(
 
 
 class SessionUnknown(ShmepochError, LookupError):
-    """The store has never heard of the session."""
+    """The store does not have the session."""
 
     session_id: SessionId
     store: Path
@@ -85,9 +85,9 @@ class SessionUnknown(ShmepochError, LookupError):
 
 
 def _list_sessions(store: Path, *, json: bool) -> None:
-    """Print the sessions that a store knows, the oldest first; `StoreError` if unreadable.
+    """Print the sessions of a store, the oldest first; `StoreError` if it is unreadable.
 
-    What is damaged is left out; standard error has what that is, and how much.
+    Damaged rows are left out; standard error names and counts them.
     """
     with _reading(store) as opened:
         for session_id in opened.sessions():
@@ -109,7 +109,7 @@ def _show(
 ) -> None:
     """Print the completions of every epoch of a session that match.
 
-    What is damaged is left out; standard error has what that is, and how much. Raises
+    Damaged rows are left out; standard error names and counts them. Raises
     `SessionUnknown`, and `StoreError` if the store is not readable.
     """
     with _reading(store) as opened:
@@ -130,7 +130,7 @@ def _show(
 
 @contextmanager
 def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
-    """Open a store without a right to write to it; then say how much of it is damaged."""
+    """Open a store for reading only; at the end, report how many rows are damaged."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def _print_tables(entries: Iterable[HistoryEntry]) -> None:
                 Text(visible(entry.display_name)),  # a command may look like markup
                 Text(visible(_how(entry.terminal_outcome))),
             )
-        with console.capture() as captured:  # rich would end the process if the reader left
+        with console.capture() as captured:  # rich itself would end the process if the reader left
             console.print(table)
         print(captured.get(), end="")
 
@@ -186,7 +186,7 @@ def _how(outcome: OperationTerminalOutcome) -> str:
 def _local_time(at_ms: int) -> str:
     try:
         return datetime.fromtimestamp(at_ms / 1000).isoformat(" ", "seconds")
-    except (ValueError, OverflowError, OSError):  # no year of a calendar
+    except (ValueError, OverflowError, OSError):  # the year is out of range
         return f"{at_ms} ms"
 
 
@@ -197,5 +197,5 @@ def _milliseconds(moment: datetime | None) -> int | None:
     try:
         return round(moment.timestamp() * 1000)
     except (ValueError, OverflowError):
-        # In UTC it may be in a year before 1 or after 9999; a few hours are of no account there.
+        # In UTC the year may be below 1 or above 9999; a few hours do not matter there.
         return round(moment.replace(tzinfo=UTC).timestamp() * 1000)

@@ -1,4 +1,4 @@
-"""`shmepoch persist`: keeps every epoch of a namespace in a store, from a process of its own."""
+"""`shmepoch persist`: keeps every epoch of a namespace in a store, from a separate process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from shmepoch.stores import SqliteRuntimeStore
 
 _log = logging.getLogger(__name__)
 
-#: How soon a new epoch is found; what it completes meanwhile is still in its feed. And how long one
-#: poll waits for the end of an epoch to be stored, before it sees to other things.
+#: How soon a new epoch is found; completions until then are still in its feed. Also how long one
+#: poll waits for the end of an epoch to be stored.
 _POLL_S: Final = 0.5
-#: How long the end waits for a store that fails or is slow.
+#: How long the end waits for a failing or slow store.
 _END_TIMEOUT_S: Final = 10.0
 
 
@@ -60,11 +60,12 @@ def persist(
 
 
 def _persist(path: Path, namespace: str | None, max_delay: float) -> None:
-    """Follow every epoch there is and every one that comes, until SIGINT, SIGTERM or SIGHUP.
+    """Follow every epoch, also new ones, until SIGINT, SIGTERM or SIGHUP.
 
-    Returns once everything is stored; raises `StoreWriteFailed` or `TimeoutError` if the store does
-    not take it in time, and the error of an epoch that cannot be stored. Raises
-    `NamespaceInvalid`, `SharedMemoryUnusable`, `ConfigInvalid` and `StoreUnusable` before that.
+    Returns after everything is stored. Raises `StoreWriteFailed` or `TimeoutError` if the store
+    does not take it in time, and the error of an epoch that cannot be stored. Before it follows any
+    epoch it may raise `NamespaceInvalid`, `SharedMemoryUnusable`, `ConfigInvalid` and
+    `StoreUnusable`.
     """
     chosen = resolve_namespace(namespace)
     require_shm()
@@ -83,7 +84,7 @@ def _persist(path: Path, namespace: str | None, max_delay: float) -> None:
 
 
 class _End:
-    """The signals that ask for the end; the second of them does not wait for it."""
+    """The signals that ask for the end; the second one ends the process at once."""
 
     def __init__(self) -> None:
         # Not an Event: a handler may run while its own thread holds the Event's lock.
@@ -92,7 +93,7 @@ class _End:
         on_interruption(self._ask)
 
     def asked_for_within(self, seconds: float) -> bool:
-        """Wait so long for the first signal; whether it has come."""
+        """Wait for the first signal for this time; whether it has come."""
         return bool(select.select([self._asked], [], [], seconds)[0])
 
     def _ask(self, number: int, _: FrameType | None) -> None:
@@ -112,7 +113,7 @@ class _Epochs:
         self._said: dict[str, str] = {}
 
     def poll(self) -> None:
-        """Follow those that are new, and leave those that have ended."""
+        """Follow new epochs, and leave those that have ended."""
         ended = [bindings for bindings in self._followed.values() if bindings.ended]
         patience = _POLL_S
         for bindings in ended:
@@ -137,9 +138,9 @@ class _Epochs:
         try:
             self._channel.flush(timeout, bindings=bindings)
         except (StoreWriteFailed, TimeoutError):
-            return False  # the channel has said so, and goes on trying
+            return False  # the channel has logged it, and tries again
         except ShmepochError:
-            pass  # of an epoch that cannot be stored, of which the channel has said so too
+            pass  # an epoch that cannot be stored; the channel has logged that, too
         return True
 
     def _follow(self, session_id: SessionId) -> None:
@@ -161,12 +162,12 @@ class _Epochs:
         self._followed[session_id] = bindings
 
     def _say(self, what: str, error: Exception) -> None:
-        """Log what is wrong and why, unless that was the reason when it was last logged."""
+        """Log a problem and its reason, unless it was last logged with the same reason."""
         if self._said.get(what) != str(error):
             self._said[what] = str(error)
             _log.error("%s: %s", what, error)
 
     def close(self) -> None:
-        """Leave every epoch; they go on."""
+        """Leave every epoch. The epochs go on."""
         for bindings in self._followed.values():
             bindings.close()

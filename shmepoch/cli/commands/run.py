@@ -71,18 +71,19 @@ def run(
 ) -> None:
     """Run shell commands as background operations of real processes, and tell an agent of each.
 
-    With --store, a run that was interrupted or killed, by a reboot too, can be carried on with:
-    run it again with --resume. Without --resume a store with an unfinished run is refused.
+    With --store, a run that was interrupted or killed, also by a reboot, can be continued: run it
+    again with --resume. Without --resume a store with an unfinished run is refused.
 
-    Ctrl-C ends the run in good order and says what was not run; a second one kills what still runs.
+    Ctrl-C ends the run regularly and reports the commands that did not run. A second Ctrl-C kills
+    those that still run.
 
-    What a command leaves in the background goes on until the run ends, and is ended with it; if its
-    worker is killed, or a command of its worker is cancelled, with that.
+    A process that a command leaves in the background is killed when the run ends, or earlier if its
+    worker is killed or a command of its worker is cancelled.
 
     Exit status: 0 if every command completed; 1 if one did not; 2 if nothing was run because of an
-    option, the file, or a store that does not go with them; 3 if the run could not be carried out,
-    for want of shared memory, of a process or of a store that works; 130 after Ctrl-C, 143 after
-    SIGTERM, 129 after SIGHUP, 141 if the reader of its output has left.
+    option, the file, or a store that does not match them; 3 if the run could not be carried out,
+    without shared memory, a process or a working store; 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP, 141 if the reader of its output has left.
     """
     if resume and store is None:
         raise typer.BadParameter(
@@ -120,10 +121,10 @@ def run(
             streams.reader_left()
         except (RunRefused, StoreUnusable) as error:
             fail(REFUSED, error)
-        # A RuntimeError or MemoryError where there is no thread or no memory to be had.
+        # A RuntimeError or MemoryError if no thread can be started or there is no memory.
         except (ShmepochError, OSError, RuntimeError, MemoryError) as error:
             fail(NOT_CARRIED_OUT, error)
-        except Exception:  # a fault of this program's: not the status of a command that failed
+        except Exception:  # a fault of this program; not the status of a command that failed
             traceback.print_exc()
             sys.exit(NOT_CARRIED_OUT)
         finally:
@@ -133,7 +134,7 @@ def run(
 
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Make a folder and those it lies in; what fails takes those away that are still empty."""
+    """Make a folder and its parents; after an error, remove the new ones that are still empty."""
     missing = [one for one in (path, *path.parents) if not one.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

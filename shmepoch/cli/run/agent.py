@@ -1,4 +1,4 @@
-"""The agent process: is told of completions, a turn at a time, and writes its transcript."""
+"""The agent process: it is told of completions in turns, and writes its transcript."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shmepoch.stores import SqliteRuntimeStore
 def main(pipe: Connection, token: str, transcript: Path, store: Path | None) -> None:
     """Take a turn at once, then one for each message, until the runtime closes the pipe.
 
-    The first turn is taken unasked: the agent before this one may have been killed between being
-    told to take it and taking it.
+    The first turn needs no message: the agent before this one may have been killed between a
+    message and its turn.
     """
     bindings = SessionRuntimeBindings.from_token(token)
     factory = AgentFactory(None if store is None else _Stored(store))
@@ -31,7 +31,8 @@ def main(pipe: Connection, token: str, transcript: Path, store: Path | None) -> 
     with Transcript(transcript) as written, runtime_left:
         while True:
             with boundary.drain() as notices:
-                # On the disk before the cursor moves: killed in between, a notice comes twice.
+                # On the disk before the cursor moves: after a kill in between, a notice comes
+                # twice.
                 written.append(bindings.epoch_id, notices)
             pipe.send(Idle())
             pipe.recv()
@@ -39,7 +40,8 @@ def main(pipe: Connection, token: str, transcript: Path, store: Path | None) -> 
 
 
 class _Stored:
-    """What the feed has dropped, from a store that is open only while it is asked: that is rare."""
+    """Completions that the feed has dropped, from a store. It is opened for each call: calls are
+    rare."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

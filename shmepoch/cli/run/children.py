@@ -1,4 +1,4 @@
-"""Child processes of a run: how they are started, heard, and ended with all they started."""
+"""Child processes of a run: started, heard, and ended with all their descendants."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shmepoch.errors import ShmepochError
 
 _context = multiprocessing.get_context("spawn")
 
-#: How long a child has to end by itself once its pipe is closed. A worker gives its command less.
+#: How long a child has to end after its pipe is closed. A worker gives its command less.
 _GRACE_S: Final = 5.0
 
 
 class ChildFailed(ShmepochError):
-    """A child ended by itself. Another one would end in the same way, so it is not replaced."""
+    """A child ended by itself. A new one would end in the same way, so it is not replaced."""
 
     role: str
     pid: int
@@ -34,12 +34,12 @@ class ChildFailed(ShmepochError):
 
 
 class Children:
-    """Starts the children of this process, and sees to it that nothing outlives them."""
+    """Starts the children of this process, and ends everything that they leave running."""
 
     def __init__(self) -> None:
         adopt_orphans()
         self._descriptors: Final = take_all_descriptors()
-        resource_tracker.ensure_running()  # multiprocessing's own helper, ends with this process
+        resource_tracker.ensure_running()  # multiprocessing's own helper; it ends with this process
         self._not_ours: Final = frozenset(children())
 
     def start(
@@ -54,7 +54,7 @@ class Children:
         return Child(self._end_orphans, self._descriptors, role, main, args, on_message, on_death)
 
     def _end_orphans(self) -> None:
-        """Kill what was started by children that are dead."""
+        """Kill the processes that dead children started."""
         alive = {child.pid for child in multiprocessing.active_children() if child.pid is not None}
         kill_children(keep=self._not_ours | alive)
 
@@ -82,7 +82,7 @@ class Child:
         self._process = _context.Process(
             target=_main, args=(descriptors, role, main, theirs, *args)
         )
-        # Inherited: until the child is a session of its own, a Ctrl-C reaches it too.
+        # The child inherits the mask: until it has its own session, a Ctrl-C reaches it too.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -101,11 +101,11 @@ class Child:
 
     @property
     def exitcode(self) -> int | None:
-        """How it ended, as multiprocessing says it: -9 if it was killed; None while it runs."""
+        """The exit code of multiprocessing: -9 if it was killed; None while it runs."""
         return self._process.exitcode
 
     def send(self, message: object) -> bool:
-        """Send to the child; whether it was there to take it."""
+        """Send to the child; whether its pipe was open."""
         try:
             self._pipe.send(message)
         except OSError:
@@ -119,7 +119,7 @@ class Child:
         return self.killed
 
     async def end(self) -> None:
-        """Close the pipe, which ends the child, and make sure of everything it started."""
+        """Close the pipe, which ends the child, and kill everything that it started."""
         self._unwatch()
         ended = asyncio.Event()
         self._loop.add_reader(self._process.sentinel, ended.set)
@@ -134,12 +134,12 @@ class Child:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
-            self._loop.remove_reader(self._pipe.fileno())  # its death is heard of by itself
+            self._loop.remove_reader(self._pipe.fileno())  # its death is reported separately
             return
         self._on_message(self, message)
 
     def _died(self) -> None:
-        while self._watched and self._pipe.poll():  # what it said before it died counts
+        while self._watched and self._pipe.poll():  # messages from before its death count
             try:
                 self._on_message(self, self._pipe.recv())
             except (EOFError, OSError):
@@ -163,11 +163,10 @@ class Child:
 def _main(
     descriptors: int, role: str, main: Callable[..., None], pipe: object, *args: object
 ) -> None:
-    """What every child runs."""
-    # A session of its own: Ctrl-C is the runtime's to deal with, and no command finds a terminal
-    # to wait for.
+    """The main function of every child."""
+    # A new session: only the runtime handles Ctrl-C, and commands have no terminal to wait for.
     os.setsid()
-    # Not ignored: that would be inherited by commands, and a handler is not.
+    # A handler, not SIG_IGN: commands would inherit that.
     signal.signal(signal.SIGINT, lambda *_: None)
     set_for_commands(descriptors)
     try:

@@ -1,4 +1,4 @@
-"""The run itself: sessions over one adapter, until every command is decided and told of."""
+"""The run itself: sessions over one adapter, until every command has ended and was told of."""
 
 from __future__ import annotations
 
@@ -42,25 +42,27 @@ from shmepoch.runtime.adapter import RuntimeSessionAdapter
 from shmepoch.runtime.supervision import EpochSupervisor
 from shmepoch.stores import EpochCapture
 
-#: What the completion of a command takes in the feed at most: the tail of its output, and the rest.
+#: The most bytes that a command's completion takes in the feed: the tail of its output, and the
+#: rest.
 _ENTRY_BYTES: Final = TAIL_BYTES + 1024
-#: How long an interrupted run waits for its agents to be told of what was cancelled.
+#: How long an interrupted run waits until its agents are told of the cancelled commands.
 _LAST_TURN_S: Final = 5.0
-#: How many may be attached to an epoch besides its workers.
+#: How many processes may be attached to an epoch besides its workers.
 _OTHERS: Final = 16
-#: How long the children of a killed runtime have to notice it and end, and how often one looks.
+#: How long the children of a killed runtime have to notice it and end, and how often that is
+#: polled.
 _LEAVE_S: Final = 15.0
 _POLL_S: Final = 0.05
-#: How long everything that has ended may take to be in the store.
+#: How long the store may take for everything that has ended.
 _STORE_S: Final = 10.0
 #: How long a run still waits for its store after a second signal.
 _ABANDONED_S: Final = 1.0
-#: What the exit status is above when a signal ended the run.
+#: After a signal, the exit status is this plus its number.
 _SIGNALLED: Final = 128
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run, as the command line says it."""
+    """The options of the command line."""
 
     sessions: int = 1
     workers: int = 2
@@ -74,7 +76,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChildrenLeft(ShmepochError):
-    """Children of the run that is resumed go on, so nothing can take their place."""
+    """Children of the resumed run are still alive, so they cannot be replaced."""
 
     left: Sequence[Participant]
 
@@ -87,13 +89,13 @@ class ChildrenLeft(ShmepochError):
 
 
 def execute(jobs: list[Job], options: Options) -> int:
-    """Run the commands; the exit status.
+    """Run the commands; returns the exit status.
 
-    What made it impossible to go on is raised once everything was ended.
+    An error that ends the run is raised after everything was ended.
     """
     leave_strangers()
     interruptions = Interruptions()
-    children = Children()  # before a plan is kept, for it takes a process
+    children = Children()  # before the plan is stored, since it starts a process
     with contextlib.ExitStack() as stack:
         stack.callback(interruptions.end)
         folder = options.transcript
@@ -119,7 +121,7 @@ def execute(jobs: list[Job], options: Options) -> int:
     line = summary.line()
     if options.json:
         line = msgspec.json.format(msgspec.json.encode(summary)).decode()
-    print(line, file=LastingStream(sys.stdout), flush=True)  # or the run has not said how it ended
+    print(line, file=LastingStream(sys.stdout), flush=True)  # flushed: it must not be lost
     if options.store is not None and status >= _SIGNALLED:
         _say_how_to_resume(options.store)
     return status
@@ -147,7 +149,7 @@ class _Run:
         self._store = store
         self._kept = kept
         self._interruptions = interruptions
-        #: Whether what it leaves can be carried on with.
+        #: Whether the run can be resumed later.
         self.resumable = options.resume
         self._view = view_for(sys.stderr if options.json else sys.stdout)
         self._children = children
@@ -160,7 +162,7 @@ class _Run:
         self._broken = asyncio.Event()
 
     async def run(self) -> tuple[int, Summary]:
-        """Everything; the exit status, and what it came to."""
+        """Run everything; returns the exit status and the summary."""
         began = time.monotonic()
         self._listen()
         leftovers.remove_left_over(self._plan.namespace)
@@ -185,7 +187,7 @@ class _Run:
         return int(any(s.undecided or s.not_completed for s in self._sessions)), summary
 
     def _listen(self) -> None:
-        """Hear of signals, of errors in callbacks, which nothing awaits, and of the store."""
+        """Listen to signals, to errors in callbacks, which are not awaited, and to the store."""
         loop = asyncio.get_running_loop()
 
         def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -200,7 +202,7 @@ class _Run:
             self._store.on_saved = lambda saved: loop.call_soon_threadsafe(self._saved, saved)
 
     def _interrupt(self, number: int) -> None:
-        """The first signal ends the run in good order, the second one at once."""
+        """The first signal ends the run regularly, the second one at once."""
         leave_if_gone()
         if self._signal is None:
             self._signal = number
@@ -246,7 +248,7 @@ class _Run:
             )
 
     async def _until_alone(self, opened: Sequence[SessionRuntimeBindings]) -> None:
-        """Wait for the children of a runtime that was killed, and end what they left running."""
+        """Wait for the children of a killed runtime, and end the operations that they left."""
         deadline = time.monotonic() + _LEAVE_S
         while left := [one for bindings in opened for one in past.left_behind(bindings)]:
             if self._interrupted.is_set():
@@ -258,7 +260,8 @@ class _Run:
             EpochSupervisor(bindings).settle()
 
     async def _until_stored(self, opened: Sequence[SessionRuntimeBindings]) -> None:
-        """Wait until the store has what the live epochs say of the run before."""
+        """Wait until the store has the completions of the earlier run that are in the live
+        epochs."""
         deadline = time.monotonic() + _STORE_S
         for bindings in opened:
             feed = bindings.ops_lifecycle.completion_feed()
@@ -269,9 +272,9 @@ class _Run:
                     raise self._store_behind() from None
 
     async def _leave(self, adapter: RuntimeSessionAdapter) -> None:
-        """End the sessions, or leave them to the run that carries on with them.
+        """End the sessions, or leave them for the run that continues them.
 
-        A store may take its time, so a thread does it: a second signal is still heard.
+        It runs in a thread, since a store may be slow: a second signal is still handled.
         """
         if self._store is None:
             self._end_sessions(adapter)
@@ -286,7 +289,7 @@ class _Run:
         ended.result()
 
     def _end_sessions(self, adapter: RuntimeSessionAdapter) -> None:
-        with adapter:  # closing it brings the store up to date
+        with adapter:  # closing it stores the rest
             if not self.resumable:
                 for id in self._plan.sessions:
                     if adapter.contains_session(id):
@@ -299,7 +302,7 @@ class _Run:
                     remove_unused(self._plan.namespace, session.bindings.session_id)
 
     def _end_at_once(self) -> NoReturn:
-        """Wait for the store no longer; what it lacks is in shared memory."""
+        """Stop waiting for the store; anything that it lacks is in shared memory."""
         if self._options.transcript is None:
             shutil.rmtree(self._transcripts, ignore_errors=True)
         complain(self._store_behind())
@@ -310,7 +313,7 @@ class _Run:
     def _config(self) -> OpsLifecycleConfig:
         workers = self._options.workers
         return OpsLifecycleConfig(
-            max_operations=2 * workers + 64,  # those of workers that have just died among them
+            max_operations=2 * workers + 64,  # including those of workers that have just died
             feed_bytes=(MOST_UNTOLD + workers) * _ENTRY_BYTES,
             max_participants=workers + _OTHERS,
         )
@@ -336,7 +339,7 @@ class _Run:
                     await self._first_of([self._all_finished(), self._abandoned.wait()])
 
     async def _first_of(self, awaited: Sequence[Coroutine[Any, Any, object]]) -> None:
-        """Wait until one of `awaited` is done; raise what breaks the run before that."""
+        """Wait until one of `awaited` is done; raise an error that breaks the run before that."""
         tasks = [asyncio.create_task(one) for one in (*awaited, self._broken.wait())]
         running = [task for session in self._sessions for task in session.tasks]
         try:

@@ -1,4 +1,4 @@
-"""Descendants: every process that this one has started, however far it went from its parent."""
+"""Descendants: every process that this one has started, directly or through others."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 def adopt_orphans() -> None:
-    """Become the parent of each descendant whose own parent ends, where init would.
+    """Become the parent of each descendant whose own parent ends, instead of init.
 
-    A process group would not hold them together: `timeout` and `setsid`, among others, leave it.
+    A process group is not enough: `timeout` and `setsid`, for example, leave it.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_with_parent(parent: int) -> None:
-    """Be killed when the parent ends, which has this process id; at once if it has ended."""
+    """Let the kernel kill this process when the parent with this pid ends; at once if it has
+    ended."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -35,10 +36,10 @@ def children() -> set[int]:
 
 
 def kill_children(*, keep: Set[int] = frozenset()) -> None:
-    """Kill every child but those in `keep`, and theirs, and return once none is left.
+    """Kill every child except those in `keep`, and their descendants; returns when none is left.
 
-    Killing a child hands its own children to this process, which must have adopted orphans. What
-    runs as another user, and so may not be killed, is left.
+    When a child is killed, this process gets its children, if it has called `adopt_orphans`. A
+    process of another user, which it may not kill, is left alone.
     """
     while others := children() - keep:
         for pid in others:
@@ -51,7 +52,7 @@ def kill_children(*, keep: Set[int] = frozenset()) -> None:
 
 
 def reap_children() -> None:
-    """Forget the children that have ended by themselves."""
+    """Reap the children that have ended by themselves."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass

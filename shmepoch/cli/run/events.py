@@ -1,4 +1,4 @@
-"""What happens during a run, as a view hears of it."""
+"""The events of a run, for a view."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from shmepoch.epoch.cursors import EpochCursorSnapshot
 
 
 class SessionFigures(Protocol):
-    """One session as a view may show it."""
+    """The figures of one session for a view."""
 
     @property
     def number(self) -> int:
-        """Which one it is, from 1 on."""
+        """Its number, from 1 on."""
         ...
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many operations have ended with each status; 0 of any other."""
+        """How many operations have ended with each status; 0 for any other status."""
         ...
 
     @property
     def watermark(self) -> int:
-        """How far its feed has come."""
+        """The watermark of its feed."""
         ...
 
     @property
     def decided(self) -> int:
-        """Commands of which nothing more is to come."""
+        """Commands that have ended for good."""
         ...
 
     @property
     def running(self) -> int:
-        """Commands that a worker has."""
+        """Commands that a worker is running."""
         ...
 
     @property
     def waiting(self) -> int:
-        """Commands that no worker has yet."""
+        """Commands that are not assigned yet."""
         ...
 
     def cursors(self) -> EpochCursorSnapshot:
@@ -57,7 +57,7 @@ class View(Protocol):
     """Shows a run to its user."""
 
     def began(self, sessions: Sequence[SessionFigures], commands: int) -> None:
-        """The sessions are there."""
+        """The sessions are open."""
         ...
 
     def assigned(self, session: SessionFigures, job: Job) -> None:
@@ -69,7 +69,7 @@ class View(Protocol):
         ...
 
     def told(self, session: SessionFigures, through: int) -> None:
-        """The agent has taken a turn and knows of every completion through this one."""
+        """The agent has taken a turn, and was told of every completion through this one."""
         ...
 
     def lost_child(self, session: SessionFigures, child: Child) -> None:
@@ -77,7 +77,7 @@ class View(Protocol):
         ...
 
     def interrupted(self, name: str, running: int, waiting: int) -> None:
-        """A signal of this name ends the run while so many commands run and wait."""
+        """A signal of this name ends the run while these numbers of commands run and wait."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""What a process inherits from its parent: a run sets all of it that it depends on.
+"""The state that a process inherits from its parent: a run sets everything that it depends on.
 
-A parent may have ignored or blocked any signal, and an `exec` keeps both. Python looks at none of
-this, and `subprocess` gives back to a command only what Python itself ignores.
+A parent may have ignored or blocked any signal, and an `exec` keeps both. Python does not reset
+this, and `subprocess` restores for a command only the signals that Python itself ignores.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Final, NoReturn
 from shmepoch.cli.run.descendants import children, end_with_parent
 from shmepoch.cli.run.interruptions import INTERRUPTIONS
 
-#: What Python ignores for itself, and `subprocess` gives back to a command.
+#: The signals that Python ignores for itself, and that `subprocess` restores for a command.
 _OF_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
-#: What the owner of a file may do with it.
+#: The permission bits of a file's owner.
 _OWNER: Final = 0o700
 
 
 def set_for_run() -> None:
-    """Set what a run needs; before its first child. What it hears is `on_interruption`'s to set."""
-    # While it is ignored the kernel throws the status of every child away.
+    """Set what a run needs, before its first child. `on_interruption` sets its handlers."""
+    # While it is ignored, the kernel discards the status of every child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(os.umask(_OWNER) & ~_OWNER)
 
 
 def set_for_commands(descriptors: int) -> None:
-    """Set what the commands of this process inherit: no signal ignored, none blocked.
+    """Set what the commands of this process inherit: no signal is ignored or blocked.
 
-    `descriptors` is how many they may have open at first.
+    `descriptors` is their soft limit of open files.
     """
     for number in signal.valid_signals() - _OF_PYTHON:
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -43,9 +43,9 @@ def set_for_commands(descriptors: int) -> None:
 
 
 def take_all_descriptors() -> int:
-    """Let this process have as many descriptors as it may; how many it could have had before.
+    """Raise the soft limit of open files to the hard limit; returns the former soft limit.
 
-    A run has a few for each session and child, and the usual limit is for programs that have few.
+    A run has a few descriptors for each session and child, and the usual limit is too low for that.
     """
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -53,12 +53,12 @@ def take_all_descriptors() -> int:
 
 
 def leave_strangers() -> None:
-    """Go on in a process of its own if this one has, or may get, children that no run started.
+    """Continue in a new process if this one has, or may get, children that the run did not start.
 
-    The runtime adopts what its children leave behind, and ends it. Where others hand their orphans
-    to the same process, nothing tells these from those: process 1 of a container gets every orphan
-    there is, and children that were there before an `exec` have children too. Returns only in the
-    process that is to go on; the other one passes signals to it, and ends as it does.
+    The runtime adopts the processes that its children leave behind, and ends them. It could not
+    distinguish them from other orphans: process 1 of a container gets every orphan, and children
+    from before an `exec` may leave orphans too. Returns only in the process that continues. The
+    other process passes signals to it, and ends with its status.
     """
     if os.getpid() != 1 and not children():
         return
@@ -69,7 +69,8 @@ def leave_strangers() -> None:
     child = os.fork()
     if child != 0:
         _stand_in_for(child, watched)
-    # Or a terminal would send it what the parent passes on. There it may write all the same.
+    # Otherwise a terminal would send it the signals that the parent passes on, too. It may write to
+    # the terminal all the same.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     end_with_parent(parent)

@@ -13,17 +13,18 @@ INTERRUPTIONS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def on_interruption(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle them from now on; but for a SIGHUP that is ignored, which is how nohup asks for it."""
+    """Handle these signals; but not a SIGHUP that is ignored, as nohup does."""
     for number in INTERRUPTIONS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 class Interruptions:
-    """Hears them until the process ends, and passes them to an event loop once there is one.
+    """Handles these signals until the process ends, and passes them to an event loop if there is
+    one.
 
-    Not asyncio's own handlers: those are taken away with the loop, and after that a signal would
-    change how a run ends that has ended.
+    It does not use asyncio's handlers: they are removed with the loop, and after that a signal
+    would change the exit status of a run that has ended.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Interruptions:
         on_interruption(self._hear)
 
     def pass_to(self, interrupt: Callable[[int], None]) -> None:
-        """Have the running loop call `interrupt` with each signal, those before this as well."""
+        """Make the running loop call `interrupt` with each signal, earlier ones included."""
         loop = asyncio.get_running_loop()
 
         def pass_on(number: int) -> None:
@@ -44,9 +45,9 @@ class Interruptions:
             interrupt(number)
 
     def end(self) -> None:
-        """Ignore them: the run has ended, and its process is about to."""
+        """Ignore the signals: the run has ended, and the process is about to end."""
         for number in INTERRUPTIONS:
-            signal.signal(number, signal.SIG_IGN)  # the interpreter takes handlers away as it ends
+            signal.signal(number, signal.SIG_IGN)  # the interpreter removes handlers at exit
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._pass_on(number)

@@ -1,4 +1,4 @@
-"""The jobs file: shell commands, one a line."""
+"""The jobs file: one shell command on each line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import msgspec
 
 from shmepoch.errors import ShmepochError
 
-#: Between the commands of the script that checks them all at once: what closes any quote that the
-#: command before has left open, and then is a syntax error. Otherwise they are comments.
+#: Stands between the commands of the script that checks all of them at once. If a command left a
+#: quote open, one of these closes it and is then a syntax error. Otherwise they are comments.
 _CLOSERS: Final = "# ' )\n# \" )\n# ` )\n"
 
-#: What some editors begin a file of UTF-8 with.
+#: Some editors put it at the beginning of a UTF-8 file.
 _BYTE_ORDER_MARK: Final = "\ufeff"
-#: What a file begins with that is no UTF-8; those of UTF-32 begin alike or with zeros.
+#: The beginnings of files that are not UTF-8. UTF-32 (LE) begins like UTF-16.
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 class JobsInvalid(ShmepochError, ValueError):
-    """The jobs file cannot be run as it is; `line` is where, or None for the whole file."""
+    """The jobs file is not valid; `line` is the line of the fault, or None for the whole file."""
 
     path: str
     line: int | None
@@ -35,7 +35,7 @@ class JobsInvalid(ShmepochError, ValueError):
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One command and the line it stands on."""
+    """One command and the number of its line."""
 
     line: int
     command: str
@@ -44,8 +44,8 @@ class Job(msgspec.Struct, frozen=True):
 def read(path: Path) -> list[Job]:
     """The commands of a file, or of standard input for "-".
 
-    Raises `JobsInvalid` with the line of the first that no shell would take, and `OSError` for a
-    file that cannot be read.
+    Raises `JobsInvalid` with the line of the first command that a shell would refuse, and `OSError`
+    for a file that cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -69,7 +69,7 @@ def read(path: Path) -> list[Job]:
 
 
 def _decode(name: str, line: int, raw: bytes) -> str:
-    """The command of a line, without what editors add around it."""
+    """The command of a line, without the spaces and marks that editors add."""
     if line == 1 and raw.startswith(_UTF16_MARKS):
         raise JobsInvalid(name, line, "the file is UTF-16 or UTF-32; save it as UTF-8")
     try:
@@ -77,13 +77,13 @@ def _decode(name: str, line: int, raw: bytes) -> str:
     except UnicodeDecodeError as error:
         where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
         raise JobsInvalid(name, line, f"not UTF-8 ({where}); save it as UTF-8") from error
-    # Wherever files were joined, and not only in the first line.
+    # In any line: files may have been joined.
     return text.strip().removeprefix(_BYTE_ORDER_MARK).strip()
 
 
 def _check_syntax(name: str, jobs: list[Job]) -> None:
-    """Find the first command that is none to the shell, without running anything."""
-    # One shell for all of them first: a shell for each takes a second for every thousand.
+    """Find the first command with a syntax error, without running any."""
+    # First one shell for all of them: a shell for each takes a second per thousand.
     if _complaint("".join(f"{{\n{job.command}\n{_CLOSERS}}}\n" for job in jobs)) is None:
         return
     for job in jobs:

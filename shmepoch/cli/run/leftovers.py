@@ -1,7 +1,7 @@
-"""What killed runs left in shared memory: how it is told from the rest, and removed.
+"""The segments that killed runs left in shared memory: how they are recognised and removed.
 
-A run without a store that was killed cannot be carried on with. Other programs have segments in the
-same namespace, and may still need them. So the identifier of such a run's session says what it is.
+A killed run without a store cannot be resumed. Other programs have segments in the same namespace,
+and may still need them. So the session identifiers of such a run are marked.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from shmepoch.ids import SessionId
 from shmepoch.memory.namespaces import list_sessions
 from shmepoch.memory.removal import remove_unused
 
-#: How many of an identifier's last bytes follow from those before.
+#: How many of an identifier's last bytes are a hash of the others.
 _MARK_BYTES: Final = 5
 _VERSION_AT: Final = 6
 _VARIANT_AT: Final = 8
-#: A UUID of this version is what its maker says it is (RFC 9562); no library makes one unasked.
+#: The UUID version for custom formats (RFC 9562); libraries make it on request only.
 _VERSION: Final = 8 << 4
 _VARIANT: Final = 2 << 6
 
 
 def new_session() -> SessionId:
-    """A session that is worth nothing once its run has ended, however that was."""
+    """A session that is worthless after its run, however the run ended."""
     raw = bytearray(secrets.token_bytes(16))
     raw[_VERSION_AT] = _VERSION | raw[_VERSION_AT] & 0x0F
     raw[_VARIANT_AT] = _VARIANT | raw[_VARIANT_AT] & 0x3F
@@ -34,16 +34,16 @@ def new_session() -> SessionId:
 
 
 def is_left_over(session_id: SessionId) -> bool:
-    """Whether it is the session of a run that nothing carries on with."""
+    """Whether it is the session of a run that cannot be resumed."""
     raw = session_id.bytes
     return raw[_VERSION_AT] & 0xF0 == _VERSION and raw == _marked(raw)
 
 
 def remove_left_over(namespace: str) -> None:
-    """Remove the segments of runs that were killed, where no process has them any more."""
+    """Remove the segments of killed runs that no process has attached."""
     for session_id in list_sessions(namespace):
         if is_left_over(session_id):
-            with contextlib.suppress(ShmepochError, OSError):  # another user's; the run needs none
+            with contextlib.suppress(ShmepochError, OSError):  # another user's
                 remove_unused(namespace, session_id)
 
 

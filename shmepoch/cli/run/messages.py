@@ -1,7 +1,7 @@
-"""What the runtime and its children say to each other, each over a pipe of its own.
+"""The messages between the runtime and its children, each over its own pipe.
 
-A child may be killed while it sends; then the pipe ends in the middle of a message, which reads as
-its end. Nothing is shared between children, so none can take another's lock with it.
+A child may be killed while it sends; then the pipe ends in the middle of a message, and the reader
+gets the end of the pipe. Children share nothing, so a killed child cannot keep a lock of another.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Assignment(msgspec.Struct, frozen=True):
 
 
 class Idle(msgspec.Struct, frozen=True):
-    """Child to runtime: ready for the next command, or the turn is over."""
+    """Child to runtime: a worker is ready for the next command, or an agent's turn is over."""
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """Runtime to agent: there is something to be told of."""
+    """Runtime to agent: there are new notices."""

@@ -1,7 +1,7 @@
-"""How a command ended, as its operation keeps it: text that people read, and that is read back.
+"""How a command ended, as text in its operation: for people, and parsed again by the run.
 
-A text that was cut is longer than one that fits: its mark comes on top of the limit. So no output
-can pass for a cut one.
+A text that was cut is longer than the limit, because of its mark. So complete output is never taken
+for a cut one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed
 
-#: How much of the end of a command's output its operation keeps, as UTF-8.
+#: How many bytes of the end of a command's output its operation keeps, as UTF-8.
 TAIL_BYTES: Final = 4096
-#: How much of a command, or of a line of output, names it in tables.
+#: How many bytes of a command, or of a line of output, tables show.
 NAME_BYTES: Final = 200
 
 _ELLIPSIS: Final = "…"
@@ -24,14 +24,14 @@ _FAILURE: Final = re.compile(r"(?:exit status (\d+)|killed by (\S+)) after (\d+)
 
 
 class Ending(NamedTuple):
-    """How a command ended; None for what its outcome does not say."""
+    """How a command ended; None for facts that are not in its outcome."""
 
     exit_status: int | None = None
     signal: str | None = None
     duration_ms: int | None = None
-    #: The end of what it printed.
+    #: The end of its output.
     output: str = ""
-    #: How many bytes it printed, if `output` is not all of them.
+    #: The bytes of the whole output, if `output` is not all of it.
     output_bytes: int | None = None
 
 
@@ -46,7 +46,7 @@ def name_is_cut(name: str) -> bool:
 
 
 def kept(output: str, size: int) -> str:
-    """What is kept of the end of an output of `size` bytes; marked if it is not all."""
+    """The kept end of an output of `size` bytes; marked if it is not all."""
     if size <= TAIL_BYTES and _fits(output, TAIL_BYTES):
         return output
     tail = output.encode()[-TAIL_BYTES:].decode(errors="ignore")
@@ -54,13 +54,13 @@ def kept(output: str, size: int) -> str:
 
 
 def failure(status: int, duration_ms: int, output: str) -> str:
-    """Why an operation failed whose command ended with `status`, with the output that is kept."""
+    """The error of an operation whose command ended with `status`, with the kept output."""
     how = f"exit status {status}" if status > 0 else f"killed by {_signal_name(-status)}"
     return f"{how} after {duration_ms} ms\n{output}"
 
 
 def ending(entry: CompletionEntry) -> Ending:
-    """What the completion of a command says of it."""
+    """How a command ended, from its completion."""
     match entry.terminal_outcome:
         case Completed(result):
             output, size = _unmarked(result.content)
@@ -85,7 +85,7 @@ def _fits(text: str, limit: int) -> bool:
 
 
 def _unmarked(text: str) -> tuple[str, int | None]:
-    """The output, and how long it was if this is not all of it."""
+    """The output, and its whole length if this is not all of it."""
     found = None if _fits(text, TAIL_BYTES) else _MARK.match(text)
     return (text, None) if found is None else (text[found.end() :], int(found[1]))
 

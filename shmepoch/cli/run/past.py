@@ -1,4 +1,4 @@
-"""What became of a session's commands before this run carries on with it."""
+"""How a session's commands ended before this run continues it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shmepoch.ids import OperationId, SessionId
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.stores import RuntimeStore
 
-#: How a command ends that has run to its own end. Any other end leaves it to be run again.
+#: The statuses of a command that ended by itself. A command with another status is run again.
 FINISHED: Final = frozenset({OperationStatus.COMPLETED, OperationStatus.FAILED})
 _LINE_BYTES: Final = 4
-#: What the children of a run are in its epochs.
+#: The roles of a run's children in its epochs.
 _CHILDREN: Final = frozenset({Role.AGENT, Role.WORKER})
 
 
 class Past(NamedTuple):
-    """How operations ended, through `watermark`, and which of these the agent has not applied."""
+    """How operations ended, through `watermark`, and which ends the agent has not applied."""
 
     ended: Mapping[OperationId, OperationStatus]
     owed: Mapping[CompletionSeq, OperationId]
@@ -39,10 +39,10 @@ class Past(NamedTuple):
 
 
 def operation_id(session_id: SessionId, job: Job, attempt: int) -> OperationId:
-    """The operation that an attempt at a command is; the first attempt is 0.
+    """The operation id of an attempt at a command; the first attempt is 0.
 
-    It follows from what it names, so that a run that is resumed knows what has been done. It
-    begins with the line, since a completion says no more of its operation than the id.
+    It is derived from the session, the command and the attempt, so that a resumed run recognises
+    its operations. It begins with the line, since a completion has only the id of its operation.
     """
     name = f"{job.line} {attempt} {job.command}"
     digest = uuid.uuid5(session_id.uuid, name).bytes
@@ -50,18 +50,18 @@ def operation_id(session_id: SessionId, job: Job, attempt: int) -> OperationId:
 
 
 def line_of(id: OperationId) -> int:
-    """The line of the command that an operation is an attempt at."""
+    """The line of the command of an operation."""
     return int.from_bytes(id.bytes[:_LINE_BYTES])
 
 
 def read(bindings: SessionRuntimeBindings, store: RuntimeStore | None) -> Past:
-    """What the store and the feed say; nothing may end meanwhile."""
+    """Read the store and the feed; no operation may end meanwhile."""
     applied = bindings.cursor_state.agent_applied_cursor.load()
     ended: dict[OperationId, OperationStatus] = {}
     owed: dict[CompletionSeq, OperationId] = {}
     batch = bindings.ops_lifecycle.completion_feed().list_since(0)
     entries = [(bindings.epoch_id, entry) for entry in batch.entries]
-    if store is not None:  # what was stored of earlier epochs, and what the feed has dropped
+    if store is not None:  # earlier epochs, and completions that the feed has dropped
         stored = store.history(bindings.session_id)
         entries = [(item.epoch_id, item.entry) for item in stored] + entries
     for epoch_id, entry in entries:
@@ -72,7 +72,7 @@ def read(bindings: SessionRuntimeBindings, store: RuntimeStore | None) -> Past:
 
 
 def left_behind(bindings: SessionRuntimeBindings) -> list[Participant]:
-    """The children of a run whose runtime was killed that have not ended yet."""
+    """The live children of a run whose runtime was killed."""
     return [
         one
         for one in bindings.participants()

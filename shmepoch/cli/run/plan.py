@@ -18,17 +18,17 @@ from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory.clock import wall_ms
 from shmepoch.stores import EpochCapture, RuntimeStore
 
-#: The session whose epochs are the runs of a store, one after the other; the current one is the run
-#: that has not finished. Each has one completion, which holds the plan.
+#: The session of plans: each of its epochs is one run of the store, and the current epoch is the
+#: unfinished run. Each epoch has one completion, which holds the plan.
 RUNS: Final = SessionId.from_uuid(uuid.uuid5(uuid.NAMESPACE_URL, "shmepoch:run"))
 
 
 class RunRefused(ShmepochError):
-    """What the store holds does not go with what the command line asks for."""
+    """The contents of the store do not match the command line."""
 
 
 class RunUnfinished(RunRefused):
-    """A run is to begin in a store that holds another one which has not finished."""
+    """A new run cannot begin in a store that holds an unfinished run."""
 
     commands: int
     sessions: int
@@ -42,14 +42,14 @@ class RunUnfinished(RunRefused):
 
 
 class NothingToResume(RunRefused):
-    """The store holds no run that has not finished."""
+    """The store holds no unfinished run."""
 
     message = """the store holds no unfinished run; leave --resume away to begin one, or name the
     file of the run to carry on with"""
 
 
 class PlanUnreadable(RunRefused):
-    """The store is damaged where it holds the plan of a run."""
+    """The plan of a run in the store is damaged."""
 
     reason: str
     message = """the plan of the run in the store cannot be read: {reason}; name another file with
@@ -57,7 +57,7 @@ class PlanUnreadable(RunRefused):
 
 
 class SessionsDiffer(RunRefused):
-    """A run is to be resumed with another number of sessions than it was begun with."""
+    """A run cannot be resumed with another number of sessions."""
 
     begun: int
     asked: int
@@ -70,7 +70,7 @@ class SessionsDiffer(RunRefused):
 
 
 class CommandsDiffer(RunRefused):
-    """A run is to be resumed with other commands than it was begun with."""
+    """A run cannot be resumed with other commands."""
 
     begun: Job | None
     asked: Job | None
@@ -88,7 +88,7 @@ def _said(job: Job | None) -> str:
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """What a run set out to do. `namespace` is where its epochs live while they are in memory."""
+    """The commands and sessions of a run. `namespace` is that of its epochs in shared memory."""
 
     namespace: str
     sessions: tuple[SessionId, ...]
@@ -96,20 +96,20 @@ class Plan(Record, frozen=True, kw_only=True):
 
     @classmethod
     def new(cls, jobs: Sequence[Job], sessions: int, namespace: str, *, kept: bool) -> Self:
-        """The plan of a run that begins: at most as many sessions as there are commands.
+        """The plan of a new run: at most as many sessions as there are commands.
 
-        `kept` says whether a store will have it.
+        `kept` says whether it will be stored.
         """
         new_session = SessionId.new if kept else leftovers.new_session
         ids = tuple(new_session() for _ in range(min(sessions, len(jobs))))
         return cls(namespace=namespace, sessions=ids, jobs=tuple(jobs))
 
     def of_session(self, number: int) -> tuple[Job, ...]:
-        """The commands of a session, which are dealt out in turn; the first has number 1."""
+        """The commands of a session, which get them in turn; the first session has number 1."""
         return self.jobs[number - 1 :: len(self.sessions)]
 
     def check_same(self, jobs: Sequence[Job], sessions: int) -> None:
-        """Raise what keeps these commands in so many sessions from being this plan."""
+        """Raise `CommandsDiffer` or `SessionsDiffer` unless these are the plan's."""
         for begun, asked in zip(self.jobs, jobs, strict=False):
             if begun != asked:
                 raise CommandsDiffer(begun, asked)
@@ -121,7 +121,7 @@ class Plan(Record, frozen=True, kw_only=True):
 
 
 class KeptPlan:
-    """The plan of an unfinished run in its store, from before its first session until its last."""
+    """The plan of an unfinished run in its store, from before its first session to its end."""
 
     def __init__(self, store: RuntimeStore, epoch_id: RuntimeEpochId, plan: Plan) -> None:
         self._store = store
@@ -130,7 +130,7 @@ class KeptPlan:
 
     @classmethod
     def begin(cls, store: RuntimeStore, plan: Plan) -> Self:
-        """Keep the plan of a run that begins; `RunUnfinished`, `PlanUnreadable`."""
+        """Store the plan of a new run. Raises `RunUnfinished`, `PlanUnreadable`."""
         unfinished = cls._find(store)
         if unfinished is not None:
             raise RunUnfinished(len(unfinished.plan.jobs), len(unfinished.plan.sessions))
@@ -161,7 +161,7 @@ class KeptPlan:
         return unfinished
 
     def finish(self) -> None:
-        """The run has finished: there is nothing to resume any more."""
+        """Record that the run has finished, so that it is not resumed."""
         self._save(entries=(), finished=True)
 
     @classmethod

@@ -24,8 +24,9 @@ from shmepoch.errors import InvalidTransition, NotFound
 from shmepoch.ids import OperationId
 from shmepoch.runtime.loop import Continuation, RuntimeLoop
 
-#: How many operations may have ended, or be running, that the agent has not been told of. While it
-#: is behind by more, nothing new is started: so the feed never drops what it has not seen.
+#: How many ended or running operations there may be that the agent has not been told of. If there
+#: are more, no new command is started: so the feed never drops a completion that the agent has not
+#: seen.
 MOST_UNTOLD: Final = 256
 
 
@@ -38,7 +39,7 @@ class _Attempt(NamedTuple):
 
 
 class _Ended(NamedTuple):
-    """A command that has ended, and is not known to be durable yet."""
+    """A command that has ended, and whose end may not be durable yet."""
 
     job: Job
     entry: CompletionEntry
@@ -72,7 +73,7 @@ class SessionRun:
         self.not_completed = 0
         #: Every command has ended, or was given up, and the agent has been told.
         self.finished = asyncio.Event()
-        #: Nothing that has ended waits for the store.
+        #: No ended command waits for the store.
         self.settled = asyncio.Event()
         self.settled.set()
         self._feed = bindings.ops_lifecycle.completion_feed()
@@ -102,7 +103,7 @@ class SessionRun:
         self.tasks: list[asyncio.Task[None]] = []
 
     def _carry_on(self, job: Job, past: Past) -> None:
-        """Count what the runs before have done of a command; it waits unless that finished it."""
+        """Count a command's attempts in earlier runs; queue the command unless one finished it."""
         attempts = list(past.attempts(self.bindings.session_id, job))
         self.operations += len(attempts)
         self.counts.update(attempts)
@@ -116,7 +117,7 @@ class SessionRun:
     # --- life ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the loop, the agent and the workers; none of `tasks` ends before `end`."""
+        """Start the loop, the agent and the workers; the `tasks` run until `end`."""
         self.tasks = [
             asyncio.create_task(self._loop.run_async()),
             asyncio.create_task(self._follow()),
@@ -126,7 +127,8 @@ class SessionRun:
             self._start_worker()
 
     async def cancel(self, reason: str) -> None:
-        """Cancel what runs and forget what waits; `finished` once the agent knows."""
+        """Cancel running commands and drop waiting ones; `finished` is set after the agent was
+        told."""
         self._ending = True
         self._give_up(len(self._pending))
         self._pending.clear()
@@ -134,21 +136,21 @@ class SessionRun:
         await asyncio.gather(*(worker.end() for worker in self._workers))
         self._workers.clear()
         self._by_worker.clear()
-        self._cancel_running(reason)  # what was assigned and not yet registered the first time
+        self._cancel_running(reason)  # those not yet registered at first
         self._collect()
         self._give_up(len(self._attempts))
         self._attempts.clear()
         self._end_if_finished()
 
     def abandon(self) -> None:
-        """Kill every child, and start none in its place."""
+        """Kill every child, and do not replace it."""
         self._ending = self._abandoned = True
         for child in self.children():
             child.kill()
 
     def _cancel_running(self, reason: str) -> None:
         for id in self._attempts:
-            with contextlib.suppress(NotFound, InvalidTransition):  # not begun, or ended by itself
+            with contextlib.suppress(NotFound, InvalidTransition):  # no such, or ended by itself
                 self.bindings.ops_lifecycle.cancel_operation(id, reason)
 
     def _give_up(self, commands: int) -> None:
@@ -166,19 +168,19 @@ class SessionRun:
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def children(self) -> list[Child]:
-        """Those that can be killed."""
+        """The live children, which can be killed."""
         return [*self._workers, *([self._agent] if self._agent else [])]
 
-    # --- what a view shows --------------------------------------------------------------------
+    # --- the figures for views ----------------------------------------------------------------
 
     @property
     def decided(self) -> int:
-        """Commands of which nothing more is to come."""
+        """Commands that have ended for good."""
         return self._commands - self.undecided
 
     @property
     def running(self) -> int:
-        """Commands that a worker has."""
+        """Commands that a worker is running."""
         return len(self._by_worker)
 
     @property
@@ -188,7 +190,7 @@ class SessionRun:
 
     @property
     def waiting(self) -> int:
-        """Commands that no worker has yet."""
+        """Commands that are not assigned yet."""
         return len(self._pending)
 
     def cursors(self) -> EpochCursorSnapshot:
@@ -200,7 +202,7 @@ class SessionRun:
         return sum(participant.alive for participant in self.bindings.participants())
 
     def summary(self) -> SessionSummary:
-        """The session as it ended, its transcript held against its feed."""
+        """The session at its end, with its transcript compared to its feed."""
         epoch_id = str(self.bindings.epoch_id)
         told = [
             (line.epoch_id, line.seq, line.operation_id)
@@ -279,7 +281,8 @@ class SessionRun:
             id = operation_id(self.bindings.session_id, job, attempt.number)
             self._attempts[id] = attempt
             self._by_worker[child] = id
-            # Should the worker be gone already, its death is next, and puts the command back.
+            # If the worker is dead already, the event of its death comes next and queues the
+            # command again.
             child.send(Assignment(id, job.line, job.command))
             self._view.assigned(self, job)
 
@@ -301,7 +304,7 @@ class SessionRun:
         self._start_worker()
 
     def _never_registered(self, id: OperationId) -> bool:
-        # An operation that ended and was evicted since has been collected from the feed.
+        # If the operation ended and was evicted since, its completion was collected from the feed.
         self._collect()
         return id in self._attempts and self.bindings.ops_lifecycle.snapshot(id) is None
 
@@ -315,7 +318,7 @@ class SessionRun:
     # --- the feed -----------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Hear of what ends without a worker's word: the operations of dead ones."""
+        """Collect completions that no worker reports: those of dead workers' operations."""
         while True:
             await self._feed.advanced(self.watermark)
             self._collect()
@@ -343,11 +346,11 @@ class SessionRun:
             self._settle(job, entry)
 
     def stored_through(self, seq: CompletionSeq) -> None:
-        """Count and show what is durable now: everything up to `seq`, or more.
+        """Count and show the commands that are durable now: those up to `seq`, or more.
 
-        Before that a command may run again, should the machine go down, so it is not finished yet.
+        A command is not finished before that: if the machine crashed, it would run again.
         """
-        # The store may have it before this has heard of it.
+        # The store may have more than was reported here.
         self._durable = max(self._durable, seq, self._feed.durable_through())
         while self._unsettled and self._unsettled[0].entry.seq <= self._durable:
             self._settle(*self._unsettled.popleft())

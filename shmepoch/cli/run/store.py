@@ -1,4 +1,4 @@
-"""The store of a run: it tells the run what it has taken."""
+"""The store of a run: it tells the run what was saved."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from shmepoch.stores import EpochCapture, SqliteRuntimeStore
 
 
 class RunStore(SqliteRuntimeStore):
-    """A store that says after each save what is durable now."""
+    """A store that reports each save."""
 
-    #: Called with what was saved, by whichever thread saved it.
+    #: Called after a save, with its captures, in the thread of the save.
     on_saved: Callable[[Sequence[EpochCapture]], object] | None = None
     _failure: StoreError | None = None
 
@@ -26,5 +26,5 @@ class RunStore(SqliteRuntimeStore):
             self.on_saved(captures)
 
     def behind(self, seconds: float) -> StoreError:
-        """Why it has not taken everything in this time."""
+        """The error if it has not taken everything in this time."""
         return self._failure or StoreWriteFailed(f"it was not up to date within {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""What a run comes to, in figures."""
+"""The summary of a run, in figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shmepoch.epoch.cursors import EpochCursorSnapshot
 
 
 class Notices(msgspec.Struct, frozen=True, kw_only=True):
-    """What agents were told: distinct notices, repetitions, and what never arrived."""
+    """The notices of the agents: distinct ones, repetitions, and lost ones."""
 
     delivered: int = 0
     duplicates: int = 0
@@ -19,7 +19,7 @@ class Notices(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One session's epoch as it ended."""
+    """One session's epoch at the end."""
 
     session_id: str
     epoch_id: str
@@ -29,10 +29,10 @@ class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole run. `commands` are lines of the file, the rest of the counts operations.
+    """The whole run. `commands` counts lines of the file; the other counts are of operations.
 
-    Of a run that was resumed they count from its beginning, and `finished_before` are the commands
-    that needed nothing any more; kills, restarts and the duration are those since it was resumed.
+    In a resumed run they count from its first beginning, and `finished_before` counts the commands
+    that had finished earlier; kills, restarts and the duration count from the resumption.
     """
 
     commands: int

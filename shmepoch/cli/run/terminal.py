@@ -1,4 +1,4 @@
-"""A terminal that goes away: a run tells it nothing more, and ends as SIGHUP says, or goes on."""
+"""A terminal that goes away: the run stops writing to it, and ends by SIGHUP or goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STANDARD_STREAMS: Final = range(3)
 
 
 def leave_if_gone() -> bool:
-    """Have nothing in the place of standard streams whose terminal is gone; whether any was."""
+    """Replace standard streams whose terminal is gone by /dev/null; whether there were any."""
     gone = [fd for fd in _STANDARD_STREAMS if _is_gone(fd)]
     if gone:
         null = os.open(os.devnull, os.O_RDWR)
@@ -26,14 +26,14 @@ def _is_gone(fd: int) -> bool:
     try:
         termios.tcgetattr(fd)
     except termios.error as error:
-        return bool(error.args[0] == errno.EIO)  # not the answer of what never was a terminal
+        return bool(error.args[0] == errno.EIO)  # a file that is not a terminal gives another error
     return False
 
 
 class LastingStream:
-    """A stream that takes what is written to it though its terminal is gone.
+    """A stream that accepts writes even after its terminal is gone.
 
-    An `OSError` that it raises has its name.
+    Its `OSError`s have the name of the stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -56,7 +56,7 @@ class LastingStream:
             if not leave_if_gone():
                 error.filename = self._name
                 raise
-            self._stream.flush()  # what it still held
+            self._stream.flush()  # its buffer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,4 +1,4 @@
-"""The transcript: what one session's agent was told, one JSON object a line."""
+"""The transcript: the notices of one session's agent, one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shmepoch.runtime.boundary import Notice
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One notice; of a gap, `seq` is the last that is missing and `after_seq` is set.
+    """One notice. For a gap, `seq` is the last missing sequence and `after_seq` is set.
 
     A field that does not apply is left out.
     """
@@ -36,28 +36,28 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     after_seq: int | None = None
     operation_id: str = ""
     line: int = 0
-    """Where the command stands in the jobs file."""
+    """The command's line in the jobs file."""
     command: str = ""
     command_cut: bool = False
     """Whether `command` is only the beginning of it."""
     status: str = ""
     exit_status: int | None = None
-    """What the command ended with by itself."""
+    """The exit status of a command that ended by itself."""
     signal: str | None = None
     """The name of the signal that killed it."""
     duration_ms: int | None = None
     completed_at_ms: int = 0
     """When it ended, in milliseconds since the Unix epoch."""
     output: str = ""
-    """What it printed or, above that, why it did not complete."""
+    """Its output; if it did not complete, the reason stands above."""
     output_cut: bool = False
-    """Whether the beginning of what it printed is missing."""
+    """Whether the beginning of its output is missing."""
     output_bytes: int | None = None
-    """How much it printed, if that was cut."""
+    """The bytes of the whole output, if it was cut."""
 
 
 def path_in(folder: Path, session_id: SessionId) -> Path:
-    """Where a session's transcript lies."""
+    """The path of a session's transcript."""
     return folder / f"{session_id}.jsonl"
 
 
@@ -66,7 +66,8 @@ class Transcript:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("r+b" if path.exists() else "w+b")
-        # The last line is cut if its agent was killed while it wrote; its notice comes again.
+        # The last line is incomplete if its agent was killed while it wrote; its notice comes
+        # again.
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
         self._file.seek(0, os.SEEK_END)
@@ -88,7 +89,7 @@ class Transcript:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """An `OSError` in here has the name of the file."""
+        """Adds the name of the file to an `OSError`."""
         try:
             yield
         except OSError as error:
@@ -97,7 +98,7 @@ class Transcript:
 
 
 def read(path: Path) -> list[Line]:
-    """The whole lines of a transcript; none if it was never begun."""
+    """The complete lines of a transcript; none if the file does not exist."""
     if not path.exists():
         return []
     content = path.read_bytes()

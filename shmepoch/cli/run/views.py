@@ -1,4 +1,4 @@
-"""How a run is shown: a live table on a terminal, elsewhere a line for each event."""
+"""The views of a run: a live table on a terminal, elsewhere a line for each event."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from shmepoch.cli.streams import counted, visible
 from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.operations import Completed, Failed, OperationStatus, Terminated, status_of
 
-#: The table is drawn so long after a change, and that often when nothing changes but the time.
+#: How long after a change the table is drawn, and how often without a change, for the time.
 _DRAW_AFTER_S: Final = 0.2
 _DRAW_EVERY_S: Final = 1.0
-#: Room for the names of the rows, and for the figures of one session.
+#: The width of the names of the rows, and of the figures of one session.
 _NAME_WIDTH: Final = 16
 _FIGURE_WIDTH: Final = 9
-#: How much is shown of what a failed command printed: its last lines, and the beginning of each.
+#: How much of a failed command's output is shown: its last lines, and the beginning of each.
 _SHOWN_LINES: Final = 10
 _SHOWN_WIDTH: Final = 200
 
 
 def view_for(stream: TextIO) -> View:
-    """The view that fits where the events go."""
+    """The view for a stream: a table for a terminal, else lines."""
     stream = cast(TextIO, LastingStream(stream))
     console = Console(file=stream)
     if stream.isatty() and not console.is_dumb_terminal:
@@ -151,7 +151,7 @@ class TableView:
             rows["session"].append(f"all {len(columns)}")
             for name in columns[0]:
                 rows[name].append(str(sum(column[name] for column in columns)))
-        # Laid out here: it is drawn every second, and a rich.table takes several times as long.
+        # Laid out by hand: it is drawn every second, and a rich.table takes several times as long.
         lines = (
             f"{name:{_NAME_WIDTH}}" + "".join(f"{figure:>{_FIGURE_WIDTH}}" for figure in figures)
             for name, figures in rows.items()
@@ -159,12 +159,12 @@ class TableView:
         return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
     def _columns(self) -> int:
-        """How many sessions there is room for, beside their sum."""
+        """How many sessions fit beside the column of their sum."""
         return max(1, (self._console.width - _NAME_WIDTH) // _FIGURE_WIDTH - 1)
 
 
 def _figures(session: SessionFigures) -> dict[str, int]:
-    """What there is to say of a session, by the names of the table's rows."""
+    """The figures of a session, by the names of the table's rows."""
     cursors = session.cursors()
     return {
         "waiting": session.waiting,
@@ -194,7 +194,7 @@ def _how(entry: CompletionEntry) -> str:
 
 
 def _printed(entry: CompletionEntry) -> list[str]:
-    """The last of what a failed command printed."""
+    """The last lines of a failed command's output."""
     if status_of(entry.terminal_outcome) is not OperationStatus.FAILED:
         return []
     lines = ending(entry).output.splitlines()

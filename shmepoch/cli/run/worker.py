@@ -26,23 +26,23 @@ from shmepoch.epoch.operations import (
 from shmepoch.errors import InvalidTransition
 from shmepoch.ids import OperationId
 
-#: A little more than is kept, so that a character cut in half is cut away.
+#: A little more than is kept, so that half a character at the start is not kept.
 _KEPT_BYTES: Final = TAIL_BYTES + 3
-#: Between two progress reports; a report tells how many lines there have been.
+#: The time between two progress reports; a report has the number of lines.
 _REPORT_EVERY_S: Final = 0.1
-#: How long a command that is not wanted any more has between SIGTERM and SIGKILL.
+#: The time between SIGTERM and SIGKILL for a command that is no longer wanted.
 _GRACE_S: Final = 2.0
 _CHUNK: Final = 1 << 16
 
 
 def main(pipe: Connection, token: str) -> None:
-    """Run what the runtime assigns until it closes the pipe."""
+    """Run the assigned commands until the runtime closes the pipe."""
     adopt_orphans()
     bindings = SessionRuntimeBindings.from_token(token)
     try:
         for assignment in _assignments(pipe):
             _Command(bindings, pipe, assignment).run()
-            reap_children()  # what commands left in the background became this process's
+            reap_children()  # this process has adopted the background processes of commands
     finally:
         bindings.close()
         kill_children()
@@ -57,7 +57,7 @@ def _assignments(pipe: Connection) -> Iterator[Assignment]:
 
 
 class _Unwanted(Exception):
-    """The command is not waited for any more: the runtime is gone, or ended the operation."""
+    """The command is no longer wanted: the runtime is gone, or has ended the operation."""
 
 
 class _Command:
@@ -106,7 +106,7 @@ class _Command:
                 self._registry.cancel_operation(self._id, "its worker was told to end")
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
-        """Read the output until the shell has ended; what it left in the background may go on."""
+        """Read the output until the shell has ended; its background processes may go on."""
         assert process.stdout is not None
         output = process.stdout.fileno()
         os.set_blocking(output, False)
@@ -115,7 +115,7 @@ class _Command:
                 selector.register(source, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select()}
-                if self._pipe.fileno() in ready:  # nothing is said to a busy worker but its end
+                if self._pipe.fileno() in ready:  # a busy worker gets no message except its end
                     raise _Unwanted
                 if exited in ready:
                     self._read_rest(output)
@@ -124,13 +124,13 @@ class _Command:
                     selector.unregister(output)
 
     def _read_rest(self, output: int) -> None:
-        # No more than the pipe held: what runs on in the background may write for ever.
+        # No more than the pipe can hold: a background process may write for ever.
         left = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
         while left > 0 and (size := self._read(output)):
             left -= size
 
     def _read(self, output: int) -> int:
-        """Take what there is; how much that was."""
+        """Read the available output; returns its size."""
         try:
             chunk = os.read(output, _CHUNK)
         except BlockingIOError:
@@ -160,7 +160,7 @@ class _Command:
 
 @contextlib.contextmanager
 def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
-    """A descriptor that is readable once the process has ended."""
+    """A descriptor that becomes readable when the process has ended."""
     descriptor = os.pidfd_open(process.pid)
     try:
         yield descriptor
@@ -169,7 +169,7 @@ def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a command to end, and end it with all it started if it does not."""
+    """Ask a command to end; then kill it, if it still runs, and all its descendants."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
