@@ -1,4 +1,4 @@
-"""A namespace of its own for each test, a runtime in it, and nothing left behind."""
+"""A new namespace for each test, a runtime in it, and a check for leaks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from shmepoch import RuntimeSessionAdapter, SessionId, SessionRuntimeBindings, _native
 from tests.leaks import Held, left_behind
 
-#: How long what a test has told to end may take; threads that listen end within a second.
+#: How long a process or thread may take to end; threads that listen end within a second.
 PATIENCE_S = 10.0
 
 _failed = pytest.StashKey[bool]()
 
 
 def pytest_configure() -> None:
-    """Take back what the tests send and their children inherit.
+    """Reset signal handlers that the tests need and their children inherit.
 
     A shell starts background jobs with SIGINT ignored, and nohup starts them with SIGHUP ignored.
     """
@@ -32,12 +32,12 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)  # there only where pytest-xdist is
 def pytest_xdist_auto_num_workers() -> int:
-    """Three for each processor: much of what the tests do is to wait for other processes."""
+    """Three for each processor: most of the time the tests wait for other processes."""
     return 3 * len(os.sched_getaffinity(0))
 
 
 def pytest_report_header() -> list[str]:
-    """What the results depend on."""
+    """The facts that the results depend on."""
     maps = Path("/proc/self/maps").read_text()
     sanitizers = [name for name in ("asan", "tsan", "ubsan") if f"/lib{name}." in maps]
     version = importlib.metadata.version("shmepoch")
@@ -74,7 +74,7 @@ def no_leaks(request: pytest.FixtureRequest, namespace: str) -> Iterator[None]:
     """Fail a test that leaves segments, processes, threads or descriptors behind."""
     before = Held.now(namespace)
     yield
-    # A failed test has reasons of its own to leave things; they would only hide the failure.
+    # A failed test may leave things; reporting them would only hide the failure.
     failed = request.node.stash.get(_failed, False)
     left = left_behind(before, namespace, patience=0 if failed else PATIENCE_S)
     description = str(left)  # before there is nothing left to describe
@@ -92,7 +92,8 @@ def adapter(namespace: str) -> Iterator[RuntimeSessionAdapter]:
 
 @pytest.fixture
 def bindings(adapter: RuntimeSessionAdapter) -> Iterator[SessionRuntimeBindings]:
-    """Bindings of a session that `adapter` runs. However the test ends, the epoch is consistent."""
+    """Bindings of a session that `adapter` runs. After any end of the test, the epoch is
+    consistent."""
     bindings = adapter.prepare_bindings(SessionId.new())
     yield bindings
     bindings.ops_lifecycle.check()

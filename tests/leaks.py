@@ -1,4 +1,4 @@
-"""What a test must not leave behind: segments, processes, threads, descriptors of shared memory."""
+"""Leaks of a test: segments, processes, threads, descriptors of shared memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import psutil
 _SHM = Path("/dev/shm")
 #: multiprocessing keeps these open for its own Values and Arrays, for the life of the process.
 _ARENA = f"{_SHM}/pym-"
-#: What ran before the tests is none of theirs. To look at all of it takes longer than most tests.
+#: Processes from before the tests do not belong to them. To check them takes longer than most
+#: tests.
 _OTHERS = frozenset(psutil.pids()) - {os.getpid()}
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this process holds of each kind at one moment."""
+    """The resources of each kind that this process holds at one moment."""
 
     segments: frozenset[Path]
     processes: frozenset[psutil.Process]
@@ -31,7 +32,7 @@ class Held:
 
     @classmethod
     def now(cls, namespace: str) -> Held:
-        """Look at everything; `namespace` says which segments and which orphans are ours."""
+        """List everything; `namespace` says which segments and which orphans are ours."""
         return cls(
             segments=frozenset(_SHM.glob(f"shmepoch.{namespace}*")),
             processes=_processes(namespace),
@@ -40,7 +41,7 @@ class Held:
         )
 
     def beyond(self, before: Held) -> Held:
-        """What there is now that there was not `before`."""
+        """The resources that are new since `before`."""
         return Held(
             segments=self.segments - before.segments,
             processes=self.processes - before.processes,
@@ -60,7 +61,8 @@ class Held:
         )
 
     def clean_up(self) -> None:
-        """End and remove what can be, so that one test's leak does not hinder the next ones."""
+        """End and remove as much as possible, so that one test's leak does not affect the next
+        ones."""
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -70,10 +72,11 @@ class Held:
 
 
 def left_behind(before: Held, namespace: str, *, patience: float) -> Held:
-    """What is there that was not `before`, once it is gone or `patience` seconds are over.
+    """The resources that are new since `before`; waits up to `patience` seconds until there are
+    none.
 
-    Threads and processes that have been told to end may take a moment, and what is reachable only
-    through reference cycles is nobody's.
+    Threads and processes may take a moment to end. Objects that are reachable only through
+    reference cycles do not count.
     """
     deadline = time.monotonic() + patience
     left = Held.now(namespace).beyond(before)
@@ -88,15 +91,15 @@ def left_behind(before: Held, namespace: str, *, patience: float) -> Held:
 def _processes(namespace: str) -> frozenset[psutil.Process]:
     """This process's descendants, zombies included, and orphans started in `namespace`.
 
-    An orphan is nobody's descendant any more, but a program it runs inherited the test's
-    environment. One that was forked without running a program of its own is not found.
+    An orphan is no longer a descendant, but its program inherited the test's environment. An orphan
+    that was forked without an exec is not found.
     """
     mark = f"SHMEPOCH_NAMESPACE={namespace}\0".encode()
     helpers, parents, found = _helper_pids(), dict[int, int](), set[int]()
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or (pid := int(entry)) in _OTHERS:
             continue
-        with contextlib.suppress(OSError):  # ended, or another user's
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             # The name, in parentheses, may hold anything.
             parents[pid] = int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
             if mark in _read(f"/proc/{pid}/environ"):
@@ -123,7 +126,7 @@ def _descends(pid: int, parents: dict[int, int]) -> bool:
 
 
 def _helper_pids() -> set[int]:
-    """The processes that multiprocessing starts once and keeps; it tells their ids nowhere else."""
+    """The helper processes of multiprocessing, which has no public way to get their ids."""
     server = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 # not in the stubs
     tracker = getattr(resource_tracker, "_resource_tracker")._pid  # noqa: B009
     return {pid for pid in (server, tracker) if pid is not None}

@@ -1,4 +1,4 @@
-"""What a test leaves running."""
+"""The processes that a test leaves running."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import psutil
 
 
 def children() -> set[psutil.Process]:
-    """The processes of this one, and those that it has ended and not reaped."""
+    """The children of this process, including those that have ended and are not reaped."""
     return set(psutil.Process().children())

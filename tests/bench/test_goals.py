@@ -1,4 +1,4 @@
-"""The goals' table: what is met, what is not, and what cannot be told."""
+"""The table of goals: met, missed, and not measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GOAL = Goal("jobs: twice the others", "job", ("one", "two"), 2.0)
 
 
 def result(skipped: dict[str, str] | None = None, **seconds: float) -> dict[str, Result]:
-    """What a run found about the job."""
+    """The result of a run for the job."""
     figures = {name: [taken] * 3 for name, taken in seconds.items()}
     return {"job": Result("job", figures=figures, skipped=skipped or {})}
 

@@ -17,7 +17,7 @@ def test_contestants_take_turns_and_ratios_are_of_the_same_round() -> None:
     def taking(name: str, factor: float) -> Contestant:
         def sample() -> float:
             order.append(name)
-            # The later rounds are ten times as slow for everybody.
+            # The later rounds are ten times as slow for all contestants.
             return factor * (10 if len(order) > 8 else 1)
 
         return Contestant(name, sample)

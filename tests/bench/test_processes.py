@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: their answers, their failures, and what is left of them."""
+"""Jobs in separate processes: their answers, their failures, and that none is left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_running(pid: int) -> bool:
 
 
 def fail() -> None:
-    """A job that does not end well; its traceback goes to the tests' output."""
+    """A job that fails; its traceback goes to the tests' output."""
     raise ValueError("on purpose")
 
 

@@ -1,4 +1,4 @@
-"""The report: units, rows, and what is shown of those who were skipped."""
+"""The report: units, rows, and skipped contestants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.harness import Result
 
 
 def found() -> Result:
-    """What was found about the first of the main measures."""
+    """A result of the first of the main measures."""
     return Result(
         "advance",
         caveats={"shmepoch": "", "slow": "unsafe"},

@@ -1,4 +1,4 @@
-"""The servers of contestants: those that cannot be had, and what is left of those that can."""
+"""The servers of contestants: some are missing, and none is left running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.bench.leftovers import children
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that has all programs there are."""
+    """A folder with all programs of the system."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(servers, "ELSEWHERE", str(tmp_path))
     return tmp_path

@@ -1,4 +1,4 @@
-"""What the processes of a run inherit from its test."""
+"""The environment that the processes of a run inherit from the test."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from shmepoch.runtime.boundary import AgentBoundary, Drain, Notice
 
 
 def die() -> None:
-    """Be killed, and leave word of it."""
+    """Write the marker, and be killed."""
     Path(os.environ["FAULT_MARKER"]).touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -49,7 +49,7 @@ def after(owner: type, name: str) -> None:
 
 
 def agent_in_its_second_turn() -> None:
-    """The first turn is taken unasked; to the second the agent was told to by a continuation."""
+    """The first turn needs no message; the second one comes from a continuation."""
     drain, turns = AgentBoundary.drain, [0]
 
     def dying(self: AgentBoundary) -> Drain:
@@ -62,7 +62,7 @@ def agent_in_its_second_turn() -> None:
 
 
 def agent_with_notices() -> None:
-    """On the disk, and not committed."""
+    """Its notices are on the disk, and not committed."""
     append = Transcript.append
 
     def dying(self: Transcript, epoch_id: RuntimeEpochId, notices: Iterable[Notice]) -> None:
@@ -75,7 +75,7 @@ def agent_with_notices() -> None:
 
 
 def agent_in_the_middle_of_a_line() -> None:
-    """Half of what was to be written is on the disk, and it ends within a line."""
+    """Half of the notices are on the disk, and the last line is incomplete."""
     append = Transcript.append
 
     def dying(self: Transcript, epoch_id: RuntimeEpochId, notices: Iterable[Notice]) -> None:
@@ -90,7 +90,7 @@ def agent_in_the_middle_of_a_line() -> None:
 
 
 def agent_that_forgets() -> None:
-    """What it is first told of does not reach its transcript, and it commits all the same."""
+    """Its first notices do not reach its transcript, and it commits all the same."""
     append = Transcript.append
 
     def forgetting(self: Transcript, epoch_id: RuntimeEpochId, notices: Iterable[Notice]) -> None:
@@ -104,7 +104,7 @@ def agent_that_forgets() -> None:
 
 
 def commit() -> None:
-    """The cursor has moved, and the runtime has not heard of it."""
+    """The cursor has moved, and the runtime was not told."""
     after(Drain, "commit")
 
 
@@ -121,7 +121,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "worker-completed": lambda: after(_registry, "complete_operation"),
 }
 
-#: Those that nothing makes up for.
+#: Faults that lose a notice.
 LOSSES: dict[str, Callable[[], None]] = {"agent-forgets": agent_that_forgets}
 
 if __name__ == "__mp_main__" and not Path(os.environ["FAULT_MARKER"]).exists():

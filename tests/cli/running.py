@@ -16,14 +16,14 @@ import psutil
 from tests.support import eventually, segments_in
 
 COMMAND: Final = (sys.executable, "-m", "shmepoch")
-#: A watchdog; nothing here takes a tenth of it on an idle machine.
+#: A watchdog; on an idle machine every step takes less than a tenth of it.
 DEADLINE_S: Final = 90.0
 
 
 def run(
     *arguments: object, stdin: str | bytes = b"", command: Sequence[str] = COMMAND
 ) -> subprocess.CompletedProcess[str]:
-    """The command's status and what it printed."""
+    """Run the command; returns its status and its output."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
         [*command, "run", *map(str, arguments)],
@@ -41,7 +41,7 @@ def run(
 def started(
     *arguments: object, stdin: str, command: Sequence[str] = COMMAND
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run in progress, in a process group of its own as a terminal would start it."""
+    """A run in progress, in its own process group as a terminal would start it."""
     with subprocess.Popen(
         [*command, "run", *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -61,7 +61,7 @@ def started(
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """How a run in progress ended: its status and what it printed."""
+    """Wait for the end of a run in progress: its status and its output."""
     out, err = process.communicate(timeout=DEADLINE_S)
     return process.returncode, out, err
 
@@ -73,7 +73,7 @@ def summary(stdout: str) -> dict[str, Any]:
 
 
 def transcripts(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What each session's agent was told, by session."""
+    """The notices of each session's agent, by session."""
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(folder.glob("*.jsonl"))
@@ -81,12 +81,12 @@ def transcripts(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    """What all agents were told."""
+    """The notices of all agents."""
     return [line for lines in transcripts(folder).values() for line in lines]
 
 
 def processes_in(namespace: str) -> list[psutil.Process]:
-    """Every process that inherited the namespace, whoever its parent is by now; not this one."""
+    """Every process that inherited the namespace, whatever its parent is now; not this one."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -97,12 +97,12 @@ def processes_in(namespace: str) -> list[psutil.Process]:
 
 
 def waits(folder: Path) -> str:
-    """A command that says in `folder` that it is there, and stays until it is killed."""
+    """A command that writes a file to `folder` when it runs, and stays until it is killed."""
     return f"sh -c 'echo $$ >>{folder}/waiting; exec sleep 600'"
 
 
 def waiting(folder: Path, count: int = 1) -> list[psutil.Process]:
-    """The commands that stay, once there are `count` of them."""
+    """The staying commands, when there are `count` of them."""
 
     def pids() -> list[str]:
         said = folder / "waiting"
@@ -118,7 +118,7 @@ def _whole(lines: list[str], count: int) -> list[str]:
 
 
 def agent_of(transcripts: Path) -> psutil.Process:
-    """The agent of a run with one session, once it has opened its transcript."""
+    """The agent of a run with one session, after it has opened its transcript."""
     (path,) = eventually(lambda: list(transcripts.glob("*.jsonl")), within=60)
     (writer,) = (process for process in psutil.process_iter() if _has_open(process, path))
     return writer
@@ -132,11 +132,11 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
 
 
 def kill_all(namespace: str) -> None:
-    """Kill every process of the namespace, commands too, as the end of the machine would."""
+    """Kill every process of the namespace, commands too, like a crash of the machine."""
 
     def kill() -> bool:
         found = processes_in(namespace)
-        for signal in ("suspend", "kill"):  # so that none sees another one die
+        for signal in ("suspend", "kill"):  # so that none notices another's death
             for process in found:
                 with contextlib.suppress(psutil.Error):
                     getattr(process, signal)()
@@ -146,6 +146,6 @@ def kill_all(namespace: str) -> None:
 
 
 def nothing_left(namespace: str) -> None:
-    """Fails unless every process and segment of the namespace is gone before long."""
+    """Fail unless every process and segment of the namespace is gone soon."""
     eventually(lambda: not processes_in(namespace), within=30)
     assert segments_in(namespace) == []

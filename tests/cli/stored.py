@@ -1,4 +1,4 @@
-"""What a run with a store leaves in it, and how often its commands ran."""
+"""The contents of a run's store, and how often its commands ran."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def history(path: Path) -> list[HistoryEntry]:
 
 
 def with_status(path: Path, *statuses: OperationStatus) -> list[str]:
-    """The commands that the store has with one of these ends, once for each."""
+    """The commands that ended with one of these statuses in the store, once for each end."""
     return [
         item.entry.display_name
         for item in history(path)
@@ -34,14 +34,14 @@ def with_status(path: Path, *statuses: OperationStatus) -> list[str]:
 
 
 def applied(path: Path) -> list[int]:
-    """How far the agent of each session has come, as far as the store knows."""
+    """The stored cursor of each session's agent."""
     with SqliteRuntimeStore(path) as store:
         loaded = [store.load(session) for session in sessions(path)]
         return [one.cursors.agent_applied_cursor for one in loaded if one is not None]
 
 
 def commands(folder: Path, count: int, body: str = "sleep 0.1") -> list[str]:
-    """Commands that say in `folder` that they run before they do anything else."""
+    """Commands that first write to `folder` that they run."""
     return [f"echo {number} >>{folder}/ran; {body}" for number in range(count)]
 
 
@@ -53,5 +53,5 @@ def ran(folder: Path, commands: list[str]) -> Counter[str]:
 
 
 def until_ran(folder: Path, commands: list[str], count: int) -> None:
-    """Wait until commands have begun so many times."""
+    """Wait until commands have begun `count` times."""
     eventually(lambda: ran(folder, commands).total() >= count, within=60)

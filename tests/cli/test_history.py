@@ -1,4 +1,4 @@
-"""What a store is shown to have of a session."""
+"""`shmepoch history`: the completions of a session from a store."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def session_id() -> SessionId:
 
 @pytest.fixture
 def path(tmp_path: Path, session_id: SessionId) -> Path:
-    """A store that knows two epochs of `session_id`, and another session."""
+    """A store with two epochs of `session_id`, and another session."""
     id = OperationId.new()
     done = Completed(OperationResult(id=id, content="out\n", duration_ms=12))
     path = tmp_path / "store"
@@ -223,7 +223,7 @@ def test_ctrl_c_while_it_prints(tmp_path: Path, session_id: SessionId) -> None:
 
 
 def test_it_needs_no_right_to_write(path: Path, session_id: SessionId) -> None:
-    """A backup, a read-only mount, a store of another user's."""
+    """Such as for a backup, a read-only mount, or a store of another user."""
     folder = path.parent / "backup"
     folder.mkdir()
     copy = Path(shutil.copy(path, folder))

@@ -1,4 +1,4 @@
-"""What a run inherits from its parent changes nothing about it, nor about its commands."""
+"""State that a run inherits from its parent does not change the run or its commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.cli.running import (
 )
 from tests.support import empty_shared_memory, eventually
 
-#: As a parent may be when it turns into the command, or starts it.
+#: The states of a parent that execs the command, or starts it.
 _INHERIT = """
 import os, resource, signal, subprocess, sys, time
 {prelude}
@@ -41,7 +41,7 @@ for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.S
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 """
 _AS_NOHUP = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-#: A child with a child of its own, which becomes its grandparent's once the file is there.
+#: A child with a child, which the grandparent inherits when the file exists.
 _CHILDREN = """
 script = "sleep 600 & echo $! >{folder}/inner; until [ -e {folder}/go ]; do sleep 0.05; done"
 null = subprocess.DEVNULL
@@ -60,12 +60,12 @@ def inheriting(prelude: str) -> tuple[str, ...]:
 
 
 def outputs(folder: Path) -> dict[str, str]:
-    """What each command printed."""
+    """The output of each command."""
     return {line["command"]: line["output"] for line in told(folder)}
 
 
 def worker_above(command: psutil.Process) -> psutil.Process:
-    """The worker that runs a command, wherever its runtime is."""
+    """The worker that runs a command."""
     return next(one for one in command.parents() if "spawn_main" in " ".join(one.cmdline()))
 
 
@@ -150,7 +150,7 @@ def test_files_are_their_owner_s_whatever_the_umask(
 
 
 def test_a_low_limit_of_descriptors_is_for_commands(tmp_path: Path) -> None:
-    """A runtime needs a few for each child."""
+    """A runtime needs a few descriptors for each child."""
     prelude = "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
     prelude += "resource.setrlimit(resource.RLIMIT_NOFILE, (40, most))"
     arguments = ("-", "--sessions", 8, "--workers", 1, "--transcript", tmp_path)
@@ -163,7 +163,7 @@ def test_a_low_limit_of_descriptors_is_for_commands(tmp_path: Path) -> None:
 def test_children_from_before_an_exec_are_left_alone(
     namespace: str, tmp_path: Path, subreaper: bool
 ) -> None:
-    """And theirs, which the run inherits when their parent ends."""
+    """Also their children, which the run inherits when their parent ends."""
     stdin = f"[ -e {tmp_path}/waiting ] && exit; {waits(tmp_path)}; true\n"
     arguments = ("-", "--json", "--workers", 1, "--retries", 1)
     prelude = _CHILDREN.format(folder=tmp_path) + _SUBREAPER * subreaper
@@ -174,7 +174,7 @@ def test_children_from_before_an_exec_are_left_alone(
         )
         (tmp_path / "go").touch()
         eventually(lambda: not outer.is_running() or outer.status() == psutil.STATUS_ZOMBIE)
-        worker_above(waiter).kill()  # with it goes all that is its own
+        worker_above(waiter).kill()  # and everything that it started
         status, out, err = ended(process)
         assert (status, "Traceback" in err) == (0, False)
         assert summary(out)["retried"] == 1
@@ -222,7 +222,7 @@ def _may_unshare() -> bool:
 
 
 def _sleepers_below(first: psutil.Process) -> list[psutil.Process]:
-    """What sleeps for long: a child of process 1 and one of a worker; nothing until both do."""
+    """The two long sleeps, a child of process 1 and one of a worker; empty until both run."""
     found: dict[bool, psutil.Process] = {}
     for one in first.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # other commands come and go

@@ -154,7 +154,7 @@ def test_what_is_not_run_is_said(namespace: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_ctrl_c_while_the_children_are_starting(namespace: str, count: int) -> None:
-    """Whatever they are doing then, none complains, and none stays."""
+    """Whatever they are doing, they print no error, and none stays."""
     with started("-", "--workers", 4, stdin="sleep 600; true\n" * 4) as process:
         runtime = psutil.Process(process.pid)
         eventually(lambda: len(runtime.children()) >= count)

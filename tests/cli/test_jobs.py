@@ -1,4 +1,4 @@
-"""The jobs file: what is a command, and what a bad line is told."""
+"""The jobs file: its commands, and the errors of bad lines."""
 
 from __future__ import annotations
 

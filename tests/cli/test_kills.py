@@ -1,4 +1,4 @@
-"""Killed agents and workers: nothing lost, nothing done twice at a time, nothing left."""
+"""Killed agents and workers: nothing is lost, run twice at the same time, or left behind."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_a_child_killed_at_the_worst_moment(
     monkeypatch.setenv("PYTHONPATH", str(_ROOT))
     arguments = ("--json", "--workers", 1, "--retries", 1, "--transcript", tmp_path)
     faulty = (sys.executable, "-m", "tests.cli.faulty")
-    # It ends after the agent's first turn: nothing that comes later makes up for a lost one.
+    # It ends after the agent's first turn: no later turn compensates for a lost one.
     stdin = f"until ls {tmp_path}/*.jsonl; do sleep 0.01; done >/dev/null 2>&1; sleep 0.3; echo one"
     done = run("-", *arguments, stdin=stdin, command=faulty)
     assert marker.exists()
     assert done.returncode == 0, done.stderr
     figures = summary(done.stdout)
     assert (figures["commands"], figures["completed"]) == (1, 1)
-    if fault != "worker-completed":  # then the run may be over before the death is heard of
+    if fault != "worker-completed":  # then the run may end before the death is noticed
         assert figures["restarts"] == 1
     # Only a worker that had registered its operation and not ended it leaves one to be terminated.
     interrupted = fault in ("worker-registered", "worker-started", "worker-ran")
@@ -179,7 +179,7 @@ def test_an_agent_that_stands_still_holds_up_no_command(tmp_path: Path) -> None:
 
 
 def test_while_the_agent_is_far_behind_nothing_new_is_started(tmp_path: Path) -> None:
-    """So that the feed never has to drop what it was not told of."""
+    """So the feed never has to drop a completion that the agent was not told of."""
     stdin = f"{waits(tmp_path)}; true\n" + "true\n" * 500
     arguments = ("--json", "--workers", 1, "--transcript", tmp_path)
     with started("-", *arguments, stdin=stdin) as process:

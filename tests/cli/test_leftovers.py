@@ -1,4 +1,4 @@
-"""What killed runs leave in shared memory: the next run removes it, and nothing else."""
+"""The segments of killed runs: the next run removes them, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that keeps a namespace's epochs in a store."""
+"""`shmepoch persist`: the process that keeps a namespace's epochs in a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.support import eventually
 
 @contextlib.contextmanager
 def persisting(path: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
-    """The command, storing this test's namespace in `path`; `before` is what starts it."""
+    """The command, which stores this test's namespace in `path`; `before` is a prefix that starts
+    it."""
     with subprocess.Popen(
         [*before, *COMMAND, "persist", "--store", str(path)],
         stdout=subprocess.PIPE,
@@ -161,7 +162,7 @@ def test_who_asks_twice_does_not_wait_for_the_store(
 def test_without_descriptors_it_goes_on(
     adapter: RuntimeSessionAdapter, sessions: list[SessionRuntimeBindings], tmp_path: Path
 ) -> None:
-    """It says that it cannot look, and polls again."""
+    """It logs that it cannot search, and polls again."""
     path = tmp_path / "store"
     end(sessions[0], TOOL)
     with persisting(path) as process:

@@ -1,4 +1,4 @@
-"""Calls that are refused, or that fail before anything has run: they leave no trace."""
+"""Calls that are refused, or that fail before a command has run: they leave no trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Jobs, a store without a run, an empty file, and one that is no store."""
+    """Jobs, a store without a run, an empty file, and a file that is not a store."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "jobs").write_text("true\n")

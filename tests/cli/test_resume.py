@@ -1,4 +1,4 @@
-"""Runs that are carried on with after everything, or a part of it, was killed."""
+"""Runs that are resumed after all or some of their processes were killed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FINISHED = (OperationStatus.COMPLETED, OperationStatus.FAILED)
 def everything_was_told(store: Path, transcripts: Path) -> bool:
     """Whether the agents were told of all that the store has.
 
-    They may have been told more: what ended just before the machine went was not durable yet.
+    They may have been told more: the last completions before the crash were not durable yet.
     """
     stored = {
         (str(item.epoch_id), item.entry.seq, str(item.entry.operation_id))
@@ -105,7 +105,7 @@ def test_after_the_machine_went_again_and_again(namespace: str, tmp_path: Path) 
 def test_after_every_process_was_killed_the_live_epochs_go_on(
     namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the next run is in another namespace: it goes where the epochs are."""
+    """Also when the next run is in another namespace: it uses the namespace of the epochs."""
     store, transcripts = tmp_path / "store", tmp_path / "told"
     jobs = [*commands(tmp_path, 8, "sleep 0.1"), f"{waits(tmp_path)}; rm {tmp_path}/waiting"]
     stdin = "\n".join(jobs)
@@ -164,7 +164,7 @@ def test_a_child_that_does_not_end_is_named(namespace: str, tmp_path: Path) -> N
         agent = agent_of(transcripts)
         agent.suspend()
         process.kill()
-        process.wait()  # not for the agent to close what it prints to
+        process.wait()  # not until the agent closes its output
     refused = run(*arguments, "--resume", stdin=f"{waits(tmp_path)}; true\n")
     assert refused.returncode == 3
     assert f"still has agent process {agent.pid}" in refused.stderr
@@ -303,7 +303,7 @@ def test_what_the_agent_was_not_told_is_delivered(namespace: str, tmp_path: Path
 def test_what_the_agent_forgets_is_counted_as_lost(
     namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was owed from before, too; what the agent had applied before is not."""
+    """Also a notice that was owed before; but not one that the agent had applied before."""
     store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
     flag = tmp_path / "flag"
     stdin = f"true\ntest -e {flag} || {waits(tmp_path)}; true\n"
@@ -477,7 +477,7 @@ def test_the_ends_that_finish_a_command_are_in_the_history(namespace: str, tmp_p
 
 
 def test_what_a_child_left_running_is_run_again(namespace: str, tmp_path: Path) -> None:
-    """Also when it is killed while the next run waits for it to end."""
+    """Also if it is killed while the next run waits for its end."""
     store, flag = tmp_path / "store", tmp_path / "flag"
     stdin = f"[ -e {flag} ] || {waits(tmp_path)}; true\n"
     arguments = ("-", "--json", "--store", store, "--workers", 1)

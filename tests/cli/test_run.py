@@ -1,4 +1,4 @@
-"""`shmepoch run` on real commands: what it makes of them, and what it says."""
+"""`shmepoch run` on real commands: their outcomes, and its output."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_all_complete(namespace: str, tmp_path: Path) -> None:
     assert figures["notices"] == {"delivered": 2, "duplicates": 0, "lost": 0}
     (session,) = figures["sessions"]
     assert session["watermark"] == 2
-    # Of what the agent's first turn finds, which no continuation asks for, the loop need not know.
+    # The agent's first turn needs no continuation, so the loop may not have observed its notices.
     assert session["cursors"].pop("agent_applied_cursor") == 2
     assert set(session["cursors"].values()) <= {0, 2}
     lines = transcripts(tmp_path / "told")[session["session_id"]]
@@ -440,7 +440,7 @@ def test_a_transcript_folder_that_cannot_be_made_is_status_2(
 
 
 def test_a_transcript_that_cannot_be_written_ends_the_run(namespace: str) -> None:
-    """Not a thousand agents that all fail in the same way."""
+    """It does not start agent after agent, which would all fail in the same way."""
     done = run("-", "--transcript", "/proc/self", stdin="true\n")
     assert done.returncode == 3
     assert "agent" in done.stderr

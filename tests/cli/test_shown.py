@@ -1,4 +1,4 @@
-"""What the command shows of texts that others wrote: names of operations, output, errors."""
+"""How the command shows texts of others: names of operations, output, errors."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _WRITTEN_OUT: Final = (
     r"\x1b]0;title\x07 \x1b]52;c;ZXZpbA==\x07 \x1b[2J \x1b[8m \x9b2J \x9d0;t\x9c \r over \x08 \x7f "
     r"\u202egnp.exe\u2066 \u2028line"
 )
-#: What rich itself sends: colours, movements, the cursor and the end of each line.
+#: The sequences of rich itself: colours, movements, the cursor and the end of each line.
 _RICH: Final = re.compile(r"\x1b\[\??[0-9;]*[mhlAGJK]|\r\n?|\n")
 _OBEYED: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-#: What a UTF-8 terminal shows as it is.
+#: Text that a UTF-8 terminal shows unchanged.
 _HARMLESS: Final = "žluť 木 é \U0001f9c0 \u200d ש"
 
 
 def on_terminal(*arguments: object, columns: int = 400) -> str:
-    """What the command sends to a terminal, without what rich itself sends."""
+    """The command's output to a terminal, without the sequences of rich."""
     screen = Terminal(columns, *arguments)
     try:
         assert screen.status() in (0, 1, 2)
@@ -156,7 +156,7 @@ def test_any_encoding(
     session_id: SessionId,
     encoding: str,
 ) -> None:
-    """What it lacks is written out; JSON is the same in all that hold ASCII."""
+    """Characters outside it are escaped; JSON is the same in every encoding that has ASCII."""
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     monkeypatch.setenv("PYTHONUTF8", "0")
     (tmp_path / "jobs").write_text("echo ✗ 木 é\n", encoding="utf-8")

@@ -17,7 +17,7 @@ import pytest
 from tests.cli.running import COMMAND, DEADLINE_S, nothing_left
 from tests.support import eventually
 
-#: What is imported by the package first and late, by its command, and by each of its commands.
+#: Modules that the package imports first and late, and that the command and its subcommands import.
 _MODULES = (
     "shmepoch.ids",
     "msgspec",
@@ -40,7 +40,7 @@ def _script() -> str:
 def _blocked(
     command: Sequence[str], module: str, folder: Path, *, ignoring: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """A command that has come to the import of a module, and stays there until a file "go"."""
+    """A command that stops at the import of a module, until there is a file "go"."""
     blocking = str(Path(__file__).parent / "blocking")
     environment = {"PYTHONPATH": blocking, "BLOCKED_MODULE": module, "BLOCKED_FOLDER": str(folder)}
     with subprocess.Popen(

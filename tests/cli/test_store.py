@@ -1,4 +1,4 @@
-"""Runs that are kept in a store: what they leave in it, and what they do when it fails."""
+"""Runs with a store: its contents, and how a run reacts when the store fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support import eventually, segments_in
 def one_after_another(folder: Path) -> tuple[Path, Path, Path, str]:
     """A store, the folders in which two commands wait, and the commands.
 
-    Once there is a file `flag` the second one does not wait.
+    When there is a file `flag` the second one does not wait.
     """
     first, second = folder / "first", folder / "second"
     first.mkdir()
@@ -128,7 +128,7 @@ def test_a_store_that_cannot_be_used_is_refused_before_anything_runs(
 def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
     namespace: str, tmp_path: Path
 ) -> None:
-    """What it did not take is in shared memory, and resuming brings it there."""
+    """Completions that it did not take are in shared memory, and a resumed run stores them."""
     store = tmp_path / "store"
     jobs = [f"{waits(tmp_path)}; true", *commands(tmp_path, 4, "true")]
     stdin = "\n".join(jobs)
@@ -157,7 +157,7 @@ def test_a_store_that_fails_does_not_hold_up_commands_and_nothing_is_lost(
 
 
 def test_a_command_is_shown_as_completed_once_it_is_durable(namespace: str, tmp_path: Path) -> None:
-    """Should the machine go down before that, the command runs again."""
+    """If the machine crashes before that, the command runs again."""
     store, first, second, stdin = one_after_another(tmp_path)
     with started("-", "--store", store, "--workers", 1, stdin=stdin) as process:
         (command,) = waiting(first)

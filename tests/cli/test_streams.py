@@ -1,4 +1,4 @@
-"""What the command is started with, and where it prints: none of that ends in a traceback."""
+"""The standard streams of the command: no state of them ends in a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLOSINGS: Final = ("<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-")
 
 
 def shell(redirections: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command with its streams redirected as a shell is told to."""
+    """The command with its streams redirected by a shell."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirections}', "-", *COMMAND, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -49,7 +49,7 @@ def jobs(tmp_path: Path) -> Path:
 def test_a_run_without_a_standard_stream(
     namespace: str, tmp_path: Path, jobs: Path, closing: str, options: tuple[str, ...]
 ) -> None:
-    """What it prints goes nowhere, and above all not into the files that it opens."""
+    """Its output is discarded, and does not go into the files that it opens."""
     store, told = tmp_path / "store", tmp_path / "told"
     done = shell(closing, "run", jobs, "--store", store, "--transcript", told, *options)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
@@ -107,7 +107,7 @@ def test_a_device_that_is_full(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered fails later
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # buffered output fails later
     full = shell(">/dev/full", *arguments[command])
     assert full.returncode == 3
     events, *said = full.stderr.partition("shmepoch: ")

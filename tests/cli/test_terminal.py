@@ -1,4 +1,4 @@
-"""On a terminal: a live table that says where every session stands."""
+"""On a terminal: a live table with the state of every session."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Terminal:
-    """A pseudo-terminal with the command in it; collects what it is sent."""
+    """A pseudo-terminal with the command in it; collects its output."""
 
     def __init__(self, columns: int, *arguments: object) -> None:
         self._ours, theirs = os.openpty()
@@ -45,7 +45,7 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All that was sent, without its colours and movements."""
+        """All output, without its colours and movements."""
         return _ESCAPE.sub("", self.sent.decode(errors="ignore"))
 
     def row(self, name: str) -> list[int]:
@@ -54,24 +54,24 @@ class Terminal:
         return [int(figure) for figure in rows[-1].split()] if rows else []
 
     def type(self, keys: bytes) -> None:
-        """What a user types."""
+        """Type these keys."""
         os.write(self._ours, keys)
 
     def status(self) -> int:
-        """How the run ended."""
+        """The exit status of the run."""
         status = self.process.wait(DEADLINE_S)
         self._reader.join()
         return status
 
     def close(self) -> None:
-        """End what still runs, and close it."""
+        """End the run if necessary, and close the terminal."""
         self.process.terminate()
         self.process.wait(DEADLINE_S)
         self._reader.join()
         os.close(self._ours)
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # EIO once nobody has the other end
+        with contextlib.suppress(OSError):  # EIO when the other end is closed
             while data := os.read(self._ours, 65536):
                 self.sent += data
 
@@ -104,7 +104,7 @@ def jobs(tmp_path: Path) -> Path:
 
 
 def test_a_table_that_follows_the_run(namespace: str, jobs: Path, tmp_path: Path) -> None:
-    # Of what ends before its first turn an agent is told without an injection, of the rest by one.
+    # An agent is told of the first ends without an injection, and of the later ones by one.
     jobs.write_text("echo one\nexit 3\n" + f"{waits(tmp_path)}; true\n" * 2)
     with terminal(80, jobs, "--sessions", 2) as screen:
         eventually(lambda: screen.row("agent applied") == [1, 1, 2], within=60)
@@ -133,7 +133,7 @@ def test_a_table_that_follows_the_run(namespace: str, jobs: Path, tmp_path: Path
 
 @pytest.mark.parametrize("columns", [1, 10])
 def test_a_terminal_that_nothing_fits(namespace: str, jobs: Path, columns: int) -> None:
-    """It is shown what there is room for, and the figures in the end."""
+    """It shows as much as there is room for, and the figures at the end."""
     jobs.write_text("exit 3\n" * 2)
     with terminal(columns, jobs) as screen:
         assert screen.status() == 1
@@ -188,7 +188,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
 def test_a_terminal_that_goes_away(
     namespace: str, jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
 ) -> None:
-    """It ends the run as SIGHUP does; where that is ignored, the run goes on without it."""
+    """It ends the run by SIGHUP; if that is ignored, the run goes on without the terminal."""
     monkeypatch.setenv("TERM", "dumb")
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -21,7 +21,7 @@ MakeEpoch: TypeAlias = Callable[..., Epoch]
 def make_epoch(request: pytest.FixtureRequest, namespace: str) -> Iterator[MakeEpoch]:
     """Makes epochs of one implementation, sized by the keywords of `OpsLifecycleConfig`.
 
-    However a test ends, every epoch it made is consistent.
+    After any end of a test, every epoch that it made is consistent.
     """
     with ExitStack() as made:
 

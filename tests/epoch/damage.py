@@ -1,4 +1,4 @@
-"""A damaged epoch: what a word of it may hold, and every call that may come across that."""
+"""A damaged epoch: the possible contents of a word, and every call that may read it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ CONFIG: Final = OpsLifecycleConfig(
     max_operations=4, max_completed=2, feed_bytes=at.PAGE + 4 * 1024, max_participants=2
 )
 
-#: What a word may hold that no writer put there.
+#: Contents of a word that no writer put there.
 WORDS: Final = (1, 2, 7, 2**16, 2**31, 2**32 - 1, 2**32 + 1, 2**48, 2**63 - 1, 2**63, 2**64 - 1)
 
-#: Seconds of processor time that no call needs; a child that takes them was in an endless loop.
+#: More seconds of processor time than any call needs: a child that uses them is in an endless loop.
 PROCESSOR_LIMIT_S: Final = 5
 
 
 def fill(registry: Registry) -> list[OperationId]:
-    """Put something in every part of an epoch; the operations that it holds then."""
+    """Put something in every part of an epoch; returns its operations."""
     for turn in range(5):
         end(registry, "r" * 900 * turn)
     for status in (OperationStatus.PROVISIONING, OperationStatus.RUNNING, OperationStatus.RETIRING):
@@ -47,7 +47,7 @@ def fill(registry: Registry) -> list[OperationId]:
 
 
 def kept_outcome(registry: Registry) -> Callable[[], object]:
-    """A look at an outcome that the feed has dropped and a watcher waits for."""
+    """A call that reads an outcome that the feed has dropped and a watcher waits for."""
     id = OperationId.new()
     registry.register_operation(spec(id=id))
     registry.register_watcher(id)
@@ -60,7 +60,7 @@ def kept_outcome(registry: Registry) -> Callable[[], object]:
 
 
 def calls(segment: Segment, known: list[OperationId]) -> Iterator[Callable[[], object]]:
-    """Every public look at an epoch, then every way to change it."""
+    """Every public call that reads an epoch, then every call that changes it."""
     registry, cursors = Registry(segment), EpochCursorState(segment)
     feed = registry.completion_feed()
     yield from (
@@ -97,7 +97,7 @@ def calls(segment: Segment, known: list[OperationId]) -> Iterator[Callable[[], o
 
 
 def store(snapshot: PersistedOpsSnapshot) -> None:
-    """What a store does: it takes 64-bit numbers with a sign, and reads what it wrote."""
+    """Act like a store: take signed 64-bit numbers only, and read the record back."""
     for operation in snapshot.operations:
         times = operation.created_at_ms, operation.started_at_ms or 0, operation.elapsed_ms or 0
         assert max(times) < 2**63
@@ -110,7 +110,7 @@ def watch(registry: Registry, id: OperationId) -> None:
 
 
 def make_calls(made: Iterable[Callable[[], object]]) -> int:
-    """Make the calls; how many raised `SegmentCorrupted`."""
+    """Make the calls; returns how many raised `SegmentCorrupted`."""
     corrupted = 0
     for call in made:
         try:
@@ -118,14 +118,15 @@ def make_calls(made: Iterable[Callable[[], object]]) -> int:
         except SegmentCorrupted as error:
             corrupted += bool(error.field)
         except (ShmepochError, TimeoutError):
-            pass  # such as NotFound: the call could not tell, or it does not matter to it
+            pass  # such as NotFound: the call did not notice the damage, or does not depend on it
     return corrupted
 
 
 def in_a_child(act: Callable[[], int], where: Callable[[], str] = str) -> int:
-    """What `act` returns in a forked process; fails if it raises, dies or does not end there.
+    """Call `act` in a forked process, and return its result; fail if it raises, dies or does not
+    end.
 
-    `where` says how far it had come.
+    `where` says how far it got.
     """
     read, write = os.pipe()
     pid = os.fork()
@@ -148,7 +149,7 @@ def in_a_child(act: Callable[[], int], where: Callable[[], str] = str) -> int:
 
 
 def every_word(layout: Layout) -> dict[str, Iterable[int]]:
-    """Where each part of an epoch has words that hold something, or will."""
+    """The offsets of the used words, in each part of an epoch."""
     slots = range(layout.slots_at, layout.slots_at + layout.slots * layout.slot_size, at.WORD)
     index = range(layout.index, layout.index + layout.entries * at.WORD, at.WORD)
     return {
@@ -167,15 +168,15 @@ def every_word(layout: Layout) -> dict[str, Iterable[int]]:
 
 
 def hostile(rng: random.Random, word: int) -> int:
-    """What a word may be overwritten with: nothing, an extreme, or nearly what it was."""
+    """A new content for a word: zero, an extreme, or nearly the old one."""
     near = (word ^ 1 << rng.randrange(64), word + 1, word - 1, -word, word << 32)
     return rng.choice((0, *WORDS, 2**32, 2**62, 2**64 - 2, rng.getrandbits(64), *near)) % 2**64
 
 
 def mutate(seed: int, rounds: int) -> int:
-    """Overwrite words of an epoch at random, `rounds` times over, and make every call each time;
-    how many calls raised `SegmentCorrupted`. Anything but an answer or an error of the library's
-    own, within a few seconds, is a failure that tells how to see it again."""
+    """Overwrite words of an epoch at random, `rounds` times, and make every call each time; returns
+    how many calls raised `SegmentCorrupted`. A call must return or raise an error of the library
+    within a few seconds; a failure says how to repeat it."""
     note = mmap.mmap(-1, mmap.PAGESIZE)
 
     def act() -> int:

@@ -1,4 +1,4 @@
-"""How long a test may take: as long as the machine needs, under a watchdog."""
+"""The time limits of tests: as long as the machine needs, under a watchdog."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 #: Longer than any of this takes on any machine; a test that reaches it has failed.
 DEADLINE_S: Final = 60.0
 
-#: How long an example takes says something about the machine, nothing about the code.
+#: The time of an example depends on the machine, not on the code.
 UNHURRIED: Final = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:
-    """The coroutine's result, in an event loop of its own."""
+    """Run a coroutine in a new event loop."""
 
     async def bounded() -> T:
         return await asyncio.wait_for(coroutine, DEADLINE_S)

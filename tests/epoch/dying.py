@@ -1,4 +1,4 @@
-"""Processes that attach to a segment of their own accord, and may be killed there."""
+"""Processes that attach to a segment themselves, and may be killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attached(namespace: str, parent: SharedSegment, act: Callable[[SharedSegment
 
 
 def survived(pid: int) -> bool:
-    """Whether a process lived through its act, rather than being killed in it."""
+    """Whether a process finished its act, and was not killed in it."""
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), f"the act itself failed: {code}"

@@ -42,7 +42,7 @@ Implementation: TypeAlias = Callable[
 
 @contextmanager
 def private(namespace: str, config: OpsLifecycleConfig | None) -> Iterator[Epoch]:
-    """Memory of this process's own."""
+    """Private memory of this process."""
     bindings = SessionRuntimeBindings.standalone(SessionId.new(), config)
     yield Epoch(bindings.ops_lifecycle, bindings.cursor_state, bindings._segment)
 
@@ -77,7 +77,7 @@ def attached_twice(namespace: str, config: OpsLifecycleConfig | None) -> Iterato
 class _TakingTurns:
     """Two registry handles of one epoch: each call goes to the other one than the call before.
 
-    A barrier is a matter of one handle, so those stay with the second.
+    A barrier belongs to one handle, so barriers stay with the second.
     """
 
     def __init__(self, *handles: RuntimeOpsLifecycleRegistry) -> None:

@@ -30,7 +30,7 @@ CHILD: Final = OperationKind.MOB_MEMBER_CHILD
 PEER: Final = OperationPeerHandle("peer", TrustedPeerSpec("peer", "p-1", "inproc://p-1"))
 UPDATE: Final = OperationProgressUpdate("half", 50.0)
 
-#: How each action is asked for. Owner termination is about no operation in particular.
+#: The call of each action. Owner termination is not about one operation.
 VERBS: Final[dict[Action, Verb]] = {
     Action.PROVISIONING_SUCCEEDED: lambda r, op: r.provisioning_succeeded(op),
     Action.PROVISIONING_FAILED: lambda r, op: r.provisioning_failed(op, "no room"),
@@ -69,12 +69,12 @@ def reach(registry: OpsLifecycleRegistry, status: OperationStatus) -> OperationI
 
 
 def state(registry: Registry) -> tuple[list[OperationLifecycleSnapshot], CompletionBatch]:
-    """Everything that a refused call must leave alone."""
+    """Everything that a refused call must not change."""
     return registry.list_operations(), registry.completion_feed().list_since(0)
 
 
 def taken(registry: Registry, id: OperationId) -> OperationLifecycleSnapshot:
-    """The snapshot of an operation that is there."""
+    """The snapshot of an existing operation."""
     snapshot = registry.snapshot(id)
     assert snapshot is not None
     return snapshot

@@ -1,4 +1,4 @@
-"""A process that is stopped after each instruction of what it does in native code."""
+"""A process that is stopped after each instruction of its native calls."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ TRANSITIONS: Final = frozenset(
 
 
 class Stepped:
-    """Stands for an object, and has the process stopped after each instruction of some of its
-    methods.
+    """Stands for an object, and lets the process be stopped after each instruction of some methods.
 
-    Made in the child that is to be looked at.
+    Made in the child that is traced.
     """
 
     def __init__(self, native: Any, methods: frozenset[str] = TRANSITIONS) -> None:
@@ -65,13 +64,13 @@ class Stepped:
 
 
 def steps(pid: int) -> Iterator[None]:
-    """Between any two instructions of what a child of this thread's does with something `Stepped`;
-    it exits with 0 in the end, or is killed where the caller ends the iteration."""
+    """Yield after each instruction that a child of this thread executes in `Stepped` methods. The
+    child exits with 0, or is killed when the caller ends the iteration."""
     stepping = False
     _, status = os.waitpid(pid, 0)
     try:
         while os.WIFSTOPPED(status):
-            if os.WSTOPSIG(status) == signal.SIGSTOP:  # and not SIGTRAP: it begins, or has ended
+            if os.WSTOPSIG(status) == signal.SIGSTOP:  # not SIGTRAP: a method begins, or has ended
                 stepping = not stepping
             if stepping:
                 yield
@@ -86,8 +85,8 @@ def steps(pid: int) -> Iterator[None]:
 
 
 def interleave(pid: int, n: int, happen: Callable[[], object]) -> bool:
-    """Let something happen after the n-th instruction of what a child of this thread's does with
-    something `Stepped`; whether it came that far. It exits with 0 in the end."""
+    """Call `happen` after the n-th instruction of a child of this thread in `Stepped` methods;
+    whether there were so many. The child exits with 0."""
     for step, _ in enumerate(steps(pid)):
         if step == n:
             happen()
@@ -97,8 +96,8 @@ def interleave(pid: int, n: int, happen: Callable[[], object]) -> bool:
 
 
 def native_steps(pid: int) -> list[int]:
-    """The numbers of those steps at which a child of this thread's is inside the native module, and
-    not in what of the interpreter is around it; it exits with 0 in the end."""
+    """The numbers of the steps at which a child of this thread is inside the native module, and not
+    in the interpreter around it. The child exits with 0."""
     spans: list[range] = []
     inside = []
     for step, _ in enumerate(steps(pid)):
@@ -127,8 +126,8 @@ def _run_to_the_end(pid: int) -> None:
 
 
 def images(pid: int, fd: int, size: int) -> list[bytes]:
-    """Every content that the file of `fd` has, one after the other, while a child of this thread's
-    runs the methods of something `Stepped`; it exits with 0 in the end."""
+    """Every content of the file of `fd`, in order, while a child of this thread runs `Stepped`
+    methods. The child exits with 0."""
     seen = [os.pread(fd, size, 0)]
     for _ in steps(pid):
         image = os.pread(fd, size, 0)

@@ -1,4 +1,4 @@
-"""After how many instructions the crash test stops a process, and what memory holds there."""
+"""The instructions after which the crash test stops a process, and the contents of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CASES: Final = {**CASES, **{name: end.case for name, end in ENDS.items()}}
 
 
 def stop_points(name: str) -> tuple[int, int]:
-    """How many there are of a case, and how many contents memory has at them."""
+    """The number of instructions of a case, and of different contents of memory."""
     survivor = Survivor(f"points-{secrets.token_hex(8)}", _CASES[name])
     try:
         points, contents = 0, set()

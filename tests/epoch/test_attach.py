@@ -1,6 +1,6 @@
-"""Attaching to what is not a segment of this user's, whole and of this release, is refused.
+"""An attach is refused unless the file is this user's whole segment of this release.
 
-Each has an error of its own, and the file stays what it was: a failed attach leaves no trace.
+Each fault has its own error, and the file does not change: a failed attach leaves no trace.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def segment(namespace: str) -> Iterator[SharedSegment]:
 
 @pytest.fixture
 def path(namespace: str) -> Iterator[Path]:
-    """Where a session's segment would be."""
+    """The path of a session's segment."""
     found = segment_path(namespace, SessionId.new())
     yield found
     if found.is_dir() and not found.is_symlink():
@@ -70,16 +70,16 @@ def session_of(path: Path) -> SessionId:
 
 
 def trace(path: Path) -> tuple[object, ...]:
-    """All of a file that an attach could change."""
+    """Everything of a file that an attach could change."""
     found = path.lstat()
     content = path.read_bytes() if stat.S_ISREG(found.st_mode) else None
     return found.st_ino, found.st_mode, found.st_size, found.st_nlink, found.st_mtime_ns, content
 
 
 def refused(namespace: str, path: Path) -> Exception:
-    """The error of an attach, which has changed neither the file nor what this process holds."""
+    """The error of an attach that has changed neither the file nor this process's descriptors."""
     before, held = trace(path), os.listdir("/proc/self/fd")
-    with pytest.raises(Exception) as error:  # the caller says which
+    with pytest.raises(Exception) as error:  # the caller checks it
         SharedSegment.attach(namespace, session_of(path))
     assert trace(path) == before
     assert os.listdir("/proc/self/fd") == held
@@ -87,7 +87,7 @@ def refused(namespace: str, path: Path) -> Exception:
     return error.value
 
 
-# --- another's files ------------------------------------------------------------------------------
+# --- files of others ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o400, 0o640, 0o604, 0o666, 0o700, 0o4600])
@@ -153,7 +153,7 @@ def test_a_special_file(namespace: str, path: Path, kind: int) -> None:
     assert error.field == "type"
 
 
-# --- files that are no segments -------------------------------------------------------------------
+# --- files that are not segments ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 255, at.PAGE - 1])
@@ -410,7 +410,7 @@ def test_what_is_in_use_is_not_removed(namespace: str, segment: SharedSegment) -
 
 
 def test_who_has_left_holds_nothing(namespace: str, segment: SharedSegment) -> None:
-    """Not even while somebody still reads its cursors: only the mapping is left to them."""
+    """Not even while its cursors are still in use: they keep only the mapping."""
     other = SharedSegment.attach(namespace, segment.session_id)
     assert other.try_own()
     assert segment.owned

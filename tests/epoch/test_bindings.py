@@ -1,4 +1,4 @@
-"""Bindings: one process's hold of an epoch, and how another one comes by its own."""
+"""Bindings: one process's access to an epoch, and how another process gets its own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def handle(bindings: SessionRuntimeBindings) -> EpochHandle:
 
 
 def elsewhere(bindings: SessionRuntimeBindings, program: str) -> str:
-    """What a fresh process prints that has the token in its environment as TOKEN."""
+    """The output of a new process that has the token in its environment as TOKEN."""
     setup = (
         "import os\n"
         "from shmepoch.epoch.bindings import SessionRuntimeBindings\n"
@@ -149,7 +149,7 @@ def test_they_cannot_be_made_another_epochs(
     other = SessionRuntimeBindings.standalone(SessionId.new())
     changed = bindings if shared else SessionRuntimeBindings.standalone(bindings.session_id)
     before = [getattr(changed, each, None) for each in (name, "history")]
-    for _ in range(2):  # before and after what is made on first use was made
+    for _ in range(2):  # before and after the first use
         with pytest.raises(AttributeError, match=f"{name} of bindings cannot be assigned to"):
             setattr(changed, name, getattr(other, name, None))
         assert [getattr(changed, each, None) for each in (name, "history")] == before
@@ -253,7 +253,7 @@ def test_what_is_no_token(text: str, reason: str) -> None:
 
 
 def sealed_up(payload: Any, witness: bytes) -> str:
-    """A token whose sum is right, whatever it holds."""
+    """A token with any payload and the right checksum."""
     from shmepoch.epoch import handle as module
 
     data = msgspec.msgpack.encode(payload)
@@ -280,7 +280,8 @@ def test_a_token_of_something_else(payload: Any) -> None:
 
 
 def test_a_token_is_the_only_one_of_its_handle() -> None:
-    """msgpack can write one length in several widths, and whoever has the key can sum them up."""
+    """msgpack can write one length in several widths, and a process with the key can sign them
+    all."""
     from shmepoch.epoch import handle as module
 
     plain = msgspec.msgpack.encode(("n", b"s" * 16, b"e" * 16, b"w" * 16))
@@ -301,7 +302,7 @@ def test_a_token_cannot_name_a_path(name: str) -> None:
 
 
 def other_process(handle: EpochHandle, **changes: Any) -> SharedSegment:
-    """Attach as a process does that has no bindings of the epoch yet."""
+    """Attach like a process that has no bindings of the epoch yet."""
     changed = msgspec.structs.replace(handle, **changes)
     return SharedSegment.attach_epoch(
         changed.namespace, changed.session_id, changed.epoch_id, changed.witness
@@ -406,7 +407,7 @@ def test_bindings_that_are_let_go_of_leave_no_mapping(namespace: str) -> None:
     )
     segment.publish()
     gc.collect()
-    gc.disable()  # at once, and not when it comes by
+    gc.disable()  # freed at once, not by the collector
     try:
         mapped = mappings(segment)
         found = SessionRuntimeBindings.of_segment(

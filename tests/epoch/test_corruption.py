@@ -1,7 +1,6 @@
-"""A segment that holds anything at all: every call ends, and with an error that names a field.
+"""A segment with any content: every call ends, and an error names a field.
 
-The header is checked when a segment is attached; what lies behind it changes all the time, and is
-checked when it is used.
+The header is checked at the attach. The rest changes all the time, and is checked when it is used.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Subject:
         assert os.pwrite(self.segment.fd, self.image, 0) == len(self.image)
 
     def use_up(self) -> int:
-        """Attach in a child and make every call; how many raised `SegmentCorrupted` there."""
+        """Attach in a child and make every call; returns how many raised `SegmentCorrupted`."""
         return in_a_child(lambda: use_up(self.segment.namespace, self.segment, self.known))
 
 
@@ -75,7 +74,7 @@ def test_nothing_is_found_wrong_with_what_is_right(subject: Subject) -> None:
 
 
 def test_what_is_wrong_is_found(subject: Subject) -> None:
-    """A word of each part, such that no call can do without it."""
+    """One word of each part, which some call must read."""
     layout = subject.segment.layout
     last = subject.segment.memory.load(at.WATERMARK_AT)
     for offset in (at.DROPPED_AT, layout.slot(0) + at.SLOT_SPEC, layout.index_word(last)):
@@ -90,7 +89,7 @@ def test_what_is_wrong_is_found(subject: Subject) -> None:
 
 
 def words_of_a_slot() -> dict[str, tuple[int, int]]:
-    """What is wrong with one, and what a word of it holds then."""
+    """The name of each fault, with the word and its wrong content."""
     return {
         "word's spare bits": (at.SLOT_WORD, 2**16 + 6),
         "birth": (at.SLOT_BIRTH, 2**63),
@@ -107,7 +106,7 @@ def words_of_a_slot() -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("field", words_of_a_slot())
 def test_a_word_of_a_slot_that_is_out_of_bounds_is_named(field: str) -> None:
-    """By whatever reads it: a look at one operation, at all, a store, a transition, an audit."""
+    """By every reader: of one operation, of all, for a store, in a transition, in an audit."""
     segment = Segment.private(CONFIG)
     registry, memory = Registry(segment), segment.memory
     [*_, id] = fill(registry)
@@ -141,7 +140,7 @@ def test_an_id_that_is_not_that_of_its_fingerprint_is_found() -> None:
 
 @pytest.mark.parametrize("field", words_of_a_slot())
 def test_a_transition_that_finds_such_a_word_changes_nothing(field: str) -> None:
-    """Whatever the operation's status: each transition looks at the whole slot first."""
+    """For every status of the operation: each transition checks the whole slot first."""
     acts: tuple[tuple[OperationStatus, Callable[[Registry, OperationId], object]], ...] = (
         (OperationStatus.PROVISIONING, Registry.provisioning_succeeded),
         (OperationStatus.PROVISIONING, lambda r, id: r.register_operation(spec(id=id))),
@@ -167,7 +166,7 @@ def test_a_transition_that_finds_such_a_word_changes_nothing(field: str) -> None
 
 
 def test_a_skipped_range_that_is_wrong_is_named() -> None:
-    """Every walk over what is to be given back is as long as that range says."""
+    """Every search through retained sequences depends on that range."""
     for after, through in ((1, 0), (2**63, 0), (2**63 - 1, 4), (0, 6), (0, 2**64 - 1)):
         segment = Segment.private(CONFIG)
         registry = Registry(segment)
@@ -257,7 +256,7 @@ def test_a_word_of_every_other_part(subject: Subject, part: str) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage(subject: Subject, seed: int) -> None:
-    """Bytes at random over parts of everything behind the control lines."""
+    """Random bytes over parts of the memory behind the control lines."""
     rng, layout = random.Random(seed), subject.segment.layout
     for _ in range(20):
         subject.put_back()

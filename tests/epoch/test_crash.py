@@ -1,7 +1,8 @@
-"""A process may be killed at any instruction of any transition: the old state stands, or the new.
+"""A process may be killed at any instruction of any transition: memory has the old or the new
+state.
 
-A killed process is the content that memory has then. So a child is stopped after each instruction
-of a transition, and each content is put back and gone on with.
+A killed process leaves only the content of memory. So a child is stopped after each instruction of
+a transition. Then each content is put back, and the test continues from it.
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ from tests.support import eventually, is_free
 
 CONFIG = OpsLifecycleConfig(max_operations=6, max_completed=3, feed_bytes=at.PAGE + 8 * 1024)
 
-#: The participant slot of a child, beside this process's.
+#: The participant slot of a child; this process has another.
 CHILD_LANE: Final = 1
 
-#: The operation that the survivor registers, and that no state that is compared includes.
+#: The operation that the survivor registers; compared states do not include it.
 NEXT = "next"
 
 IDS = [OperationId.from_bytes(bytes([i]) * 16) for i in range(1, 7)]
 
 
 class Operation(NamedTuple):
-    """What of an operation does not depend on when something happened."""
+    """The facts of an operation, without times."""
 
     id: OperationId
     status: OperationStatus
@@ -77,7 +78,7 @@ class Operation(NamedTuple):
 
 
 class State(NamedTuple):
-    """An epoch as its readers see it, apart from times and from `NEXT`."""
+    """An epoch as its readers see it, without times and `NEXT`."""
 
     operations: frozenset[Operation]
     entries: tuple[tuple[OperationId, OperationTerminalOutcome], ...]
@@ -119,7 +120,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A transition, the state it starts from, and what doing it again raises, if it does."""
+    """A transition, its first state, and the error of a repetition, if it has one."""
 
     prepare: Callable[[Registry], None]
     act: Callable[[Registry], object]
@@ -146,7 +147,7 @@ def completing(registry: Registry, *ids: OperationId, size: int = 4) -> None:
 
 
 def turned_over(registry: Registry) -> None:
-    """Slots to give back and none that was never used."""
+    """Every slot was used; some can be given back."""
     for _ in range(9):
         end(registry)
     running(registry, *IDS[1:4])
@@ -159,7 +160,7 @@ def turned_over_with_one(registry: Registry) -> None:
 
 
 def wrapped(registry: Registry) -> None:
-    """A byte ring whose next entry is laid around its end, over the oldest ones."""
+    """A byte ring whose next entry goes around the end, over the oldest entries."""
     running(registry, IDS[0])
     for _ in range(6):
         end(registry, "r" * 2200)
@@ -182,7 +183,7 @@ def ended(registry: Registry) -> None:
 
 
 def watched(registry: Registry) -> None:
-    """An operation that the next participant to join watches, and not the first of its epoch."""
+    """An operation that the next participant to join watches; it is not the first of its epoch."""
     end(registry)
     running(registry, IDS[0])
     writer = registry._segment.writer
@@ -257,7 +258,7 @@ CASES = {
     "watch": Case(lambda r: running(r, IDS[0]), lambda r: r.register_watcher(IDS[0])),
 }
 
-#: Cases whose repair has something to undo, of each kind.
+#: Cases of each kind whose repair has something to undo.
 REPAIRED: Final = (
     "register two in slots given back",
     "complete around the end of the ring",
@@ -266,14 +267,14 @@ REPAIRED: Final = (
 
 
 class End(NamedTuple):
-    """The end of something that no state shows, and what does."""
+    """An end that is not visible in `State`, and a check that shows it."""
 
     case: Case
     is_done: Callable[[SharedSegment], bool]
 
 
 def watched_and_ended(registry: Registry) -> None:
-    """An operation that the next participant to join watches still."""
+    """An ended operation that the next participant to join still watches."""
     watched(registry)
     registry.complete_operation(IDS[0], result(IDS[0]))
 
@@ -299,7 +300,7 @@ ENDS: dict[str, End] = {
 
 
 class Survivor:
-    """This process's attachment of an epoch, which it can put back to where a case starts."""
+    """This process's attachment of an epoch, which can be reset to the start of a case."""
 
     def __init__(self, namespace: str, case: Case) -> None:
         self.namespace = namespace
@@ -315,12 +316,12 @@ class Survivor:
         self.before = State.of(self.registry)
 
     def image(self) -> bytes:
-        """What the memory holds."""
+        """The content of the memory."""
         return os.pread(self.segment.fd, self.segment.layout.size, 0)
 
     def put_back(self, image: bytes | None = None) -> None:
-        """Start over; with a new registry, since time has gone backwards for the old one. Or go on
-        where the memory was like `image`."""
+        """Reset the memory to the start, or to `image`. Makes a new registry, since time has gone
+        backwards for the old one."""
         image = image or self._image
         assert os.pwrite(self.segment.fd, image, 0) == len(image)
         self.registry = Registry(self.segment)
@@ -330,8 +331,8 @@ class Survivor:
         act: Callable[[Registry], object] | None = None,
         methods: frozenset[str] = TRANSITIONS,
     ) -> int:
-        """The pid of a child that makes the case's transition, or acts, stopped after each
-        instruction."""
+        """Start a child that makes the case's transition, or calls `act`, and is stopped after each
+        instruction. Returns its pid."""
 
         def stepped(segment: SharedSegment) -> None:
             segment.epoch = cast(Epoch, Stepped(segment.epoch, methods))
@@ -340,7 +341,7 @@ class Survivor:
         return attached(self.namespace, self.segment, stepped)
 
     def images(self, act: Callable[[Registry], object] | None = None) -> list[bytes]:
-        """Every content that memory has while a child makes the transition, or acts."""
+        """Every content of memory while a child makes the transition, or calls `act`."""
         return images(self.start(act), self.segment.fd, self.segment.layout.size)
 
     def close(self) -> None:
@@ -367,7 +368,7 @@ def survive(namespace: str) -> Iterator[Survive]:
 
 
 def next_transition(registry: Registry) -> None:
-    """What another process does next: two transitions of an operation of its own."""
+    """The next transitions of another process: it registers an operation and ends it."""
     following = spec(NEXT)
     registry.register_operation(following)
     registry.check()
@@ -375,8 +376,8 @@ def next_transition(registry: Registry) -> None:
 
 
 def check_again(survivor: Survivor, *, committed: bool) -> None:
-    """The transition of the killed process, tried by the survivor: it is refused if it was made,
-    and succeeds if it was not; either way each operation ends once."""
+    """Repeat the transition of the killed process in the survivor: it is refused if it was
+    committed, and succeeds if not. Either way each operation ends once."""
     case, registry = survivor.case, survivor.registry
     if committed and case.again is not None:
         with pytest.raises(case.again):
@@ -403,7 +404,7 @@ def test_killed_after_any_instruction(survive: Survive, name: str) -> None:
 
 
 def reached(survivor: Survivor, passed: list[bytes]) -> State:
-    """The state that a transition leads to."""
+    """The state after a transition."""
     survivor.put_back(passed[-1])
     after = State.of(survivor.registry)
     assert after != survivor.before
@@ -413,9 +414,10 @@ def reached(survivor: Survivor, passed: list[bytes]) -> State:
 def check_survivor(
     survivor: Survivor, after: State, heal: Callable[[Registry], object], n: int
 ) -> bool:
-    """Whether the transition that was broken off is found committed; it is, or never was."""
+    """Whether the interrupted transition is committed. It must be committed completely, or not at
+    all."""
     registry = survivor.registry
-    found = State.of(registry)  # what a reader sees, before anybody has repaired anything
+    found = State.of(registry)  # a reader's view, before any repair
     committed = found == after
     entries = len(found.entries)
     assert committed or found == survivor.before.without_oldest(entries), f"at content {n}"
@@ -445,7 +447,7 @@ def test_killed_in_the_repair_of_what_was_broken_off(survive: Survive, name: str
 
 def repaired(survivor: Survivor, image: bytes) -> list[bytes]:
     def repair(registry: Registry) -> None:
-        with pytest.raises(Refused):  # which is found after the repair
+        with pytest.raises(Refused):  # the refusal comes after the repair
             registry._epoch.collect(2**63, 0)
 
     survivor.put_back(image)
@@ -458,7 +460,7 @@ def word_of(image: bytes, offset: int) -> int:
 
 @pytest.mark.parametrize("name", ENDS)
 def test_killed_after_any_instruction_of_an_end(survive: Survive, name: str) -> None:
-    """Of the epoch, or of what watched an operation: nothing else is changed by it."""
+    """The end of the epoch, or of a watch: it changes nothing else."""
     survivor = survive(name)
     seen = []
     for image in survivor.images():
@@ -471,7 +473,8 @@ def test_killed_after_any_instruction_of_an_end(survive: Survive, name: str) -> 
 
 
 def test_an_epoch_that_is_sealed_has_no_operation_left(survive: Survive) -> None:
-    """Killed between the two commits, it leaves an open one in which every operation has ended."""
+    """A process killed between the two commits leaves an open epoch in which every operation has
+    ended."""
     survivor = survive(
         Case(lambda r: running(r, *IDS[:2]), lambda r: r.terminate_and_seal("it is over"))
     )
@@ -485,7 +488,8 @@ def test_an_epoch_that_is_sealed_has_no_operation_left(survive: Survive) -> None
 
 @pytest.mark.parametrize("name", ["unwatch", "forget the watchers of the dead"])
 def test_a_slot_that_nobody_watches_is_given_back(survive: Survive, name: str) -> None:
-    """By the next writer at the latest, wherever the process was killed that gave up the watch."""
+    """The next writer gives it back at the latest, wherever the process was killed that stopped
+    watching."""
     survivor = survive(name)
     watchers = survivor.segment.layout.slot(0) + at.SLOT_WATCHERS
     for image in survivor.images():
@@ -495,7 +499,8 @@ def test_a_slot_that_nobody_watches_is_given_back(survive: Survive, name: str) -
 
 
 def test_a_watcher_gets_what_a_killed_writer_had_committed(survive: Survive) -> None:
-    """Though the feed has dropped it since: what keeps an outcome stands before the commit."""
+    """Even if the feed has dropped it since: the words that keep an outcome are written before the
+    commit."""
     survivor = survive("complete what is watched")
     for image in survivor.images():
         survivor.put_back(image)
@@ -543,7 +548,7 @@ def test_stopped_after_some_instructions(survive: Survive, name: str) -> None:
 
 
 def test_registrations_that_were_undone_take_no_room(survive: Survive) -> None:
-    """A writer is killed in a registration, over and over: its slot is given back each time."""
+    """Writers are killed in registrations again and again: the slot is given back each time."""
     survivor = survive("register")
     registry, layout = survivor.registry, survivor.segment.layout
 
@@ -567,7 +572,7 @@ def test_registrations_that_were_undone_take_no_room(survive: Survive) -> None:
 
 
 def test_an_ending_that_was_undone_takes_no_room(survive: Survive) -> None:
-    """However often a writer is killed in one: the next record begins where its own would have."""
+    """Writers are killed in endings again and again: the next record begins at the same place."""
     survivor = survive("complete around the end of the ring")
     passed = survivor.images()
     watermark, head = (word_of(passed[0], offset) for offset in (at.WATERMARK_AT, at.HEAD_AT))
@@ -602,26 +607,26 @@ def test_sleepers_are_woken_though_the_writer_died_before_it_woke_them(survive: 
     survivor.registry.check()
 
 
-#: What readers do, and the native methods that they do it with.
+#: The calls of readers, by name.
 LOOKS: dict[str, Callable[[Registry, OperationId], object]] = {
     "snapshot": lambda r, op: r.snapshot(op),
     "feed": lambda r, op: r.completion_feed().list_since(r.completion_feed().watermark() - 1),
     "outcome": lambda r, op: r.outcome_at(op, (0, 1), 0),
 }
 READS: Final = frozenset(("find", "slot", "record", "list_since", "outcome"))
-#: After how many of a read's instructions something happens.
+#: At how many points of a read something happens.
 POINTS: Final = 14
 
 
 def some(steps: list[int], count: int) -> list[int]:
-    """So many of them, evenly."""
+    """`count` of the steps, evenly spaced."""
     return steps[:: max(1, len(steps) // count)]
 
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_reader_is_not_misled_by_what_happens_meanwhile(survive: Survive, look: str) -> None:
     """Its slot passes to another operation, or its record is overwritten, between any two
-    instructions of a read: what is found is of one moment, and whole."""
+    instructions of a read: the result is whole, and from one moment."""
     survivor = survive("complete around the end of the ring")
     id = IDS[0]
 
@@ -642,7 +647,7 @@ def test_a_reader_is_not_misled_by_what_happens_meanwhile(survive: Survive, look
         survivor.registry.check()
 
 
-#: How a reader looks for the first operation.
+#: The ways to find the first operation.
 SEARCHES: dict[str, Callable[[Registry], list[OperationLifecycleSnapshot | None]]] = {
     "snapshot": lambda r: [r.snapshot(IDS[0])],
     "list": lambda r: [found for found in r.list_operations() if found.id == IDS[0]],
@@ -651,7 +656,7 @@ SEARCHES: dict[str, Callable[[Registry], list[OperationLifecycleSnapshot | None]
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive, search: str) -> None:
-    """The sequence of an ending that was not committed goes to the next one that is."""
+    """The sequence of an uncommitted ending is used for the next committed one."""
     survivor = survive("complete")
     other = IDS[1]
     half_ended = next(
@@ -674,13 +679,13 @@ def test_a_reader_is_not_misled_by_what_was_undone(survive: Survive, search: str
 
 
 def pass_on(registry: Registry) -> None:
-    """End an operation, and enter another one in its slot."""
+    """End an operation, and register another one in its slot."""
     registry.complete_operation(IDS[0], result(IDS[0]))
     registry.register_operation(spec("another", id=IDS[1]))
 
 
 def test_a_reader_is_not_misled_by_a_slot_that_is_being_filled(survive: Survive) -> None:
-    """Perhaps by a writer that is killed then: the slot's word alone says that it passes on."""
+    """Also if the writer is killed then: only the slot's word shows that the slot passes on."""
     survivor = survive(Case(lambda r: running(r, IDS[0]), pass_on))
     passed, slot = survivor.images(), survivor.segment.layout.slot(0)
     before = [image for image in passed if word_of(image, slot + at.SLOT_BIRTH) == 1]
@@ -694,13 +699,13 @@ def test_a_reader_is_not_misled_by_a_slot_that_is_being_filled(survive: Survive)
 
     survivor.put_back()
     for n, step in enumerate(some(native_steps(survivor.start(act, READS)), 4 * POINTS)):
-        survivor.put_back(before[-(n % 2)])  # the first, or the last before the other is there
+        survivor.put_back(before[-(n % 2)])  # the first, or the last before the new operation
         fill = partial(survivor.put_back, filled[n // 2 % len(filled)])
         interleave(survivor.start(act, READS), step, fill)
 
 
 def test_an_operation_that_ends_while_it_is_looked_for_is_found(survive: Survive) -> None:
-    """In its slot, or in the record that ended it: it is in one of them at every moment."""
+    """At every moment it is in its slot, or in the record that ended it."""
     survivor = survive("complete")
 
     def act(reader: Registry) -> None:
@@ -712,7 +717,7 @@ def test_an_operation_that_ends_while_it_is_looked_for_is_found(survive: Survive
 
 
 def test_a_feed_that_goes_round_as_its_reading_begins_is_not_corrupt(survive: Survive) -> None:
-    """Then more was dropped than there was by the watermark that was read before."""
+    """Then `dropped_through` is above the watermark that was read before."""
     survivor = survive("complete around the end of the ring")
     for _ in range(8):
         end(survivor.registry, "r" * 2200)
@@ -722,7 +727,7 @@ def test_a_feed_that_goes_round_as_its_reading_begins_is_not_corrupt(survive: Su
         assert reader.completion_feed().list_since(0).watermark
 
     survivor.put_back()
-    # After its arguments were looked at, and before it looks at any record.
+    # After it has parsed its arguments, and before it reads a record.
     for step in native_steps(survivor.start(act, READS))[6 * POINTS : 15 * POINTS]:
         survivor.put_back()
         interleave(survivor.start(act, READS), step, partial(survivor.put_back, gone_round))

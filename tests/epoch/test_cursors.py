@@ -1,4 +1,4 @@
-"""Cursors: positions that only grow, shared by whoever has the epoch attached."""
+"""Cursors: positions that only grow, shared by all processes that have the epoch attached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_fresh_cursors_need_no_segment() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "snapshot", "values", "other"])
 def test_a_cursor_is_advanced_and_not_assigned(cursors: EpochCursorState, name: str) -> None:
-    """No other process would see an assigned value."""
+    """Other processes would not see an assigned value."""
     with pytest.raises(AttributeError, match=rf"{name}.*advance\(position\)"):
         setattr(cursors, name, 5)
     assert cursors.snapshot() == EpochCursorSnapshot()
@@ -287,7 +287,7 @@ def test_of_racing_swaps_one_wins(cell: CursorCell) -> None:
 
 
 def test_a_snapshot_is_of_one_instant(cursors: EpochCursorState) -> None:
-    """A writer that keeps injected <= observed <= applied is never seen otherwise."""
+    """A writer keeps injected <= observed <= applied, and no snapshot shows another order."""
     done = threading.Event()
 
     def write() -> None:

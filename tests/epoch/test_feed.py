@@ -62,7 +62,7 @@ def test_a_gap_says_what_is_missing() -> None:
 
 
 def test_readers_never_see_a_hole_while_writers_append(make_epoch: MakeEpoch) -> None:
-    """FEED-1, under a writer that makes the ring turn over: what is not in a batch is dropped."""
+    """FEED-1, with a writer that goes round the ring: an entry is in the batch, or was dropped."""
     registry = make_epoch(max_operations=1, max_completed=1, feed_bytes=5120 + 1024).registry
     feed = registry.completion_feed()
     turns, done = 400, threading.Event()
@@ -247,7 +247,7 @@ def test_a_waiting_loop_goes_on_with_other_work(registry: Registry) -> None:
 
 
 def test_a_sleeping_wait_is_woken(registry: Registry) -> None:
-    """By a commit that comes once the waiter is past any spinning, asleep in its futex."""
+    """A commit wakes it after it has stopped spinning and sleeps in its futex."""
     feed, asleep = registry.completion_feed(), threading.Event()
 
     def wait() -> int:

@@ -1,4 +1,4 @@
-"""The lifecycle of an operation: what each verb does, and that a refused one does nothing."""
+"""The lifecycle of an operation: the effect of each verb, and none of a refused one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from tests.epoch.operations import (
 )
 from tests.support import held_writer
 
-#: The table of semantics.md, written out a second time: the statuses each verb is allowed in.
+#: The table of semantics.md again: the statuses in which each verb is allowed.
 ALLOWED: Final[dict[Action, set[str]]] = {
     Action.PROVISIONING_SUCCEEDED: {"provisioning"},
     Action.PROVISIONING_FAILED: {"provisioning"},
@@ -80,7 +80,7 @@ OUTCOMES: Final[dict[Action, tuple[OperationStatus, OperationTerminalOutcome | N
     Action.TERMINATE_OWNER: (OperationStatus.TERMINATED, Terminated("owner ended")),
 }
 
-#: The actions that keep or move an operation without ending it, and where they lead.
+#: The actions that do not end an operation, and their target status.
 STEPS: Final[dict[Action, OperationStatus | None]] = {
     Action.PROVISIONING_SUCCEEDED: OperationStatus.RUNNING,
     Action.PEER_READY: None,
@@ -104,7 +104,7 @@ def test_every_action_in_every_status(
     id = reach(registry, status)
     before = state(registry)
     if status not in ALLOWED[action]:
-        if action is Action.TERMINATE_OWNER:  # asks for those that have not ended: none
+        if action is Action.TERMINATE_OWNER:  # it ends all that have not ended: none
             VERBS[action](registry, id)
         else:
             with pytest.raises(InvalidTransition) as refused:
@@ -367,7 +367,7 @@ def test_times_never_go_back_with_the_wall_clock(
 def test_a_clock_that_shows_no_time_of_ours(
     make_epoch: MakeEpoch, monkeypatch: pytest.MonkeyPatch, now_ms: int
 ) -> None:
-    """Before 1970, or beyond what a store can hold: the nearest time that is one of ours."""
+    """Before 1970, or beyond the range of a store: it counts as the nearest valid time."""
     clock, id = Clock(monkeypatch), OperationId.new()
     clock.now_ms = now_ms
     registry = make_epoch().registry

@@ -71,7 +71,7 @@ MOVES: Final[dict[Action, tuple[set[str], str | None]]] = {
 
 @dataclass(frozen=True)
 class Operation:
-    """What the model knows of one registration."""
+    """The model's facts of one registration."""
 
     id: OperationId
     kind: OperationKind
@@ -92,7 +92,7 @@ class Ended(NamedTuple):
 
 @dataclass
 class Model:
-    """Dictionaries and lists that do what a registry should."""
+    """Dictionaries and lists that behave like a registry."""
 
     registrations: dict[OperationId, Operation] = field(default_factory=dict)
     feed: list[Ended] = field(default_factory=list)
@@ -137,13 +137,13 @@ class Model:
         )
 
     def drop(self) -> None:
-        """Bytes are what limits this feed: it keeps the newest that fit together."""
+        """Drop entries by bytes: this feed keeps the newest that fit together."""
         while sum(ended.size for ended in self.feed[self.dropped :]) > CONFIG.feed_bytes:
             self.dropped += 1
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Every verb in any order, on an epoch small enough that everything turns over."""
+    """Every verb in any order, on a small epoch whose slots and ring are reused all the time."""
 
     implementation: str
     namespace: str
@@ -153,7 +153,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.exit = ExitStack()
         self.model = Model()
         self.watches: list[tuple[OperationId, OperationCompletionWatch, int]] = []
-        #: Whether anything has ever been watched.
+        #: Whether an operation has ever been watched.
         self.watched = False
 
     @initialize()
@@ -177,7 +177,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.registry.register_operation(spec(str(id), kind=kind, id=id))
         else:
             self.registry.register_operation(spec(str(id), kind=kind, id=id))
-            self.model.registrations.pop(id, None)  # so that the order is that of registration
+            self.model.registrations.pop(id, None)  # so that the order stays that of registration
             self.model.registrations[id] = Operation(id, kind)
 
     @rule(ids=SEVERAL)
@@ -262,7 +262,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 registry.provisioning_succeeded(id)
 
     def record(self, ids: list[OperationId]) -> None:
-        """Enter what has just ended into the model's feed."""
+        """Append the operations that have just ended to the model's feed."""
         before = len(self.model.feed)
         batch = self.registry.completion_feed().list_since(before)
         assert [entry.operation_id for entry in batch.entries] == ids
@@ -370,7 +370,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         batch = self.registry.completion_feed().list_since(0)
         assert batch.watermark == len(self.model.feed)
-        if self.watched:  # what is kept for watchers is passed over, and more is dropped for that
+        if self.watched:  # kept records are passed over, so more entries are dropped
             assert batch.dropped_through >= self.model.dropped
             self.model.dropped = batch.dropped_through
         assert batch.dropped_through == self.model.dropped
@@ -460,7 +460,7 @@ class CursorMachine(RuleBasedStateMachine):
 def test_histories(
     machine: type[RegistryMachine | CursorMachine], implementation: str, namespace: str
 ) -> None:
-    """Any number of them: `--hypothesis-seed` and profiles say which and how many."""
+    """Any number of histories: `--hypothesis-seed` and profiles choose them."""
     machine.implementation, machine.namespace = implementation, namespace
     run_state_machine_as_test(
         machine, settings=settings(UNHURRIED, max_examples=50, stateful_step_count=50)

@@ -1,4 +1,4 @@
-"""A stored epoch goes on where it was: what is kept, what is dropped, and what comes next."""
+"""A recovered epoch: the operations and entries that it keeps, and its next sequence."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_everything_is_captured(epoch: Epoch) -> None:
 
 
 def test_what_a_store_has_already_is_left_out(epoch: Epoch) -> None:
-    """But for what has not ended: how far that has come, no sequence tells."""
+    """Except live operations: no sequence shows their progress."""
     registry = epoch.registry
     live = reach(registry, OperationStatus.RUNNING)
     for _ in range(4):
@@ -308,7 +308,7 @@ def test_a_cursor_that_cannot_be_continued_from_counts_as_the_last_sequence(
 
 
 def test_a_cursor_that_can_be_continued_from_stays(caplog: pytest.LogCaptureFixture) -> None:
-    """Above the limit, too, where the feed itself has come so far."""
+    """Also above the limit, if the feed itself is that far."""
     last = 2**62 + 2000
     snapshot = stored(entry(last), cursors=cursors_at(2**62, last - 10, last))
     assert snapshot.recovered_cursors == snapshot.cursors
@@ -319,7 +319,8 @@ def test_a_cursor_that_can_be_continued_from_stays(caplog: pytest.LogCaptureFixt
 def test_no_store_is_given_a_cursor_that_it_cannot_be_continued_from(
     epoch: Epoch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would keep that for good, as the highest, and not know where the consumer really is."""
+    """It would keep that position for good, as the highest, and lose the consumer's real
+    position."""
     end(epoch.registry)
     epoch.cursors.agent_applied_cursor.advance(2**64 - 1)
     epoch.cursors.runtime_observed_seq.advance(2**62)
@@ -346,7 +347,7 @@ def test_cursors_beyond_the_feed_are_named(epoch: Epoch) -> None:
     assert "reset" in str(runtime)
 
 
-# --- what is no history of one epoch ----------------------------------------------------------
+# --- rows that are not the history of one epoch -----------------------------------------------
 
 
 def test_an_operation_that_ended_twice_is_refused() -> None:
@@ -394,7 +395,7 @@ REST: Final = '"runtime_last_injected_seq":0'
     ],
 )
 def test_json_of_cursors_is_read_strictly(text: str, field: str) -> None:
-    """One that was cut, or is no position, is never read as a position."""
+    """A cursor that is missing or not valid is never read as a position."""
     with pytest.raises(RecordInvalid) as refused:
         EpochCursorSnapshot.from_json(text)
     assert refused.value.kind == "EpochCursorSnapshot"
@@ -421,7 +422,7 @@ def test_json_of_cursors_has_the_whole_range(position: int) -> None:
 
 
 def test_a_completion_that_is_larger_than_the_feed_makes_it_larger() -> None:
-    """It is there, and the ones after it, too."""
+    """It is in the feed, and the later ones too."""
     small = OpsLifecycleConfig(max_completed=3, max_operations=1, feed_bytes=at.PAGE + 1024)
     snapshot = stored(entry(1), entry(2, "c" * 20_000), entry(3), cursors=cursors_at(0))
     recovered = Registry.from_recovered(snapshot, small)
@@ -497,7 +498,8 @@ POSITIONS: Final = st.integers(0, 40) | st.integers(0, 3000)
 def test_any_stored_feed(
     seqs: list[int], outcomes: list[Completed], positions: tuple[int, int, int]
 ) -> None:
-    """Holes included: a sequence nobody has is no gap, and what there is room for is there."""
+    """Also with holes: a sequence that no completion has is not a gap. As many entries as fit are
+    kept."""
     entries = [
         msgspec.structs.replace(entry(seq), terminal_outcome=outcome)
         for seq, outcome in zip(seqs, outcomes, strict=False)

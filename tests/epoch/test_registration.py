@@ -1,4 +1,4 @@
-"""What may enter a registry: once, while there is room, and only whole records that fit."""
+"""Registration: each operation once, while there is room, and only valid records that fit."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_peer_handle_has_a_limit_of_its_own(registry: Registry) -> None:
 def test_a_progress_message_is_cut_to_what_the_peer_handle_leaves(
     make_epoch: MakeEpoch, first: str, length: int, letter: str
 ) -> None:
-    """Whichever is reported first, and however often."""
+    """In either order, and any number of times."""
     registry = make_epoch().registry
     id, peer = reach(registry, OperationStatus.RUNNING), longest_peer()
     update = OperationProgressUpdate(letter * length, 12.5)
@@ -184,7 +184,7 @@ def test_a_progress_message_is_cut_to_what_the_peer_handle_leaves(
 def require_cut(
     found: OperationProgressUpdate | None, asked: OperationProgressUpdate, least: int
 ) -> None:
-    """All of the message, or at least so many bytes of it and a mark."""
+    """Fail unless it is the whole message, or at least `least` bytes of it and a mark."""
     assert found is not None
     assert found.percent == asked.percent
     if found.message != asked.message:
@@ -212,7 +212,7 @@ def test_a_detail_that_a_store_kept_is_cut_as_well(registry: Registry) -> None:
     assert progress.message.endswith("…")
 
 
-# --- whose operation it is ------------------------------------------------------------------------
+# --- the owner of an operation --------------------------------------------------------------------
 
 
 def test_an_operation_is_owned_by_the_session_that_it_is_registered_with(epoch: Epoch) -> None:
@@ -350,7 +350,7 @@ def _longest_spec() -> OperationSpec:
     return longest
 
 
-#: 50 of them have the least room that a configuration may give a table of 50.
+#: The least room that a configuration may give a table of 50 operations.
 FULL = {"max_operations": 50, "feed_bytes": at.PAGE + 100 * at.SPEC_LIMIT}
 LONGEST = {
     "no reason to speak of": "owner ended",

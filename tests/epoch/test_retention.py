@@ -1,4 +1,4 @@
-"""What a registry and its feed keep, and for how long."""
+"""Retention: how long a registry and its feed keep operations and entries."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def running(registry: Registry, count: int) -> list[OperationId]:
     return ids
 
 
-# --- what they do -------------------------------------------------------------------------------
+# --- effects ------------------------------------------------------------------------------------
 
 
 def test_operations_live_together(registry: Registry) -> None:
@@ -139,7 +139,7 @@ def test_who_waits_gets_them_together(registry: Registry) -> None:
     assert watch.wait(0) == Completed(result(ids[3]))
 
 
-# --- what is refused changes nothing --------------------------------------------------------------
+# --- refusals change nothing ----------------------------------------------------------------------
 
 
 def refused(registry: Registry, error: type[Exception], act: Callable[[], None]) -> Any:

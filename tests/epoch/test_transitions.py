@@ -1,4 +1,4 @@
-"""What every transition does before its own work, and what it takes from the clock."""
+"""The common first steps of all transitions, and their use of the clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def epoch() -> tuple[Segment, Registry]:
 
 
 def live(registry: Registry, n: int, moment: Callable[[int], None] = lambda _: None) -> None:
-    """The n-th operation's life: every way through the native transitions, in turn."""
+    """The life of the n-th operation; all paths through the native transitions, in turn."""
     moment(0)
     id = OperationId.from_bytes(n.to_bytes(16, "little"))
     registry.register_operation(replace(SPEC, id=id, display_name=f"number {n}" * (n % 7)))
@@ -47,7 +47,7 @@ def live(registry: Registry, n: int, moment: Callable[[int], None] = lambda _: N
 def live_together(
     registry: Registry, n: int, moment: Callable[[int], None] = lambda _: None
 ) -> None:
-    """The lives of up to four operations, together as far as they go."""
+    """The lives of up to four operations, in batches as far as possible."""
     moment(0)
     count = 1 + n % 4
     ids = [OperationId.from_bytes((8 * n + i).to_bytes(16, "little")) for i in range(count)]
@@ -76,7 +76,7 @@ def test_the_table_and_both_rings_turn_over(live: Life) -> None:
     assert segment.memory.load(at.DROPPED_AT) > 2_000
 
 
-#: What a writer that was killed, or a fault, leaves behind.
+#: States that a killed writer, or a fault, leaves behind.
 LEFT: dict[str, Callable[[Segment], None]] = {
     "nothing": lambda _: None,
     "an ending that was not committed": lambda s: s.memory.store(

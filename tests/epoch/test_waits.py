@@ -62,7 +62,7 @@ from tests.epoch.operations import (
 )
 from tests.support import eventually, held_writer
 
-#: From which status each action ends an operation.
+#: A status from which each action ends an operation.
 ENDINGS: Final = {
     action: OperationStatus.PROVISIONING
     if OperationStatus.RUNNING not in allowed
@@ -180,7 +180,7 @@ def test_an_outcome_is_found_after_its_slot_has_passed_on(make_epoch: MakeEpoch)
 
 
 def turn_over(registry: Registry) -> None:
-    """Operations until nothing that ended before is in the feed or in the table."""
+    """Run operations until nothing that ended before is in the feed or in the table."""
     feed = registry.completion_feed()
     watermark = feed.watermark()
     while feed.list_since(0).dropped_through < watermark:
@@ -194,7 +194,7 @@ SMALL: Final = {"max_completed": 1, "max_operations": 9, "feed_bytes": 9 * 1024 
 def test_a_watcher_gets_an_outcome_that_retention_has_dropped(
     make_epoch: MakeEpoch, size: int
 ) -> None:
-    """All of it, however long it is, and every watcher the same."""
+    """Every watcher gets the whole outcome, however long it is."""
     registry = make_epoch(**SMALL).registry
     id = running(registry)
     watches = [registry.register_watcher(id) for _ in range(3)]
@@ -213,7 +213,7 @@ def test_a_watcher_gets_an_outcome_that_retention_has_dropped(
 def test_a_watcher_gets_an_outcome_that_was_dropped_for_the_number_of_entries(
     make_epoch: MakeEpoch,
 ) -> None:
-    """The feed has room for their bytes, and not for so many."""
+    """The feed has room for their bytes, but not for their number."""
     registry = make_epoch(**SMALL | {"feed_bytes": 512 * 1024}).registry
     id = running(registry)
     watch = registry.register_watcher(id)
@@ -265,7 +265,7 @@ def test_an_awaited_barrier_does(make_epoch: MakeEpoch) -> None:
         wait = asyncio.ensure_future(registry.all_ended(RunId.new(), ids))
         while taken(registry, ids[2]).watcher_count == 0:
             await asyncio.sleep(0.001)
-        end_all()  # the loop stands still meanwhile
+        end_all()  # the event loop is blocked meanwhile
         return await wait
 
     assert [each for each, _ in run(main()).outcomes] == ids
@@ -273,7 +273,7 @@ def test_an_awaited_barrier_does(make_epoch: MakeEpoch) -> None:
 
 
 def fill_the_table(registry: Registry) -> None:
-    """As many operations as there may be; no slot is lost to anything else."""
+    """Register as many operations as allowed; all slots are available for them."""
     turn_over(registry)
     table, layout = registry._table, registry._segment.layout
     ids = []
@@ -327,7 +327,7 @@ def test_registrations_come_before_what_is_kept(make_epoch: MakeEpoch) -> None:
 
 
 def dropped_and_kept(registry: RuntimeOpsLifecycleRegistry) -> OperationCompletionWatch:
-    """A watcher of an outcome that only its slot holds still."""
+    """A watcher of an outcome that only its slot still holds."""
     id = running(registry)
     watch = registry.register_watcher(id)
     registry.cancel_operation(id, "r" * 3000)
@@ -379,7 +379,7 @@ def test_an_end_that_the_store_is_behind_takes_no_outcome_from_a_watcher(
 
 
 def test_where_there_is_no_other_room_the_oldest_outcome_gives_way(make_epoch: MakeEpoch) -> None:
-    """Three that are kept leave no room for another record; two of them do."""
+    """Three kept outcomes leave no room for another record; two do."""
     registry = make_epoch(**SMALL).registry
     ids = [running(registry) for _ in range(3)]
     oldest, *others = [registry.register_watcher(id) for id in ids]
@@ -393,7 +393,8 @@ def test_where_there_is_no_other_room_the_oldest_outcome_gives_way(make_epoch: M
 
 
 def test_an_outcome_without_room_is_said_to_be_dropped(make_epoch: MakeEpoch) -> None:
-    """More than the memory of an epoch holds: its watchers hear that it ended, at once."""
+    """There are more than the memory of an epoch holds: their watchers are told at once that it
+    ended."""
     registry = make_epoch(**SMALL).registry
     ids = [running(registry) for _ in range(4)]
     watches = [registry.register_watcher(id) for id in ids]
@@ -423,17 +424,17 @@ def test_what_a_dead_participant_watched_is_given_back(make_epoch: MakeEpoch) ->
     registry.register_watcher(id)
     registry.cancel_operation(id, "r" * 4000)
     turn_over(registry)
-    for participant in {registry.participant for _ in range(2)}:  # of two attachments, if there are
+    for participant in {registry.participant for _ in range(2)}:  # of two attachments, if there are two
         forget_watchers(registry, participant)
     fill_the_table(registry)
 
 
 def test_what_a_dead_participant_ran_and_watched_is_given_back(make_epoch: MakeEpoch) -> None:
-    """Its slot, by the call that ends it: nobody watches what has just ended."""
+    """The call that ends it also frees its slot: no live process watches the operation."""
     registry = make_epoch(**SMALL).registry
     id = running(registry)
     watch = registry.register_watcher(id)
-    dead = {registry.participant for _ in range(2)}  # of two attachments, if there are
+    dead = {registry.participant for _ in range(2)}  # of two attachments, if there are two
     assert registry.terminate_where(lambda _: True, "it died", dead=dead) == 1
     layout = registry._segment.layout
     column = registry._segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)
@@ -564,7 +565,7 @@ def running_or_ended(registry: Registry) -> OperationId:
 
 
 def test_a_barrier_does_not_wait_for_a_writer_longer_than_it_may(namespace: str) -> None:
-    """One that was stopped in a transition; and an event loop goes on meanwhile."""
+    """The writer was stopped in a transition; the event loop goes on meanwhile."""
     with shared(namespace, None) as epoch:
         registry, id = epoch.registry, running(epoch.registry)
         held = ExitStack()
@@ -750,7 +751,7 @@ class Interrupted(Exception):
 
 def interrupt_at(line: int) -> Callable[..., Any]:
     """A trace function that raises at the n-th line of the modules that wait, as a signal handler
-    may. Not at the store that ends a turn, before which no handler runs."""
+    may. It does not raise at the store that ends a turn: no handler runs before that."""
     files = {waits_module.__file__, waiting_module.__file__}
     left = line
 

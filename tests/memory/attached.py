@@ -27,7 +27,7 @@ from tests.support import eventually
 T = TypeVar("T")
 
 ROOM: Final = Room(max_completed=8, max_operations=8, feed_bytes=4096)
-#: The byte that is locked: not the one that a lock has by itself.
+#: The byte that is locked: not the default byte of a lock.
 BYTE: Final = 7
 
 
@@ -50,13 +50,13 @@ class Attached:
         self.epoch: Final = Epoch(self.memory, self.lock, *room)
 
     def turn(self, number: int) -> None:
-        """Enter an operation and end it."""
+        """Register an operation and end it."""
         id = Id.of(number)
         self.epoch.register(((id, head(id), b""),), 1, 1)
         self.epoch.end(((id, b"outcome"),), LIVE, 1, 1, False)
 
     def outcomes(self) -> int:
-        """How many operations have ended, each of them once and the feed in good order."""
+        """How many operations have ended; checks that each ended once, in the order of the feed."""
         assert self.epoch.active() == 0
         registrations, watermark, *_ = self.epoch.words()
         assert registrations == watermark
@@ -77,8 +77,8 @@ class Attached:
 
 @contextmanager
 def held(fd: int) -> Iterator[None]:
-    """Hold the lock, as a process does that is stopped in a transition. By `fd` itself, which is
-    another description than those of attachments."""
+    """Hold the lock, like a process that is stopped in a transition. It locks `fd` itself, which is
+    another description than those of the attachments."""
     assert eventually(lambda: try_lock(fd, BYTE, False))
     try:
         yield
@@ -87,7 +87,7 @@ def held(fd: int) -> Iterator[None]:
 
 
 def waiting(pool: ThreadPoolExecutor, call: Callable[[], T]) -> Future[T]:
-    """A call in a thread, which has begun to wait for the lock if that was not to be had."""
+    """A call in a thread, which waits for the lock now unless it has got it."""
     began: list[int] = []
 
     def run() -> T:
@@ -114,13 +114,13 @@ def interrupt_main_thread(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
 
 
-#: An epoch whose copy takes a moment, in which the lock is held without the interpreter.
+#: An epoch whose copy takes a moment, while the lock is held without the interpreter lock.
 LARGE: Final = Room(feed_bytes=2**26)
 
 
 @contextmanager
 def copying(one: Attached, fd: int) -> Iterator[Future[Memory]]:
-    """A thread that has just begun to copy a large epoch, without the interpreter."""
+    """A thread that has just begun to copy a large epoch, without the interpreter lock."""
     with ThreadPoolExecutor(1) as pool:
         with held(fd):
             task = waiting(pool, one.epoch.copy)

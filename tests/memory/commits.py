@@ -34,7 +34,7 @@ Act: TypeAlias = Callable[[Registry], object]
 
 
 class Case(NamedTuple):
-    """What is done first, the transition, how many commits it makes, and what refuses it."""
+    """The preparation, the transition, its number of commits, and the error of a refusal."""
 
     prepare: Act
     act: Act
@@ -68,14 +68,14 @@ def sealed(registry: Registry) -> None:
 
 
 def full(registry: Registry) -> None:
-    """A feed that drops what it holds for the next record."""
+    """A feed that must drop entries for the next record."""
     running(registry)
     for _ in range(4):
         end(registry, "r" * 2500)
 
 
 def stored_by_nobody(registry: Registry) -> None:
-    """A feed that cannot drop what it holds."""
+    """A feed that must not drop its entries, since no store has them."""
     running(registry)
     registry.complete_operation(IDS[1], result(IDS[1], "c" * 6000))
 
@@ -138,7 +138,7 @@ CASES: Final[dict[str, Case]] = {
     "seal": Case(running, lambda r: r._segment.seal()),
     "check": Case(running, lambda r: r.check(), 0),
     "restore": Case(lambda _: None, lambda r: r._epoch.restore((), 7, 9, 8)),
-    # What is refused.
+    # Refusals.
     "register again": Case(
         running, lambda r: r.register_operations([spec(), spec(id=ONE)]), 0, AlreadyRegistered
     ),
@@ -185,7 +185,7 @@ CASES: Final[dict[str, Case]] = {
 
 
 def commits_of(case: Case) -> int:
-    """How many its transition makes."""
+    """How many commits its transition makes."""
     registry = Registry.with_config(
         OpsLifecycleConfig(
             max_operations=6,
@@ -207,5 +207,5 @@ def commits_of(case: Case) -> int:
 
 
 def main() -> None:
-    """Say it of each case."""
+    """Print the commits of each case."""
     print(json.dumps({name: commits_of(case) for name, case in CASES.items()}))

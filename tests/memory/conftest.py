@@ -1,4 +1,4 @@
-"""What the tests of the native module share: a page of memory, and a file that is open twice."""
+"""Shared by the tests of the native module: a page of memory, and a file that is open twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fds() -> Iterator[tuple[int, int]]:
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    """The file of an epoch that nothing is in yet, as large as `ROOM`; it has no name."""
+    """The file of an empty epoch, as large as `ROOM`; it has no name."""
     fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     os.truncate(fd, ROOM.parts["size"])
     yield fd

@@ -1,4 +1,4 @@
-"""A small epoch in private memory, of which tests know every byte."""
+"""A small epoch in private memory, whose every byte the tests know."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Room(NamedTuple):
 
     @property
     def parts(self) -> at.Parts:
-        """Where its parts lie."""
+        """The offsets of its parts."""
         return at.layout(
             self.max_completed, self.max_operations, self.feed_bytes, self.max_participants
         )
 
 
 class Id(Identifier):
-    """An identifier that a number makes."""
+    """An identifier made from a number."""
 
     @classmethod
     def of(cls, number: int) -> Id:
@@ -40,28 +40,28 @@ class Id(Identifier):
 
 
 def head(id: Identifier, length: int = 48) -> bytes:
-    """What the entry of an operation has of its spec: of no matter to the native module."""
+    """The head of an operation's spec: any bytes, for the native module."""
     return (id.bytes * (length // len(id.bytes) + 1))[:length]
 
 
-#: What is before each value of an entry.
+#: The bytes before each value of an entry.
 TEMPLATE: Final = (b"<seq>", b"<id>", b"<head>", b"<outcome>", b"<time>")
 
 
 def entry(seq: int, id: Identifier, head: bytes, outcome: bytes, now_ms: int) -> bytes:
-    """What the native module makes of these, with that template."""
+    """The entry that the native module makes of these values with that template."""
     values = (seq.to_bytes(8, "big"), id.bytes, head, outcome, now_ms.to_bytes(8, "big"))
     return b"".join(part + value for part, value in zip(TEMPLATE, values, strict=True))
 
 
 def array(entries: Iterable[bytes]) -> bytes:
-    """Entries as `list_since` gives them."""
+    """Entries as `list_since` returns them."""
     all = list(entries)
     return b"\xdd" + len(all).to_bytes(4, "big") + b"".join(all)
 
 
 class Private:
-    """An epoch with the memory and the lock that it has."""
+    """An epoch with its memory and its lock."""
 
     def __init__(self, room: Room | None = None, *, memory: Memory | None = None) -> None:
         self.room: Final = room or Room()
@@ -71,19 +71,19 @@ class Private:
         self.epoch: Final = Epoch(self.memory, self.lock, *self.room)
 
     def register(self, number: int, *, length: int = 48, rest: bytes = b"") -> Id:
-        """Enter the operation of a number."""
+        """Register the operation of a number."""
         id = Id.of(number)
         self.epoch.register(((id, head(id, length), rest),), 1, 1_000_000)
         return id
 
     def put(self, number: int, outcome: bytes, *, length: int = 48, rest: bytes = b"") -> bytes:
-        """Enter and end the operation of a number; the entry that this makes."""
+        """Register and end the operation of a number; returns its entry."""
         id = self.register(number, length=length, rest=rest)
         seq = self.epoch.end(((id, outcome),), LIVE, 5, 9_000_000, False)
         return entry(seq, id, head(id, length), outcome, 5)
 
     def list_since(self, after: int) -> tuple[int, int, bytes | None]:
-        """What the feed has above a sequence."""
+        """The feed's entries above a sequence."""
         return self.epoch.list_since(after, TEMPLATE)
 
     def recorded(self, seq: int) -> bytes | None:
@@ -95,5 +95,5 @@ class Private:
         return entry(seq, Id(raw), head, outcome, completed_at_ms)
 
     def image(self) -> bytes:
-        """All that its memory holds."""
+        """The content of its memory."""
         return bytes(self.memory)

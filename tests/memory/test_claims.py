@@ -1,4 +1,4 @@
-"""Claims: who of a process holds a byte, and what the kernel is told of it."""
+"""Claims: which claim of a process holds a byte, and when the kernel's lock is held."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shmepoch.memory.claims import Claim, Listed, lose_claims
 from shmepoch.memory.segment import Segment, SharedSegment
 
 BYTE = at.AGENT_BYTE
-#: Of the first claim and the second, whether they share, and whether the second is granted.
+#: Whether the first claim shares, whether the second does, and whether the second is granted.
 PAIRS = [(False, False, False), (False, True, False), (True, False, False), (True, True, True)]
 
 
@@ -32,7 +32,7 @@ def shared(namespace: str) -> Iterator[SharedSegment]:
 
 @pytest.fixture
 def other(shared: SharedSegment) -> Iterator[SharedSegment]:
-    """Another attachment, with a descriptor of its own, as another process has."""
+    """Another attachment with its own descriptor, like another process."""
     other = SharedSegment.attach(shared.namespace, shared.session_id)
     yield other
     other.close()
@@ -114,7 +114,7 @@ def test_leaving_loses_every_claim(shared: SharedSegment, other: SharedSegment) 
 def test_a_descriptor_that_was_given_up_is_not_used(
     shared: SharedSegment, other: SharedSegment
 ) -> None:
-    """Its number may be another file's by now."""
+    """Its number may belong to another file now."""
     claim = taken(other)
     number = other.fd
     other.close()
@@ -164,7 +164,7 @@ def test_one_of_many_threads_has_it(segment: Segment) -> None:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do `act` in the middle of the next claim, with the lock held."""
+    """Call `act` in the middle of the next claim, while the lock is held."""
     lock = Listed.lock
 
     def interrupted(listed: Listed) -> bool:
@@ -202,7 +202,7 @@ def test_what_is_released_while_another_thread_has_the_lock_is_dropped_by_that_t
 
 
 class Releasing(Listed):
-    """Does something when it is lost."""
+    """Calls something when it is lost."""
 
     def __init__(self, segment: Segment, byte: int, act: Callable[[], object]) -> None:
         super().__init__(segment, byte, False)
@@ -217,7 +217,7 @@ class Releasing(Listed):
 def test_a_release_in_the_middle_of_a_claim(
     shared: SharedSegment, other: SharedSegment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finalizer enters the lock again: what is claimed in the end is locked."""
+    """A finalizer enters the lock again: in the end the claimed byte is locked."""
     before = taken(shared, shared=True)
     interrupt(monkeypatch, before.release)
     claim = taken(shared, shared=True)
@@ -230,7 +230,7 @@ def test_a_release_in_the_middle_of_a_claim(
 def test_a_claim_in_the_middle_of_a_claim(
     segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal handler enters the lock again: it came second."""
+    """A signal handler enters the lock again: its claim is the second one."""
     inner: list[Claim | None] = []
     interrupt(monkeypatch, lambda: inner.append(segment.claim(BYTE)))
     taken(segment)
@@ -240,7 +240,7 @@ def test_a_claim_in_the_middle_of_a_claim(
 def test_an_interrupt_in_the_middle_of_a_claim(
     segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is free afterwards."""
+    """The byte is free afterwards."""
 
     def raise_it() -> None:
         raise KeyboardInterrupt

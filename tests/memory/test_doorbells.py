@@ -76,7 +76,7 @@ async def advanced(bindings: SessionRuntimeBindings, after: int = 0) -> int:
 
 
 def end_in(bindings: list[SessionRuntimeBindings], test: Channel) -> None:
-    """End an operation in each epoch, when told to."""
+    """End an operation in each epoch, on request."""
     test.hear()
     for one in bindings:
         end(one, TOOL)
@@ -130,7 +130,7 @@ async def _one_more(bindings: SessionRuntimeBindings, after: int) -> None:
     assert await waiting == after + 1
 
 
-# --- who waits --------------------------------------------------------------------------------
+# --- waiters ----------------------------------------------------------------------------------
 
 
 def test_many_event_loops_at_once(adapter: RuntimeSessionAdapter) -> None:
@@ -202,7 +202,7 @@ def test_a_loop_that_was_closed_while_it_waited_is_no_trouble(
 
 
 def wait_and_exit(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Wait in a thread that is not waited for, and end."""
+    """Wait in a daemon thread, and end."""
     thread = threading.Thread(target=lambda: asyncio.run(advanced(bindings)), daemon=True)
     thread.start()
     while not Doorbells.of(bindings.shared_segment().namespace)._waits:
@@ -254,7 +254,7 @@ def wait_for_ever(bindings: SessionRuntimeBindings, test: Channel) -> None:
 
 
 def leave_a_page(bindings: SessionRuntimeBindings, namespace: str) -> int:
-    """Have a listener killed; the inode of the page that it left."""
+    """Kill a listener; returns the inode of the page that it left."""
     with start(wait_for_ever, bindings) as child:
         assert child.hear() == "waiting"
         child.kill()
@@ -262,7 +262,7 @@ def leave_a_page(bindings: SessionRuntimeBindings, namespace: str) -> int:
 
 
 async def wait_and_end(bindings: SessionRuntimeBindings, after: int, namespace: str) -> int:
-    """Wait while an operation ends; the inode of the page meanwhile."""
+    """Wait while an operation ends; returns the inode of the page meanwhile."""
     waiting = asyncio.ensure_future(advanced(bindings, after))
     await asyncio.sleep(0)
     eventually(lambda: hears(namespace))
@@ -300,7 +300,7 @@ def test_a_page_that_is_listened_to_is_not_removed(
 
 
 def retire(namespace: str) -> None:
-    """Do half of a removal: the process that did this was killed before the other half."""
+    """Do the first half of a removal, like a process that was killed before the second half."""
     fd = open_owned(doorbells_path(namespace))
     map_shared(fd, 4096).store(RETIRED_AT, 1)
     fd.close()
@@ -325,7 +325,7 @@ def test_a_page_that_is_being_removed_is_replaced(
 
 
 def ring_now_and_then(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """End an operation each time that it is told to; it keeps its page of doorbells in between."""
+    """End an operation on each request; keep the page of doorbells in between."""
     while test.hear():
         end(bindings, TOOL)
 
@@ -348,7 +348,7 @@ def test_a_writer_that_has_an_old_page_rings_the_new_one(
             asyncio.run(asyncio.wait_for(wait(after), 30))
             Doorbells.of(namespace).stop()
             assert not doorbells_path(namespace).exists()
-        writer.say(True)  # nobody listens
+        writer.say(True)  # no process listens
         feed.wait_for_advance(4, 60)
         writer.say(False)
         writer.result()
@@ -369,7 +369,7 @@ def test_a_wait_without_room_for_a_page_looks_by_itself(
     async def hear_again() -> None:
         waiting = asyncio.ensure_future(advanced(bindings, 2))
         await asyncio.sleep(0)
-        eventually(lambda: hears(namespace))  # once there is room
+        eventually(lambda: hears(namespace))  # when there is room
         end(bindings, TOOL)
         await waiting
 
@@ -391,11 +391,11 @@ def test_a_page_that_lost_its_name_is_made_anew(
     run(wait())
 
 
-# --- what else is in its place -------------------------------------------------------------------
+# --- other files with the page's name ------------------------------------------------------------
 
 
 def put_sparse(path: Path) -> None:
-    """As long as a page, without the memory that it needs."""
+    """Make a file as long as a page, without reserved memory."""
     with path.open("wb") as file:
         file.truncate(4096)
 
@@ -420,7 +420,7 @@ IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
     "pipe": lambda path: os.mkfifo(path, 0o600),
     "another user's": give_away,
 }
-#: What is this user's alone, and a file, is replaced.
+#: Regular files of this user alone are replaced.
 REPLACED = {"empty", "short", "long", "noise", "sparse"}
 
 
@@ -437,7 +437,7 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
     if what in REPLACED:
         path.chmod(0o600)
     bindings.shared_segment().memory.fetch_or(at.DOORBELLS_AT, 2**32 - 1)
-    end(bindings, TOOL)  # a writer is the first that finds it
+    end(bindings, TOOL)  # a writer finds it first
     run(_one_more(bindings, 1))
     run(_one_more(bindings, 2))
     eventually(lambda: not listeners())
@@ -452,11 +452,11 @@ def test_what_is_in_the_place_of_a_page_stops_neither_waits_nor_writers(
 def test_what_is_no_page_is_replaced_by_one(
     bindings: SessionRuntimeBindings, namespace: str, what: str
 ) -> None:
-    """To use it would end well as long as there is room."""
+    """Using it would work only as long as there is room."""
     path = doorbells_path(namespace)
     IN_ITS_PLACE[what](path)
     path.chmod(0o600)
-    with path.open("rb") as put:  # so that its number is not another file's
+    with path.open("rb") as put:  # so that its inode is not reused
         assert run(wait_and_end(bindings, 0, namespace)) != os.fstat(put.fileno()).st_ino
     eventually(lambda: not path.exists())
 
@@ -471,14 +471,14 @@ def owner_of(step: str) -> Any:
 
 
 def stand_still() -> None:
-    # To this thread: one that is sent to the process may let it go a little further.
+    # To this thread: a signal to the process may let this thread run a little further.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def listen_and_stop(
     bindings: SessionRuntimeBindings, test: Channel, step: str, after: bool, times: int
 ) -> None:
-    """Listen, and stop listening; stand still before or after a step of it."""
+    """Listen, and stop listening; be stopped before or after one step of it."""
     owner = owner_of(step)
     do, left = getattr(owner, step), times
 
@@ -514,7 +514,7 @@ def test_others_go_on_though_a_process_stands_still_in_the_middle(
         for seq in range(1, 4):
             run(_one_more(bindings, seq))
         child.signal(signal.SIGCONT)
-        for seq in range(4, 6):  # while the other one goes on with what is no longer there
+        for seq in range(4, 6):  # while the other one uses a page that is gone
             run(_one_more(bindings, seq))
         assert child.hear() >= 1
     remove_unused_doorbells(namespace)
@@ -539,8 +539,8 @@ def test_others_go_on_though_a_process_is_killed_in_the_middle(
 def wait_in_the_child(
     bindings: SessionRuntimeBindings, test: Channel, go_on: threading.Event
 ) -> tuple[list[str], int]:
-    """What it inherited of pages of doorbells, and what a wait of its own gives."""
-    go_on.set()  # the patched step is this process's, too
+    """The pages of doorbells that it inherited, and the result of its own wait."""
+    go_on.set()  # the step is patched in this process, too
     inherited = [file for file in open_files() if ".doorbells" in file]
     position = asyncio.run(_wait_here(bindings))
     Doorbells.of(bindings.shared_segment().namespace).stop()
@@ -627,7 +627,7 @@ def test_waits_go_on_without_a_thread_and_after_it(
 
 def end_without_descriptors(bindings: SessionRuntimeBindings, test: Channel) -> str:
     """End operations in a process that cannot open anything more."""
-    end(bindings, TOOL)  # what is made on first use is made
+    end(bindings, TOOL)  # so that lazy attributes exist
     test.hear()
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with pytest.raises(OSError, match="Too many"):
@@ -709,7 +709,7 @@ def test_a_function_that_runs_at_exit_may_wait(
     assert not doorbells_path(namespace).exists()
 
 
-# --- code of others, at any moment ---------------------------------------------------------------
+# --- other code, at any moment -------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -772,7 +772,7 @@ def test_a_wait_that_is_interrupted_at_any_line_harms_no_later_one(
 def test_waits_that_the_garbage_collector_ends_block_nothing(
     adapter: RuntimeSessionAdapter, private: bool
 ) -> None:
-    """They end at any allocation, in the listening thread and in the middle of an addition."""
+    """Waits may end at any allocation, in the listening thread and in the middle of an addition."""
     session = SessionId.new()
     bindings = (
         SessionRuntimeBindings.standalone(session) if private else adapter.prepare_bindings(session)

@@ -1,4 +1,4 @@
-"""The layout of a segment: its page draws what the native module has; its parts are in order."""
+"""The layout of a segment: its page matches the native module; its parts are in order."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def drawn() -> list[dict[str, int]]:
 
 
 def extent(field: str) -> int:
-    """How many bytes a field takes, by its name on the page."""
+    """The bytes of a field, by its name on the page."""
     found = re.search(r"\((?:(\d+) x )?(\d+|max_participants)\)", field)
     if found is None:
         return at.WORD
@@ -147,7 +147,7 @@ def test_the_tables_are_the_constants() -> None:
 
 
 def test_every_constant_of_an_offset_is_drawn() -> None:
-    """One that is added is looked for on the page, until this test knows it."""
+    """A new constant must be on the page, or be named in this test."""
     prefixes = ("SLOT_", "RECORD_", "PARTICIPANT_")
     named = {name for name in dir(at) if name.endswith("_AT") or name.startswith(prefixes)}
     elsewhere = {"PARTICIPANTS_AT", "PARTICIPANT_SIZE", "PARTICIPANT_BYTE", "CURSORS_AT"}
@@ -208,7 +208,7 @@ def test_a_layout_is_rebuilt_from_its_header(config: OpsLifecycleConfig | None) 
     assert again.size == layout.size
 
 
-#: What the page says of each part: how it is aligned, and its size.
+#: The alignment and the size of each part on the page.
 SIZES: Final = {
     "header": (at.PAGE, "256"),
     "cursors": (at.LINE, "3 x 128"),
@@ -242,7 +242,7 @@ def up_to(offset: int, to: int) -> int:
 @UNHURRIED
 @given(config=CONFIGS)
 def test_parts_follow_each_other(config: OpsLifecycleConfig) -> None:
-    """As the page has them: each begins where the one before ends, at its alignment."""
+    """As on the page: each part begins where the one before ends, at its alignment."""
     layout = Layout(config)
     completed, operations = config.max_completed, config.max_operations
     retained_count = completed + operations

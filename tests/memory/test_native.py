@@ -1,4 +1,4 @@
-"""The native module as a whole: what it names, and that no call leaks or frees anything twice."""
+"""The native module as a whole: its names, and that its calls neither leak nor free twice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Closed(Exception):
     pass
 
 
-# --- what it names --------------------------------------------------------------------------------
+# --- its names ------------------------------------------------------------------------------------
 
 
 def test_the_module_names_what_its_types_say() -> None:

@@ -111,8 +111,8 @@ def test_a_cell_in_a_cycle_is_collected() -> None:
 
 # --- snapshots ------------------------------------------------------------------------------------
 def test_a_snapshot_is_of_one_instant(fds: tuple[int, int]) -> None:
-    """Of words that another process, which this one's interpreter lock does not stop, raises one
-    after the other: no later one is ever ahead, and none is two behind."""
+    """Another process, which this one's interpreter lock does not stop, raises the words in turn: a
+    later word is never ahead, and never two behind."""
     memory, words, stride, rounds = Memory(fds[0], SIZE), 8, 512, 1_000_000
     pid = os.fork()
     if pid == 0:
@@ -131,7 +131,7 @@ def test_a_snapshot_is_of_one_instant(fds: tuple[int, int]) -> None:
 
 
 def test_a_snapshot_of_words_that_never_stand_still_ends(fds: tuple[int, int]) -> None:
-    """Another process moves a word after each instruction of it."""
+    """Another process moves a word after each instruction of the snapshot."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,4 +1,4 @@
-"""OPS-4: a transition becomes true by exactly one store. A build that counts them says so."""
+"""OPS-4: a transition becomes true by exactly one store. A build that counts commits checks it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.memory.commits import CASES
 _TREE: Final = Path(__file__).parents[2]
 _SOURCES: Final = sorted((_TREE / "shmepoch" / "native").glob("*.c"))
 
-#: What an interpreter runs that has the module of a path as its native one.
+#: A program that uses the module at a path as the native one.
 _COUNT: Final = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("shmepoch._native", sys.argv[1])
@@ -42,7 +42,7 @@ def build(folder: Path) -> Path:
 
 @pytest.mark.skipif(not _SOURCES, reason="the module was installed without its sources")
 def test_a_transition_makes_one_commit_and_a_refused_one_none(tmp_path: Path) -> None:
-    """Each of several that start makes one; and the end of an epoch makes one of its own."""
+    """Several starts make one commit each, and the end of an epoch makes its own."""
     counting = subprocess.run(
         [sys.executable, "-c", _COUNT, build(tmp_path)],
         cwd=_TREE,

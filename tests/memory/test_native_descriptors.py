@@ -1,4 +1,4 @@
-"""Byte locks, and descriptors: each is closed with its object, and no child keeps its parent's."""
+"""Byte locks, and descriptors: closed with their object, and not kept by a forked child."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_byte_locks_are_between_descriptions(fds: tuple[int, int]) -> None:
 
 
 def held(path: Path) -> tuple[Descriptor, Memory]:
-    """The descriptor of a file of this user's alone that byte 5 is held of, and the file mapped."""
+    """The descriptor of a file of this user alone, with byte 5 locked, and the mapped file."""
     opened = Descriptor.open_held(path, 5, OWNED, 3, True)
     assert opened is not None
     descriptor, size, head, memory = opened
@@ -71,7 +71,7 @@ def held(path: Path) -> tuple[Descriptor, Memory]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file that everything is in order of."""
+    """A file in which everything is in order."""
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     path.chmod(0o600)
@@ -110,7 +110,7 @@ def test_a_descriptor_that_is_not_open() -> None:
 
 
 def open_descriptors() -> list[str]:
-    """The numbers that are open, but for that of the listing."""
+    """The open descriptors, without that of the listing."""
     return sorted(os.listdir("/proc/self/fd"))
 
 
@@ -200,7 +200,7 @@ def test_a_descriptor_takes_over_another(path: Path) -> None:
 
 
 def test_a_child_leaves_what_it_inherited_to_its_parent(path: Path) -> None:
-    """However it is closed there, also beside memory that is mapped through it."""
+    """In every way to close it there, also with memory that is mapped through it."""
     path.write_bytes(bytes(SIZE))
     path.chmod(0o600)
     one, memory = held(path)
@@ -293,7 +293,7 @@ def test_a_file_that_is_not_in_order_is_not_held(path: Path, tmp_path: Path) -> 
 
 
 def test_what_is_opened_is_what_is_mapped(tmp_path: Path) -> None:
-    """However often the name comes to lead to another file meanwhile."""
+    """However often the name changes to another file meanwhile."""
     name = tmp_path / "name"
     name.touch(0o600)
     child = os.fork()
