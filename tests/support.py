@@ -1,4 +1,4 @@
-"""What several tests need: waiting, looking into shared memory, making operations."""
+"""Helpers of several tests: waiting, inspecting shared memory, making operations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def eventually(look: Callable[[], T | None], *, within: float = 20.0) -> T:
 
 
 def forked(act: Callable[[], object]) -> int:
-    """The exit code of a forked child that acts: 0, or 1 if it raises, or that of an alarm."""
+    """Call `act` in a forked child; returns its exit code: 0, 1 if it raises, or that of an
+    alarm."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -47,17 +48,17 @@ def forked(act: Callable[[], object]) -> int:
 
 
 def in_a_child(act: Callable[[], object]) -> None:
-    """Do this in a forked child, which has to succeed."""
+    """Call `act` in a forked child, which must succeed."""
     assert forked(act) == 0
 
 
 def segments_in(namespace: str) -> list[Path]:
-    """What the namespace has in shared memory."""
+    """The files of the namespace in shared memory."""
     return sorted(SHM_DIR.glob(f"shmepoch.{namespace}.*"))
 
 
 def names_in(namespace: str) -> list[str]:
-    """The names of what the namespace has in shared memory."""
+    """The names of the namespace's files in shared memory."""
     return [path.name for path in segments_in(namespace)]
 
 
@@ -67,7 +68,7 @@ def mappings(segment: SharedSegment) -> int:
 
 
 def empty_shared_memory(namespace: str) -> None:
-    """Remove what the namespace has in shared memory, as the end of the machine would."""
+    """Remove the namespace's files in shared memory, like a crash of the machine."""
     for path in segments_in(namespace):
         path.unlink(missing_ok=True)  # a listener may publish its page of doorbells meanwhile
 
@@ -88,7 +89,7 @@ def spec(
 
 
 def damage_record(segment: Segment, seq: int) -> None:
-    """Overwrite a word of a record: its checksum does not match any more."""
+    """Overwrite a word of a record, so that its checksum does not match."""
     position = segment.memory.load(segment.layout.index_word(seq)) & ~1
     word = (position + at.RECORD_SIZE) % segment.layout.feed_bytes
     segment.memory.store(segment.layout.records + word, 2**63)
@@ -101,7 +102,7 @@ def result(id: OperationId, content: str = "done") -> OperationResult:
 
 @contextmanager
 def held_writer(segment: SharedSegment) -> Iterator[None]:
-    """Hold an epoch's writer lock, as another process does that is stopped in a transition."""
+    """Hold an epoch's writer lock, like another process that is stopped in a transition."""
     descriptor = Descriptor.open(segment.path, os.O_RDWR)
     try:
         eventually(lambda: try_lock(descriptor, at.WRITER_BYTE, False))

@@ -1,4 +1,4 @@
-"""What is given the wrong type, None, or a class for its instance says what it takes."""
+"""A call with a wrong type, None, or a class instead of an instance says what it takes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.support import spec
 
 
 class Given:
-    """What the calls need besides what is wrong."""
+    """The valid objects that the calls need besides the wrong value."""
 
     def __init__(self) -> None:
         self.session_id = SessionId.new()
@@ -77,7 +77,7 @@ def build(given: Given, mode: Any) -> object:
     return AgentFactory().build(given.session_id, mode)
 
 
-#: A call with one argument, what its error has to name, and which kind it takes.
+#: A call with one argument, the name in its error, and the kind that it takes.
 Call = tuple[Callable[[Given, Any], object], str, type, bool]
 CALLS: list[Call] = [
     (build, "build_mode", SessionOwned, False),
@@ -215,7 +215,7 @@ def test_a_wrong_argument_is_refused_in_words(
 
 
 def test_a_build_mode_that_is_none_says_what_to_write(bindings: SessionRuntimeBindings) -> None:
-    """Raw bindings made a registry of their own, on which nothing was ever heard."""
+    """A build with raw bindings once made a separate registry, which received no completions."""
     token = bindings.to_token()
     build = AgentFactory().build
     for mode in (bindings, token, None, StandaloneEphemeral, SessionOwned, bindings.handle):
@@ -231,7 +231,7 @@ def test_a_build_mode_that_is_none_says_what_to_write(bindings: SessionRuntimeBi
         build(bindings.session_id, SessionOwned)  # type: ignore[arg-type]
 
 
-#: A call with a value of another type than its record's or its field's, and what is said of it.
+#: A call with a value of a wrong type for its record or field, and the text of its error.
 RECORDS: list[tuple[Callable[[Given], object], str]] = [
     (lambda g: g.registry.register_operation("x"), "OperationSpec: it is the str 'x'"),  # type: ignore[arg-type]
     (lambda g: g.registry.register_operation(None), "OperationSpec: it is None"),  # type: ignore[arg-type]

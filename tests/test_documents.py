@@ -1,4 +1,4 @@
-"""What the documents name exists."""
+"""The files, definitions and tests that the documents name exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TESTS = set(re.findall(r"def test_(\w+)\(", text_of("tests/**/test_*.py")))
 
 
 def pitfalls() -> list[list[str]]:
-    """The cells of each row: what happened, what is done, where, the tests."""
+    """The cells of each row: what happened, what shmepoch does, where, and the tests."""
     page = (_ROOT / "docs/pitfalls.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("|")]
     return [

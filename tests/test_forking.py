@@ -1,4 +1,4 @@
-"""The hooks around a fork: in one order, whatever one of them does."""
+"""The hooks around a fork: they run in one order, even if one of them fails."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from shmepoch import forking
 from shmepoch.forking import Part, on_fork
 
-#: What the hooks did in this process.
+#: The hooks that were called in this process.
 called: list[str] = []
 
 
 def hook(name: str) -> Callable[[], None]:
-    """A hook that says that it was called, and fails."""
+    """A hook that records its call, and fails."""
 
     def call() -> None:
         called.append(name)

@@ -18,7 +18,7 @@ def test_no_layer_imports_one_below_it() -> None:
         layer, *inside = path.relative_to(package).parts
         below = layers[layers.index(layer) + 1 :] if inside else layers
         imported = re.findall(r"^ *(?:from|import) shmepoch\.(\w+)", path.read_text(), re.M)
-        # `__init__` offers what all of them have, and `__main__` starts the command.
+        # `__init__` imports all of them, and `__main__` starts the command.
         if inside or not layer.startswith("__"):
             wrong += [(path, name) for name in imported if name in below]
     assert wrong == []

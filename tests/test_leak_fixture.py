@@ -1,4 +1,4 @@
-"""The fixture that looks for leaks finds them, names them and blames the test that made them."""
+"""The leak fixture finds leaks, names them and fails the test that made them."""
 
 from __future__ import annotations
 

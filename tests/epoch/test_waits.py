@@ -424,7 +424,7 @@ def test_what_a_dead_participant_watched_is_given_back(make_epoch: MakeEpoch) ->
     registry.register_watcher(id)
     registry.cancel_operation(id, "r" * 4000)
     turn_over(registry)
-    for participant in {registry.participant for _ in range(2)}:  # of two attachments, if there are two
+    for participant in {registry.participant for _ in range(2)}:  # one or two attachments
         forget_watchers(registry, participant)
     fill_the_table(registry)
 
@@ -434,7 +434,7 @@ def test_what_a_dead_participant_ran_and_watched_is_given_back(make_epoch: MakeE
     registry = make_epoch(**SMALL).registry
     id = running(registry)
     watch = registry.register_watcher(id)
-    dead = {registry.participant for _ in range(2)}  # of two attachments, if there are two
+    dead = {registry.participant for _ in range(2)}  # one or two attachments
     assert registry.terminate_where(lambda _: True, "it died", dead=dead) == 1
     layout = registry._segment.layout
     column = registry._segment.memory.load_column(layout.fingerprints, layout.slots, at.WORD)

@@ -1,4 +1,5 @@
-"""The arguments of an epoch's calls, and its refusals; what they do is tested with the registry."""
+"""The arguments of an epoch's calls, and its refusals; the tests of the registry test their
+effects."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from tests.memory.private import LIVE, TEMPLATE, TOP, Id, Private, Room, head
 ID: Final = Id.of(1)
 RECORD: Final = (1, 1, 0, 0, 0, 0, ID, head(ID), b"outcome", b"rest", b"detail")
 
-#: For each call: arguments that are in order, and what each of them is. "slot" is a number, too,
-#: and in brackets stands what the tuples in a tuple are of.
+#: For each call: valid arguments, and the kind of each. "slot" is a number too; brackets have the
+#: kinds in the tuples of a tuple.
 CALLS: Final[dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     "register": (
         (((Id.of(2), head(Id.of(2)), b"rest"),), 1, 1),
@@ -59,14 +60,14 @@ NO_WORDS: Final[Wrongs] = [*NO_NUMBERS, *((wrong, OverflowError) for wrong in (-
 
 
 class NoFlag:
-    """What is neither true nor false."""
+    """A value that is neither true nor false."""
 
     def __bool__(self) -> bool:
         raise LookupError
 
 
 NO_TUPLES: Final[tuple[Any, ...]] = ("text", 5, [], {}, iter(()))
-#: What each kind of argument is not, and the error of it.
+#: Wrong values for each kind of argument, and their errors.
 WRONG: Final[dict[str, Wrongs]] = {
     "word": NO_WORDS,
     "whole": NO_NUMBERS,
@@ -94,7 +95,7 @@ def one() -> Private:
 
 
 def fresh(name: str) -> Private:
-    """An epoch that a call is made of with arguments that are in order."""
+    """An epoch on which a call with valid arguments succeeds."""
     one = Private()
     if name != "restore":
         one.register(1)
@@ -102,7 +103,7 @@ def fresh(name: str) -> Private:
 
 
 def wrongs(name: str) -> list[tuple[tuple[Any, ...], type[Exception]]]:
-    """The arguments of a call with one that is wrong, and the error that this is."""
+    """The arguments of a call with one wrong value, and its error."""
     right, kinds = CALLS[name]
     found: list[tuple[tuple[Any, ...], type[Exception]]] = []
 
@@ -143,7 +144,7 @@ def test_arguments_that_are_in_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_each_argument_that_is_wrong(name: str) -> None:
-    """Of another type, out of its range, or a tuple of other things; the lock is free after it."""
+    """Of another type, out of its range, or a tuple of wrong items; the lock is free afterwards."""
     one = fresh(name)
     before = one.image()
     for arguments, error in wrongs(name):
@@ -167,7 +168,7 @@ def test_another_number_of_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_any_number_of_arguments(one: Private, name: str) -> None:
-    """Of whatever type: an error, or an answer."""
+    """Of any type: the call returns or raises."""
     for arity in range(10):
         for argument in (None, -1, 7, "x", (1, 2), ((1, 2),), 2**70, b"x" * 16, ID, (ID,)):
             with suppress(TypeError, ValueError, OverflowError, IndexError, Refused):
@@ -292,7 +293,7 @@ def test_the_longest_that_fits() -> None:
 def test_any_arguments_over_any_memory(
     name: str, garbage: list[tuple[str, int, bytes]], any_arguments: list[Any] | None
 ) -> None:
-    """Each ends, with an answer or an error, and leaves the lock free."""
+    """Each call returns or raises, and leaves the lock free."""
     one = fresh(name)
     if name != "restore":
         one.put(7, b"outcome")
@@ -312,7 +313,7 @@ def test_any_arguments_over_any_memory(
 
 @pytest.mark.parametrize("watermark", [2**20, 2**40, 2**62, TOP])
 def test_a_search_of_the_feed_ends(one: Private, watermark: int) -> None:
-    """Wherever the watermark seems to be: a reader has not held it against anything."""
+    """For any content of the watermark: a reader has not checked it."""
     one.put(2, b"outcome")
     one.memory.store(at.WATERMARK_AT, watermark)
     for slot in (0, 3):
@@ -335,7 +336,7 @@ def end(one: Private, *numbers: int, statuses: int = LIVE, waits: bool = False) 
     one.epoch.end(endings, statuses, 5, 9, waits)
 
 
-#: For each reason: what was done before, what is refused, and the facts that it comes with.
+#: For each reason: the preparation, the refused call, and its facts.
 REFUSALS: Final[
     dict[str, tuple[Callable[[Private], object], Callable[[Private], object], tuple[int, int]]]
 ] = {
@@ -384,7 +385,7 @@ REFUSALS: Final[
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_is_refused_has_changed_nothing(one: Private, name: str) -> None:
-    """But for what was prepared, which nobody counts, and where an operation was last found."""
+    """Except prepared words, which readers do not count, and the hints for the search."""
     prepare, call, (index, actual) = REFUSALS[name]
     prepare(one)
     before, words = [one.epoch.slot(slot) for slot in range(4)], one.epoch.words()
@@ -436,7 +437,7 @@ def test_a_limit_above_the_table_is_that_of_the_table() -> None:
 
 
 def test_a_store_may_have_just_what_is_dropped(one: Private) -> None:
-    """DURABLE-2: the last that is dropped is enough, and the one before it is not."""
+    """DURABLE-2: the store must have the last dropped entry; the one before is not enough."""
     for number in (2, 3):
         one.put(number, b"x" * 200)
     ending = ((ID, b"x" * 600),)
@@ -449,7 +450,8 @@ def test_a_store_may_have_just_what_is_dropped(one: Private) -> None:
 
 
 def test_more_may_end_together_than_a_recovery_skips() -> None:
-    """Though no store can have any of them before: it is asked for what was committed before."""
+    """A store cannot have them before, so it must only have everything that was committed
+    before."""
     count = at.RECOVERY_SKIP + 10
     one = Private(Room(max_operations=count, feed_bytes=2**18))
     register(one, *range(count))
@@ -462,7 +464,7 @@ def test_more_may_end_together_than_a_recovery_skips() -> None:
 
 
 def test_watchers_are_counted_in_a_lane_of_their_own(one: Private) -> None:
-    """One more than it holds, and one less than none, leave the next participant's alone."""
+    """Counting above its maximum, or below zero, does not change the next participant's count."""
     watchers = one.parts["slots"] + at.SLOT_WATCHERS
     one.memory.store(watchers, 1 << 16 | 0xFFFF)
     one.epoch.watch(ID)
@@ -472,7 +474,7 @@ def test_watchers_are_counted_in_a_lane_of_their_own(one: Private) -> None:
     assert one.memory.load(watchers) == 1 << 16
 
 
-# --- what it is made of ---------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------
 
 
 def test_it_is_made_of_a_memory_and_a_lock() -> None:

@@ -1,4 +1,4 @@
-"""A mapping and its words: each call does one thing, or raises; whatever it is given."""
+"""A mapping and its words: each call does one thing or raises, for any arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def snapshot(memory: Memory, offset: int, count: int, stride: int) -> tuple[int,
     return memory.snapshots(offset, count, stride, lambda *words: words).take()
 
 
-#: For each function that takes the offset of a word: a call with everything else in order.
+#: For each function that takes the offset of a word: a call whose other arguments are valid.
 WORD_CALLS: Final[dict[str, Call]] = {
     "load": lambda m, at: m.load(at),
     "store": lambda m, at: m.store(at, 1),
@@ -51,7 +51,7 @@ WORD_CALLS: Final[dict[str, Call]] = {
     "cell closed_flag": lambda m, at: Cell(m, 0, at, ValueError),
 }
 
-#: For each function that takes an unsigned word: a call with everything else in order.
+#: For each function that takes an unsigned word: a call whose other arguments are valid.
 VALUE_CALLS: Final[dict[str, Call]] = {
     "store": lambda m, value: m.store(0, value),
     "exchange": lambda m, value: m.exchange(0, value),
@@ -63,7 +63,7 @@ VALUE_CALLS: Final[dict[str, Call]] = {
     "swap": lambda m, value: Cell(m, 0, 8, ValueError).compare_and_swap(0, value),
 }
 
-#: For each function that takes a count of bytes or words: a call with everything else in order.
+#: For each function that takes a count of bytes or words: a call whose other arguments are valid.
 LENGTH_CALLS: Final[dict[str, Call]] = {
     "load_column count": lambda m, n: m.load_column(0, n, 8),
     "load_column stride": lambda m, n: m.load_column(0, 2, n),
@@ -138,7 +138,7 @@ def test_a_length_that_cannot_be(memory: Memory, name: str, length: int) -> None
     [name for name in dir(Memory) if not name.startswith("_")],
 )
 def test_any_number_of_arguments(memory: Memory, name: str) -> None:
-    """Of whatever type: an error, or an answer."""
+    """Of any type: the call returns or raises."""
     for arity in range(8):
         for argument in (None, -1, 7, "x", (1, 2), b"x" * 9):
             try:

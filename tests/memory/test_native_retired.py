@@ -1,4 +1,4 @@
-"""The writer lock where it ends: retired, forked, its descriptor closed or its file nameless."""
+"""The end of a writer lock: retired, forked, its descriptor closed, or its file without a name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_lock_that_is_retired_refuses_every_transition(fd: int, shared: bool) 
         native.retire("not callable")
     epoch.copy()
     lock.retire(Retired)
-    lock.retire(ValueError)  # it is the first that says what it means
+    lock.retire(ValueError)  # the first call decides the error
     for transition in (epoch.seal, epoch.copy, lambda: epoch.watch_each((), True)):
         with pytest.raises(Retired):
             transition()
@@ -58,7 +58,7 @@ def test_a_lock_that_is_retired_refuses_every_transition(fd: int, shared: bool) 
 
 
 def test_retiring_frees_the_threads_that_wait_for_another_process(fd: int) -> None:
-    """Which is stopped, and lets nobody in; nor do they come in once it has gone on."""
+    """The other process is stopped and keeps the lock. The threads do not get it later, either."""
     one = Attached(fd)
     with ThreadPoolExecutor(3) as pool, held(fd):
         tasks = [waiting(pool, one.epoch.seal) for _ in range(3)]
@@ -73,7 +73,7 @@ def test_retiring_frees_the_threads_that_wait_for_another_process(fd: int) -> No
 
 @pytest.mark.parametrize("moment", range(5))
 def test_no_thread_is_inside_once_it_is_retired(fd: int, moment: int) -> None:
-    """The descriptor may be closed then: nothing changes any more."""
+    """The descriptor may be closed then: nothing can change."""
     one = Attached(fd)
 
     def take_turns(thread: int) -> None:
@@ -109,13 +109,13 @@ def test_retiring_waits_for_who_is_inside(fd: int) -> None:
 
 
 def test_after_a_fork_it_is_free_in_the_child(fd: int) -> None:
-    """The thread that held it is not there; the file's lock is its parent's still."""
+    """The thread that held it does not exist in the child; the parent still has the file's lock."""
     os.truncate(fd, LARGE.parts["size"])
     one, id = Attached(fd, LARGE), Id.of(1)
     one.epoch.register(((id, head(id), b""),), 1, 1)
 
     def forked_inside() -> bool:
-        """Whether the fork was at the right moment, so that the child found the lock held."""
+        """Whether the fork was at the right moment, when the lock was held."""
         with copying(one, fd):
             pid = os.fork()
             if pid == 0:
@@ -124,7 +124,7 @@ def test_after_a_fork_it_is_free_in_the_child(fd: int) -> None:
                     inside = one.is_busy()
                     one.lock.after_fork()
                     assert one.descriptor.take(attachment(fd))
-                    one.epoch.watch(id)  # once the parent's thread is not inside any more
+                    one.epoch.watch(id)  # after the parent's thread has left
                     os._exit(0 if inside else 3)
                 finally:
                     os._exit(1)
@@ -149,7 +149,7 @@ def test_what_attends_opens_a_closed_descriptor(fd: int) -> None:
     calls: list[bool] = []
     one = Attached(fd, attend=attend)
     one.turn(1)
-    calls.clear()  # of a file without a name, it is called besides
+    calls.clear()  # it is also called for a file without a name
     one.descriptor.close()
     one.turn(2)
     assert calls[0] is True
@@ -176,7 +176,7 @@ def test_an_error_of_what_attends_is_raised(fd: int) -> None:
         return True
 
     one = Attached(fd, attend=attend)
-    eventually(attended)  # the file has no name, which is looked for twice a second
+    eventually(attended)  # the file has no name, which is checked twice a second
     for _ in range(2):
         with pytest.raises(LookupError, match="attended"):
             one.epoch.seal()
@@ -185,7 +185,7 @@ def test_an_error_of_what_attends_is_raised(fd: int) -> None:
 
 
 def test_a_file_without_a_name_is_looked_at_now_and_then(fd: int, tmp_path: Path) -> None:
-    """Twice a second at most: the check takes as long as the lock."""
+    """At most twice a second: the check takes as long as the lock."""
     calls: list[int] = []
 
     def hears_of(attached: Attached) -> bool:
@@ -210,7 +210,7 @@ def test_a_file_without_a_name_is_looked_at_now_and_then(fd: int, tmp_path: Path
 
 
 def test_no_lock_is_held_while_a_file_without_a_name_is_attended_to(fd: int) -> None:
-    """What attends may make a transition of its own, and so may another process."""
+    """The callback may make a transition, and so may another process."""
 
     def attend() -> None:
         found.append(is_locked(fd, BYTE))
@@ -231,4 +231,4 @@ def test_a_lock_that_is_retired_while_a_transition_opens_its_descriptor(fd: int)
         one.epoch.seal()
     with pytest.raises(Retired):
         one.is_busy()
-    one.lock.retire(Retired)  # nothing is left inside
+    one.lock.retire(Retired)  # no thread is inside

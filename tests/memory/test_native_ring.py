@@ -1,4 +1,4 @@
-"""Records in the byte ring: what was put in comes out, whole and under its sequence, or not."""
+"""Records in the byte ring: a record comes out whole and under its sequence, or not at all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from shmepoch._native import Memory, Refused
 from tests.epoch.deadline import UNHURRIED
 from tests.memory.private import LIVE, TOP, Id, Private, Room, array, entry, head
 
-#: Beyond it no head of the ring is taken to be one: what is added to it overflows soon.
+#: The ring refuses a head above this: adding to it would soon overflow.
 LAST_POSITION: Final = 2**63
 
 
 def refusal(error: pytest.ExceptionInfo[Refused]) -> tuple[str, str, int]:
-    """Why it was refused, and the field and the sequence that are named."""
+    """The reason of a refusal, and the field and the sequence that it names."""
     reason, field, index, *_ = error.value.args
     return reason, field, index
 
 
 def size_of(outcome: bytes, length: int = 48, rest: bytes = b"") -> int:
-    """What a record takes of the ring."""
+    """The bytes of a record in the ring."""
     return at.RECORD_SIZE + -(-(length + len(outcome)) // 8) * 8 + -(-len(rest) // 8) * 8
 
 
-# --- what was put in ------------------------------------------------------------------------------
+# --- records that were written --------------------------------------------------------------------
 
 
 def test_a_ring_gives_back_what_was_put() -> None:
@@ -72,7 +72,7 @@ def test_every_part_of_a_record_comes_back(length: int, rest: bytes, detail: byt
 
 
 def test_a_ring_wraps() -> None:
-    """Bytes around the end, and an index that was used before; nothing else is touched."""
+    """Records go around the end of the bytes and of the index; nothing else changes."""
     room = Room(max_operations=1)
     one = Private(room, memory=Memory.private(room.parts["size"] + at.PAGE))
     parts, wrapped = one.parts, at.MIN_FEED_ENTRIES + at.RECOVERY_SKIP + 60
@@ -100,7 +100,7 @@ def test_a_ring_wraps() -> None:
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 @pytest.mark.parametrize("position", [0, 8, 248, 1016, 1024, 2**32 - 8, 2**62, LAST_POSITION])
 def test_records_as_long_as_the_ring(position: int, at_once: int) -> None:
-    """FEED-3: together; wherever the ring is when they come."""
+    """FEED-3: all of them together, at any position of the ring."""
     one = Private()
     one.memory.store(at.HEAD_AT, position)
     ids = [one.register(number) for number in range(at_once)]
@@ -131,7 +131,7 @@ def test_records_that_are_longer_than_the_ring(at_once: int) -> None:
 
 
 def test_details_are_left_out_where_they_do_not_fit_with_the_outcomes() -> None:
-    """FEED-3: of all that end together; so nothing but outcomes has to fit."""
+    """FEED-3: all operations that end together leave them out, so only outcomes must fit."""
     one = Private()
     detail, outcome = b"d" * 200, b"o" * 200
     assert 2 * (size_of(outcome) + len(detail)) > one.room.feed_bytes > 2 * size_of(outcome)
@@ -151,7 +151,7 @@ def test_details_are_left_out_where_they_do_not_fit_with_the_outcomes() -> None:
 
 
 def test_no_operation_took_less_than_no_time() -> None:
-    """The machine may have restarted since it was registered, and its clock with it."""
+    """The machine may have restarted since the registration, and the monotonic clock with it."""
     one = Private()
     id = one.register(1)
     one.epoch.end(((id, b"outcome"),), LIVE, 5, 999_999, False)
@@ -174,7 +174,7 @@ def test_a_head_that_is_none(position: int) -> None:
 
 
 def test_what_is_dropped_is_said_before_it_is_overwritten() -> None:
-    """FEED-2: also by a store of one record that takes the room of all."""
+    """FEED-2: also for one record that takes the room of all."""
     one = Private()
     for number in range(1, 9):
         one.put(number, b"")
@@ -184,13 +184,13 @@ def test_what_is_dropped_is_said_before_it_is_overwritten() -> None:
     assert [one.epoch.record(seq) for seq in range(9)] == [None] * 9
 
 
-# --- what was not ---------------------------------------------------------------------------------
+# --- records that were not written, or damaged ----------------------------------------------------
 
 
 @pytest.mark.parametrize("torn", range(1, 6))
 @pytest.mark.parametrize("word", [0, 2, 6, 8, 9, 10, 13, 18])
 def test_an_entry_torn_by_overwriting_is_never_returned(torn: int, word: int) -> None:
-    """Where it was dropped, it is left out with all before it; where not, it is corruption."""
+    """If it was dropped, it is left out with all earlier entries; if not, it is corruption."""
     one = Private()
     entries = [one.put(number, bytes([number]) * 20) for number in range(1, 6)]
     size = size_of(bytes(20))
@@ -213,7 +213,7 @@ def test_an_entry_torn_by_overwriting_is_never_returned(torn: int, word: int) ->
 @pytest.mark.parametrize("word", range(at.RECORD_SIZE // at.WORD))
 @pytest.mark.parametrize("bits", [1, 2**31, 2**32, 2**48, TOP])
 def test_a_word_of_a_record_that_was_changed(word: int, bits: int) -> None:
-    """The checksum of an entry does not cover what readers of the feed are not given."""
+    """The checksum of an entry covers only the part for readers of the feed."""
     one = Private()
     first, second = one.put(1, b"first", rest=b"rest"), one.put(2, b"second")
     changed = one.parts["records"] + word * at.WORD
@@ -295,7 +295,8 @@ def subsequence(found: bytes, entries: list[bytes]) -> bool:
 def test_garbage_in_a_ring_is_never_returned(
     garbage: list[tuple[str, int, bytes]], outcomes: list[bytes], after: int
 ) -> None:
-    """Whatever lies in the memory, what comes out was put in, whole and under its sequence."""
+    """With any content of memory, every returned entry was written, whole and under its
+    sequence."""
     one = Private()
     entries = [one.put(number, outcome) for number, outcome in enumerate(outcomes, 1)]
     begins = {
@@ -323,7 +324,7 @@ def test_garbage_in_a_ring_is_never_returned(
 def test_an_entry_that_was_overwritten_while_it_was_copied_is_never_returned(
     fds: tuple[int, int],
 ) -> None:
-    """By another process, which goes round the ring as fast as it can."""
+    """Another process goes round the ring as fast as it can."""
     room, rounds = Room(max_operations=1), 30_000
     os.truncate(fds[0], room.parts["size"])
     mine = Private(room, memory=Memory(fds[0], room.parts["size"]))
@@ -355,7 +356,7 @@ def test_an_entry_that_was_overwritten_while_it_was_copied_is_never_returned(
     assert os.waitpid(pid, 0)[1] == 0
 
 
-# --- laid in --------------------------------------------------------------------------------------
+# --- restored -------------------------------------------------------------------------------------
 
 
 def laid(seq: int, *, birth: int = 0, outcome: bytes = b"outcome") -> tuple[Any, ...]:
@@ -378,7 +379,7 @@ def test_what_is_laid_in_comes_back() -> None:
     assert one.epoch.words() == (2, 110, 108, 105, 110, 100, 102, 102)
     assert [one.epoch.find(Id.of(seq)) for seq in (101, 103, 104)] == [None, (-1, 103), (-1, 104)]
     assert one.epoch.active() == 0
-    # Sequences without a record take no room, and are dropped with what comes before them only.
+    # Sequences without a record take no room, and are dropped only with earlier entries.
     dropped = []
     for seq in range(111, 120):
         last = one.put(seq, b"next")

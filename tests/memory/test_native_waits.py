@@ -51,7 +51,8 @@ def test_a_timeout_that_is_none(memory: Memory, timeout: Any) -> None:
 
 @pytest.mark.parametrize("word", [VALUE, CLOSED_FLAG])
 def test_a_sleeper_is_woken(memory: Memory, word: int) -> None:
-    """By the value, and by the closed_flag; by every wake call, but none is made for nobody."""
+    """By the value and by the closed flag. Every wake call wakes it; without a sleeper there is
+    none."""
     assert memory.wake(EVENT) is False
 
     def asleep(sleepers: list[Future[bool]]) -> bool:
@@ -77,7 +78,7 @@ def test_a_sleeper_that_nobody_wakes_looks_by_itself(memory: Memory) -> None:
 
 
 def test_a_count_that_comes_round(memory: Memory) -> None:
-    """The futex has 32 bits, and neither it nor the flag beside it are the caller's to know."""
+    """The futex has 32 bits, and the caller sees neither it nor the flag beside it."""
     memory.store(EVENT, 2**32 - 1)
     memory.wake(EVENT)
     assert memory.load(EVENT) & (2**32 - 1) == 0
@@ -107,7 +108,7 @@ def test_processes_wake_each_other(fds: tuple[int, int]) -> None:
 
 
 def test_a_wait_ends_with_ctrl_c(memory: Memory) -> None:
-    """In the main thread, asleep: the handler's exception comes out of the wait."""
+    """The main thread sleeps, and the wait raises the handler's exception."""
     assert threading.current_thread() is threading.main_thread()
 
     def interrupt() -> None:
@@ -155,7 +156,7 @@ def test_a_signal_that_is_handled_does_not_end_a_wait(memory: Memory) -> None:
 
 
 def test_an_idle_wait_uses_no_processor(memory: Memory) -> None:
-    wait(memory, 0, 10**7)  # it has learned by now that spinning does not pay
+    wait(memory, 0, 10**7)  # it has learned that spinning does not pay
     before = time.process_time_ns()
     for _ in range(3):
         wait(memory, 0, 10**8)

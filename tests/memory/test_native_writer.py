@@ -1,4 +1,5 @@
-"""The writer lock, through the transitions that take it: it excludes, and waits let others run."""
+"""The writer lock, through the transitions that take it: it excludes, and its waits let other
+threads run."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ from tests.support import eventually
 
 
 def test_threads_and_attachments_exclude_each_other(fd: int) -> None:
-    """Two attachments of one file, each of several threads; it is never free for long, so that
-    they come to wait, and to go on without the interpreter."""
+    """Two attachments of one file, each with several threads. The lock is never free for long, so
+    they wait, and go on without the interpreter lock."""
     attachments = [Attached(fd), Attached(fd)]
 
     def take_turns(thread: int) -> None:
@@ -68,8 +69,8 @@ def test_threads_and_attachments_exclude_each_other(fd: int) -> None:
 
 
 def test_threads_of_one_attachment_exclude_each_other(fd: int) -> None:
-    """The file's lock does not: it is one description's. One is inside for a while, without the
-    interpreter, and another looks."""
+    """The file's lock does not exclude them: they share one description. One is inside for a while,
+    without the interpreter lock, and another one polls."""
     os.truncate(fd, LARGE.parts["size"])
     one = Attached(fd, LARGE)
 
@@ -99,7 +100,7 @@ def test_processes_exclude_each_other(fd: int) -> None:
 
 
 def test_a_lock_that_is_held_elsewhere_is_waited_for(fd: int) -> None:
-    """By every transition but those that are to wait for nothing."""
+    """Every transition waits for it, except those that must not wait."""
     one = Attached(fd)
     id = Id.of(1)
     one.epoch.register(((id, head(id), b""),), 1, 1)
@@ -124,7 +125,7 @@ def test_a_lock_that_is_held_elsewhere_is_waited_for(fd: int) -> None:
             assert not any(task.done() for task in tasks)
             assert bytes(one.memory) == before
         for task in tasks:
-            with suppress(Refused):  # such as of one that is running already
+            with suppress(Refused):  # such as a start of a running operation
                 task.result(60)
     assert not one.is_busy()
     assert bytes(one.memory) != before
@@ -155,7 +156,7 @@ def test_a_lock_is_given_up_by_whoever_dies(fd: int) -> None:
 
 
 def test_a_lock_that_could_not_be_taken_is_free() -> None:
-    """The descriptor is open, and not for writing."""
+    """The descriptor is not open for writing."""
     lock = WriterLock(Descriptor.open("/dev/null", os.O_RDONLY))
     epoch = Epoch(Memory.private(ROOM.parts["size"]), lock, *ROOM)
     for transition in (epoch.seal, epoch.copy, lambda: epoch.watch_each((), True)):
@@ -178,7 +179,7 @@ def test_an_error_inside_gives_the_lock_up(fd: int) -> None:
     assert not other.is_busy()
 
 
-# --- what a wait lets through ---------------------------------------------------------------------
+# --- other code during a wait ---------------------------------------------------------------------
 
 
 def test_a_thread_that_waits_for_the_lock_lets_others_run(fd: int) -> None:
@@ -187,13 +188,13 @@ def test_a_thread_that_waits_for_the_lock_lets_others_run(fd: int) -> None:
         with held(fd):
             sealing = waiting(pool, one.epoch.seal)
             for _ in range(1000):
-                sum(range(100))  # it would never end if the other held the interpreter
+                sum(range(100))  # it would never end if the other thread held the interpreter lock
             assert not sealing.done()
         sealing.result(60)
 
 
 def test_ctrl_c_while_waiting_for_the_lock(fd: int) -> None:
-    """The lock is not left half taken."""
+    """Afterwards the lock is completely free."""
     one = Attached(fd)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -211,7 +212,7 @@ def test_ctrl_c_while_waiting_for_the_lock(fd: int) -> None:
 
 
 def test_a_signal_that_is_handled_does_not_end_a_wait(fd: int) -> None:
-    """And the handler may use the epoch, whose lock this thread does not have."""
+    """The handler may also use the epoch, whose lock this thread does not have."""
     one, seen = Attached(fd), list[bool]()
 
     def handle(number: int, frame: object) -> None:
@@ -261,7 +262,7 @@ def test_a_signal_that_comes_just_before_a_wait_sleeps_is_handled(fd: int) -> No
     assert not one.is_busy()
 
 
-# --- what it is made of ---------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------
 
 
 def test_what_a_lock_is_not_made_of(fd: int) -> None:

@@ -1,4 +1,4 @@
-"""The participant table: who is attached, who of them lives, and whose slot is whose."""
+"""The participant table: which processes are attached and alive, and which slots they hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Attach = Callable[..., SharedSegment]
 
 @pytest.fixture
 def observer(namespace: str) -> Iterator[SharedSegment]:
-    """An attachment that is no participant itself, of a segment with little room for them."""
+    """An attachment that is not a participant, of a segment with few participant slots."""
     config = OpsLifecycleConfig(
         max_completed=1, max_operations=1, feed_bytes=8 * 1024, max_participants=ROOM
     )
@@ -38,7 +38,7 @@ def observer(namespace: str) -> Iterator[SharedSegment]:
 
 @pytest.fixture
 def attach(namespace: str, observer: SharedSegment) -> Iterator[Attach]:
-    """Makes participants: as good as other processes."""
+    """Makes participants, equivalent to other processes."""
     made: list[SharedSegment] = []
 
     def attach(role: Role = Role.WORKER) -> SharedSegment:
@@ -52,7 +52,7 @@ def attach(namespace: str, observer: SharedSegment) -> Iterator[Attach]:
 
 
 def die(segment: SharedSegment) -> None:
-    """End as a killed process does: its locks go, and nothing else."""
+    """End like a killed process: only its locks are released."""
     segment._descriptor.close()
 
 
@@ -123,7 +123,7 @@ def test_who_took_the_slot_since_is_not_cleared(observer: SharedSegment, attach:
     assert slot_of(heir.participant) == dead.slot
     observer.participants.clear(dead)
     assert observer.participants.is_alive(heir.participant)
-    die(heir)  # even when that one is dead, too: it has not been dealt with
+    die(heir)  # even if that one is dead, too: it was not cleared
     observer.participants.clear(dead)
     assert observer.participants.list()[-1].key == heir.participant
 
@@ -147,7 +147,7 @@ def test_a_full_table_refuses_the_living_and_gives_the_slots_of_the_dead(
 
 
 def test_a_free_slot_is_taken_before_a_dead_one_s(observer: SharedSegment, attach: Attach) -> None:
-    """The dead are cleared by who looks after them, and had better not disappear before."""
+    """The supervisor clears the dead, and must see them before their slots are taken."""
     die(attach())
     assert [slot_of(attach().participant) for _ in range(ROOM)] == [1, 2, 3, 0]
 

@@ -41,7 +41,7 @@ SMALL = OpsLifecycleConfig(max_completed=2, max_operations=2, feed_bytes=8 * 102
 
 @pytest.fixture
 def allocate(namespace: str) -> Iterator[Allocate]:
-    """Makes segments, which are closed and removed at the end."""
+    """Makes segments; closes and removes them at the end."""
     made: list[SharedSegment] = []
 
     def allocate(session_id: SessionId | None = None) -> SharedSegment:
@@ -70,7 +70,7 @@ def segment(allocate: Allocate) -> SharedSegment:
 
 @pytest.fixture
 def attach(namespace: str, segment: SharedSegment) -> Iterator[Callable[[], SharedSegment]]:
-    """Attaches to `segment` once more: as good as another process."""
+    """Attaches to `segment` again, like another process."""
     made: list[SharedSegment] = []
 
     def attach() -> SharedSegment:
@@ -168,7 +168,7 @@ def test_replacing_is_one_step(
     second.publish(replace=True)
     assert names_in(namespace) == [segment.name]
     assert attach().epoch_id == second.epoch_id
-    # An attachment keeps what it had, and removes nothing that is not its own.
+    # An attachment keeps its epoch, and does not remove another segment.
     assert old.epoch_id == segment.epoch_id
     old.unlink()
     segment.unlink()
@@ -232,7 +232,7 @@ def test_leftovers_are_removed_and_nothing_else(
 def test_a_creator_whose_file_is_taken_for_a_leftover_makes_another(
     namespace: str, allocate: Allocate, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A removal comes before it holds the file, and may be in the middle then."""
+    """A removal may come, or be in progress, before the creator has locked the file."""
     with ExitStack() as stack:
 
         def try_lock_late(fd: Descriptor, byte: int, shared: bool) -> bool:
@@ -293,7 +293,7 @@ def test_all_attachments_are_of_one_memory(
 def test_attached_step_by_step(
     segment: SharedSegment, attach: Callable[[], SharedSegment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where something was out of the ordinary for a moment."""
+    """The slow path, as after a temporary failure of the fast one."""
 
     class Declining:
         open = Descriptor.open
@@ -362,7 +362,7 @@ def test_sealing_is_seen_everywhere_and_for_good(
     assert segment.sealed
     segment.seal()
     assert other.sealed
-    assert attach().sealed  # to look at, or to replace it
+    assert attach().sealed  # to read it, or to replace it
 
 
 def test_sealing_waits_for_a_transition(
@@ -424,7 +424,7 @@ def test_leaving_gives_up_every_lock_and_descriptor(
 def test_what_is_forgotten_is_left(
     namespace: str, segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    """The garbage collector closes an attachment that nobody closed."""
+    """The garbage collector closes an attachment that was not closed."""
     other = SharedSegment.attach(namespace, segment.session_id)
     other.join(Role.WORKER)
     del other
@@ -435,7 +435,8 @@ def test_what_is_forgotten_is_left(
 def test_closing_frees_the_threads_that_wait_for_another_process(
     segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    """It stands still in a transition; who has left is not let in beside it, nor after it."""
+    """The other process is stopped in a transition. A thread of a closed segment gets the lock
+    neither then nor later."""
     other = attach()
     other.join(Role.WORKER)
     with ThreadPoolExecutor(3) as pool, held_writer(segment):
@@ -454,7 +455,7 @@ def test_closing_frees_the_threads_that_wait_for_another_process(
 def test_closing_lets_no_thread_change_anything_any_more(
     segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    """Two writers at once would be let in by a descriptor that is closed under the first."""
+    """If the descriptor were closed under a writer, a second writer could get the lock."""
     other = attach()
     other.join(Role.WORKER)
 
@@ -496,7 +497,7 @@ def test_closing_while_a_thread_is_inside_waits_for_it(
 def test_closing_in_a_signal_handler_in_the_middle_of_a_wait(
     segment: SharedSegment, attach: Callable[[], SharedSegment]
 ) -> None:
-    """It does not wait for what it interrupted, which is refused."""
+    """It does not wait for the interrupted call, which is refused."""
     other = attach()
     other.join(Role.WORKER)
     before = signal.signal(signal.SIGALRM, lambda *_: other.close())
@@ -555,7 +556,7 @@ def test_attaching_what_a_stopped_process_removes_is_refused(
         assert (e.value.name, e.value.waited_s) == (segment.name, 0.05)
         assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
     finally:
-        remover.close()  # as by its death
+        remover.close()  # like its death
     SharedSegment.attach(namespace, segment.session_id).close()
     assert remove_unused(namespace, segment.session_id)
 

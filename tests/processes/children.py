@@ -1,4 +1,4 @@
-"""Child processes of a test, started in every way that Python programs start processes."""
+"""Child processes of a test, started in all the ways of Python programs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from typing import Any, Final, NamedTuple, Self, cast
 
 from shmepoch import SessionRuntimeBindings
 
-#: "subprocess" is a fresh interpreter that is given a token in its environment.
+#: "subprocess" is a new interpreter that gets a token in its environment.
 METHODS: Final = ("fork", "spawn", "forkserver", "subprocess")
-#: Longer than anything here takes on any machine; who reaches it hangs.
+#: Longer than any step takes on any machine; a process that reaches it hangs.
 WATCHDOG_S: Final = 60.0
 
 _ROOT: Final = Path(__file__).parents[2]
@@ -36,17 +36,17 @@ class _Raised(NamedTuple):
 
 
 class Channel:
-    """One end of the way between a test and its child."""
+    """One end of the connection between a test and its child."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection: Final = connection
 
     def say(self, value: object) -> None:
-        """Tell the other side something."""
+        """Send a value to the other side."""
         self.connection.send(value)
 
     def hear(self) -> Any:
-        """What the other side says next; raises what it raised, and `EOFError` if it is gone."""
+        """The next value from the other side; raises its error, or `EOFError` if it is gone."""
         assert self.connection.poll(WATCHDOG_S), "nothing was said"
         value = self.connection.recv()
         if isinstance(value, _Raised):
@@ -56,12 +56,12 @@ class Channel:
 
     @property
     def silent(self) -> bool:
-        """Whether there is nothing to be heard now."""
+        """Whether no value has come."""
         return not self.connection.poll()
 
 
 class Child(Channel):
-    """A started process. On leaving its `with` it is killed if it still lives."""
+    """A started process. At the end of its `with` it is killed if it still lives."""
 
     def __init__(
         self, process: BaseProcess | subprocess.Popen[bytes], connection: Connection
@@ -76,7 +76,7 @@ class Child(Channel):
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it, and return when it is dead."""
+        """Kill it, and wait until it is dead."""
         self.signal(signal.SIGKILL)
         self.join()
 
@@ -90,7 +90,7 @@ class Child(Channel):
         return cast(int, process.exitcode)
 
     def result(self) -> Any:
-        """What its act returned, after its end."""
+        """The result of its act, after its end."""
         value = self.hear()
         assert self.join() == 0
         return value
@@ -122,9 +122,9 @@ def start(
     *args: object,
     method: str = "fork",
 ) -> Child:
-    """Start a child that does `act(bindings, channel, *args)`.
+    """Start a child that calls `act(bindings, channel, *args)`.
 
-    What it returns is said at its end, and so is what it raises.
+    At its end it sends its result, or its error.
     """
     ours, theirs = Pipe()
     try:
@@ -162,7 +162,7 @@ def _popen(
 
 
 def main() -> None:
-    """The whole of a fresh interpreter that `start` started."""
+    """The main program of a new interpreter from `start`."""
     connection = Connection(int(os.environ["TEST_CHANNEL"]))
     module, name, args = connection.recv()
     token = os.environ.get("SHMEPOCH_TOKEN")
@@ -191,7 +191,7 @@ def _perform(
 
 
 def wait_until(look: Callable[[], bool]) -> None:
-    """Return once `look` is true; for children, which have no test to fail."""
+    """Wait until `look` is true; for children, which cannot fail a test."""
     deadline = time.monotonic() + WATCHDOG_S
     while not look():
         if time.monotonic() > deadline:

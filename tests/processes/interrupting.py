@@ -1,8 +1,8 @@
-"""Signal handlers at every point at which Python runs one.
+"""Signal handlers at every point where Python runs one.
 
-CPython looks for signals when a function begins and when a call returns; what a handler raises
-there is as if the call had raised it, and what the call returned is lost. A profile function does
-the same, at one such point after the other; at each the first time it is come by.
+CPython checks for signals when a function begins and when a call returns. An exception of a handler
+there is as if the call had raised it, and the call's result is lost. A profile function does the
+same, at one such point after the other, the first time that the point is reached.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _LIBRARY: Final = shmepoch.__path__[0]
 
 
 class Interrupted(BaseException):
-    """What a signal handler raised, as KeyboardInterrupt is."""
+    """The exception of a signal handler, like KeyboardInterrupt."""
 
 
 def interrupt() -> None:
-    """The handler that raises."""
+    """A handler that raises."""
     raise Interrupted
 
 
 class Interrupt:
-    """Has `handler` run at the point of this number, within the library, if there are so many."""
+    """Runs `handler` at the point with this number, within the library, if there are so many."""
 
     def __init__(self, point: int, handler: Callable[[], object]) -> None:
         self._left = point
@@ -37,7 +37,7 @@ class Interrupt:
         self.came = False
 
     def during(self, act: Callable[[], object]) -> None:
-        """Act, with the handler at that point; swallows what `interrupt` raises."""
+        """Call `act`, with the handler at that point; swallows the exception of `interrupt`."""
         before = sys.getprofile()
         sys.setprofile(self._profile)
         try:
@@ -65,7 +65,7 @@ class Interrupt:
 def interrupts(
     handler: Callable[[], object] = interrupt, *, least: int = 11
 ) -> Iterator[Interrupt]:
-    """One for each point, until one finds that there are no more."""
+    """One for each point, until there are no more points."""
     point = 0
     while True:
         each = Interrupt(point, handler)
@@ -77,13 +77,13 @@ def interrupts(
 
 
 class EveryBytecode:
-    """As a context: raises at the bytecode of this number, if there are so many, and swallows that;
-    looks at each whether something `is_free`."""
+    """A context that raises at the bytecode with this number, if there are so many, and swallows
+    the exception. It calls `is_free` at each bytecode."""
 
     def __init__(self, point: int, is_free: Callable[[], bool]) -> None:
         self._left = point
         self._is_free = is_free
-        #: Whether it was free at each bytecode.
+        #: Whether `is_free` was true at each bytecode.
         self.free = True
         #: Whether it has raised.
         self.came = False

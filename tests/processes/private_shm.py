@@ -1,4 +1,4 @@
-"""A /dev/shm of a process's own, as small as a container's."""
+"""A private /dev/shm of a process, as small as a container's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoPrivateMounts(Exception):
-    """This machine does not let this user have mounts of its own."""
+    """This machine does not allow this user private mounts."""
 
 
 def mount_private_shm(size: int) -> None:

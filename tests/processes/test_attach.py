@@ -33,7 +33,7 @@ from tests.support import eventually, result, spec
 
 
 class Seen(NamedTuple):
-    """What a child found in its bindings."""
+    """The facts that a child found in its bindings."""
 
     pid: int
     session_id: SessionId
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 
 
 def look_and_work(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> Seen:
-    """Say what is to be seen, and leave a running operation and a cursor behind."""
+    """Send what is visible, and leave a running operation and a cursor behind."""
     registry = bindings.ops_lifecycle
     registry.register_operation(spec("the child's", id=id))
     registry.provisioning_succeeded(id)
@@ -82,14 +82,14 @@ def test_a_child_attaches_to_the_same_epoch(bindings: SessionRuntimeBindings, me
         assert seen.cursors == EpochCursorSnapshot(agent_applied_cursor=5, runtime_observed_seq=7)
         assert seen.names == ["the child's", "the parent's"]
         assert seen.resolved_to_the_same
-        # It is a participant of its own, beside its parent, and both see each other alive.
+        # It is a separate participant, beside its parent, and both see each other alive.
         assert [(one.pid, one.alive) for one in seen.myself] == [(child.pid, True)]
         assert [(one.pid, one.alive) for one in seen.others] == [(os.getpid(), True)]
         found = {one.pid: one for one in bindings.participants()}
         assert found[child.pid].alive
         assert found[child.pid].role is Role.WORKER
         assert found[os.getpid()].is_self
-        # What it did is here.
+        # Its changes are visible here.
         assert bindings.cursor_state.runtime_observed_seq.load() == 7
         started = bindings.ops_lifecycle.snapshot(id)
         assert started is not None
@@ -100,12 +100,12 @@ def test_a_child_attaches_to_the_same_epoch(bindings: SessionRuntimeBindings, me
         child.result()
     [entry] = bindings.ops_lifecycle.completion_feed().list_since(0).entries
     assert (entry.operation_id, entry.terminal_outcome) == (id, outcome)
-    # It has left, in good order or found dead: only the runtime remains.
+    # It has left, or was found dead: only the runtime remains.
     eventually(lambda: [one.pid for one in bindings.participants()] == [os.getpid()])
 
 
 def epoch_of(bindings: SessionRuntimeBindings) -> RuntimeEpochId:
-    """What a pool's worker makes of bindings that came as an argument."""
+    """Read the epoch's id in a pool's worker, which got the bindings as an argument."""
     return bindings.epoch_id
 
 
@@ -142,11 +142,11 @@ def test_the_errors_of_an_attach_arrive_whole(adapter: RuntimeSessionAdapter, me
     assert "RemoveIPC" in str(gone.value)
 
 
-# --- out of a pickle ------------------------------------------------------------------------------
+# --- from a pickle --------------------------------------------------------------------------------
 
 
 def look_before_use(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """What can be asked without attaching; then the first use, of many threads at once."""
+    """Read everything that needs no attachment; then the first use, in many threads at once."""
     again = pickle.loads(pickle.dumps(bindings))
     test.say(
         (
@@ -212,7 +212,7 @@ def reset(adapter: RuntimeSessionAdapter) -> Iterator[Reset]:
 
 
 def use_twice(bindings: SessionRuntimeBindings, test: Channel) -> str:
-    """Use what cannot be attached to, and then what was closed before its first use."""
+    """Use bindings of an ended epoch, and then bindings that were closed before their first use."""
     for _ in range(2):
         for use in (
             lambda: bindings.ops_lifecycle,
@@ -236,7 +236,7 @@ def use_twice(bindings: SessionRuntimeBindings, test: Channel) -> str:
 def test_the_first_use_raises_what_an_attach_does(reset: Reset) -> None:
     with start(use_twice, reset.old, method="spawn") as child:
         assert child.result() == reset.old.to_token()
-    here = pickle.loads(pickle.dumps(reset.old))  # which was closed with its epoch
+    here = pickle.loads(pickle.dumps(reset.old))  # the old ones were closed with their epoch
     with pytest.raises(EpochSealed):
         here.ops_lifecycle.active_count()
 
@@ -265,7 +265,7 @@ def test_stale_bindings_fail_their_task_and_not_the_pool(reset: Reset, method: s
 
 
 def take_from(queue: multiprocessing.Queue[object], answers: multiprocessing.Queue[object]) -> None:
-    """Use each of the bindings that come; what comes behind stale ones comes, too."""
+    """Use each of the bindings from a queue; those behind stale ones arrive, too."""
     while isinstance(bindings := queue.get(), SessionRuntimeBindings):
         try:
             answers.put(bindings.ops_lifecycle.active_count())

@@ -41,7 +41,7 @@ from tests.support import eventually, forked, held_writer, spec
 
 
 def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> list[int]:
-    """Register an operation; the processes that are attached then."""
+    """Register an operation; returns the processes that are attached then."""
     bindings.ops_lifecycle.register_operation(spec("the child's", id=id))
     return [one.pid for one in bindings.participants()]
 
@@ -49,7 +49,8 @@ def register(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -
 def test_a_child_forked_in_the_middle_of_a_first_use_does_not_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The other thread exists in the parent only, and never makes here what it was about to."""
+    """The other thread exists in the parent only, and never completes the first use in the
+    child."""
     entered, go_on = threading.Event(), threading.Event()
 
     def made_slowly(*args: Any) -> OperationReader:
@@ -92,7 +93,7 @@ def test_a_child_forked_in_the_middle_of_an_attach_does_not_wait_for_it(
     assert entered.wait(60)
 
     def attach() -> None:
-        go_on.set()  # the child's own: its parent goes on waiting
+        go_on.set()  # the child's event: its parent still waits
         assert SessionRuntimeBindings.from_token(bindings.to_token()) is bindings
         SessionRuntimeBindings.from_token(token).close()
 
@@ -107,7 +108,7 @@ def test_a_child_forked_in_the_middle_of_an_attach_does_not_wait_for_it(
 
 
 def look_first(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Look without a transition: that needs no attachment."""
+    """Read without a transition: that needs no attachment."""
     test.say(bindings.cursor_state.snapshot().agent_applied_cursor)
     test.hear()
     bindings.ops_lifecycle.register_operation(spec("the child's"))
@@ -124,11 +125,12 @@ def test_a_forked_child_attaches_on_its_first_use(bindings: SessionRuntimeBindin
         assert child.hear() == "attached"
         found = {one.pid: (one.role, one.alive) for one in bindings.participants()}
         assert found == {os.getpid(): (Role.RUNTIME, True), child.pid: (Role.WORKER, True)}
-        assert bindings.shared_segment().owned is False  # by this attachment, which asks others
+        assert bindings.shared_segment().owned is False  # it asks about other attachments
 
 
 def attach_in_threads(bindings: SessionRuntimeBindings, test: Channel) -> int:
-    """Use the inherited bindings first in many threads at once; how often this process is in."""
+    """Use the inherited bindings first in many threads at once; returns how often this process is
+    listed."""
     barrier = threading.Barrier(8)
 
     def act() -> None:
@@ -198,7 +200,7 @@ def test_a_child_lives_on_when_its_parent_has_left(bindings: SessionRuntimeBindi
 
 
 def forks(bindings: SessionRuntimeBindings, test: Channel, generations: int) -> list[int]:
-    """Register an operation, and have a child do the same; the processes that did."""
+    """Register an operation, and let a child do the same; returns the processes that did."""
     pids = []
     if generations:
         with start(forks, bindings, generations - 1) as child:
@@ -220,7 +222,7 @@ def test_generations_of_forks_each_are_themselves(bindings: SessionRuntimeBindin
 
 
 def live_in(connection: Connection) -> None:
-    """A grandchild of the test that does what it is told, until nobody tells it anything."""
+    """A grandchild of the test that acts on each message, until the connection ends."""
     try:
         while True:
             act = connection.recv()
@@ -230,7 +232,7 @@ def live_in(connection: Connection) -> None:
 
 
 class Told:
-    """What the grandchild is told to do: use the bindings that it inherited."""
+    """The message for the grandchild: use the inherited bindings."""
 
     bindings: SessionRuntimeBindings
 
@@ -257,7 +259,7 @@ def run_and_fork(
     test.hear()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])  # one that attaches again, one that attaches
+@pytest.mark.parametrize("method", ["fork", "spawn"])  # the one attaches again, the other attaches
 def test_the_death_of_a_parent_is_noticed_while_its_forked_child_lives(
     bindings: SessionRuntimeBindings, method: str
 ) -> None:
@@ -271,7 +273,7 @@ def test_the_death_of_a_parent_is_noticed_while_its_forked_child_lives(
         assert isinstance(outcome, Terminated)
         assert str(parent.pid) in outcome.reason
         eventually(lambda: [one.pid for one in bindings.participants()] == [os.getpid()])
-        # The grandchild is nobody's impersonator: it attaches as itself, and dies as itself.
+        # The grandchild attaches as a new participant, and dies as that one.
         ours.send(Told())
         assert ours.recv() == [grandchild]
         assert registry.active_count() == 1
@@ -286,8 +288,8 @@ def test_a_transition_in_progress_in_the_parent_is_waited_for(
     segment = bindings.shared_segment()
     with held_writer(segment):
         child = start(register, bindings, id)
-        # It was forked inside the parent's transition, and has to wait for its end: it attaches,
-        # and then sleeps between its looks at the lock.
+        # It was forked inside the parent's transition, and must wait for its end: it attaches, and
+        # then sleeps between its attempts to take the lock.
         eventually(lambda: child.pid in [one.pid for one in bindings.participants()])
         stat = Path(f"/proc/{child.pid}/stat")
         eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
@@ -298,7 +300,7 @@ def test_a_transition_in_progress_in_the_parent_is_waited_for(
 
 
 def test_what_a_process_starts_by_exec_holds_nothing(bindings: SessionRuntimeBindings) -> None:
-    """Descriptors are closed on exec, whatever the starter does about descriptors."""
+    """Descriptors are closed on exec, even if the starter closes none."""
 
     def run_and_exec(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> None:
         bindings.ops_lifecycle.register_operation(spec(id=id))
@@ -311,7 +313,7 @@ def test_what_a_process_starts_by_exec_holds_nothing(bindings: SessionRuntimeBin
     with start(run_and_exec, bindings, id) as parent:
         started = parent.hear()
         assert not [name for name in descriptors(started) if name.startswith("/dev/shm/shmepoch")]
-        os.kill(started, signal.SIGSTOP)  # it shall outlive its parent, whose pipe it reads
+        os.kill(started, signal.SIGSTOP)  # it must outlive its parent, whose pipe it reads
         parent.kill()
         outcome = bindings.ops_lifecycle.register_watcher(id).wait(60)
         assert isinstance(outcome, Terminated)
@@ -319,7 +321,7 @@ def test_what_a_process_starts_by_exec_holds_nothing(bindings: SessionRuntimeBin
 
 
 def descriptors(pid: int) -> list[str]:
-    """What a process has open."""
+    """The open files of a process."""
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -330,12 +332,13 @@ def descriptors(pid: int) -> list[str]:
 
 
 def is_alone(bindings: SessionRuntimeBindings) -> bool:
-    """Whether nobody but this process is attached."""
+    """Whether only this process is attached."""
     return [one.pid for one in bindings.participants()] == [os.getpid()]
 
 
 def fork_without_descriptors(bindings: SessionRuntimeBindings, test: Channel, token: str) -> None:
-    """Fork a child that can open nothing, and then can; who it finds that it is."""
+    """Fork a child that cannot open files at first, and then can. It sends whether it is listed as
+    itself."""
     both = bindings, SessionRuntimeBindings.from_token(token)
     for each in both:
         each.announce(Role.AGENT)
@@ -371,7 +374,7 @@ def test_a_child_that_can_open_nothing_is_no_impersonator(
 
 
 def fork_close_and_exit(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Close what was inherited, unused, and used."""
+    """Close inherited bindings, before and after a use."""
     bindings.close()
 
 

@@ -1,8 +1,8 @@
 """A child is forked while another thread of its parent is at each moment inside the library.
 
-The thread does not exist in the child. Its locks stay locked there, and no thread closes the
-descriptors that it had just opened. Here a process stops one of its threads at such a moment, forks
-a child, goes on, and is killed.
+The thread does not exist in the child. Its locks stay locked there, and its new descriptors stay
+open. Here a process stops one of its threads at such a moment, forks a child, goes on, and is
+killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support import eventually, result, spec
 
 
 class Moment(NamedTuple):
-    """A function that a thread is stopped just before, and what it does to come there."""
+    """A function before which a thread is stopped, and the call that leads there."""
 
     owner: Any
     name: str
@@ -96,7 +96,7 @@ MOMENTS: Final = {
 
 @contextmanager
 def stopped_at(moment: Moment, *arguments: Any) -> Iterator[None]:
-    """A thread of this process is there, until the end of the block; then it goes on to its end."""
+    """Keep a thread of this process at the moment until the end of the block; then it finishes."""
     there, go_on = threading.Event(), threading.Event()
     original = getattr(moment.owner, moment.name)
     failed: list[BaseException] = []
@@ -127,7 +127,7 @@ def stopped_at(moment: Moment, *arguments: Any) -> Iterator[None]:
 
 
 def descriptors() -> list[str]:
-    """What of shmepoch's this process has open."""
+    """The files of shmepoch that this process has open."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -136,7 +136,7 @@ def descriptors() -> list[str]:
 
 
 def use_everything(adapter: RuntimeSessionAdapter, token: str) -> str:
-    """In the forked child: each call answers at once; what was wrong."""
+    """In the forked child: check that each call returns at once; returns the faults."""
     try:
         assert descriptors() == []
         adapter.close()
@@ -189,7 +189,7 @@ def test_a_child_waits_for_nothing_and_holds_nothing_of_its_parent(
         try:
             assert wrong == [""]
             parent.kill()
-            for session_id in owned:  # whose runtime is dead, though its child lives
+            for session_id in owned:  # their runtime is dead, though its child lives
                 registry = adapter.prepare_bindings(session_id).ops_lifecycle
                 assert registry.active_count() == 0
                 outcomes = [one.terminal_outcome for one in registry.list_operations()]
@@ -201,7 +201,7 @@ def test_a_child_waits_for_nothing_and_holds_nothing_of_its_parent(
 
 
 def no_doorbells_in(namespace: str) -> bool:
-    """Whether the page of those that were killed is gone."""
+    """Whether the page of the killed processes is gone."""
     doorbells.remove_unused_doorbells(namespace)
     return not doorbells.doorbells_path(namespace).exists()
 

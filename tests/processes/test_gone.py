@@ -1,7 +1,7 @@
-"""A segment's name is gone while processes have it attached: they hear of it within a second.
+"""A segment's name is gone while processes have it attached: they notice it within a second.
 
-A cleaner of temporary files removes the name, or all of shared memory is emptied. What is committed
-to that memory afterwards is heard of by none but those that are attached.
+A cleaner of temporary files removes the name, or all of shared memory is emptied. Later commits to
+that memory reach only the attached processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.epoch.deadline import DEADLINE_S, run
 from tests.processes.children import Channel, start
 from tests.support import empty_shared_memory, eventually, held_writer, result, spec
 
-#: A transition looks for the name half a second after the last check, at the latest.
+#: A transition checks the name again half a second after the last check.
 LOOK_S: Final = 0.6
 
 
@@ -59,7 +59,7 @@ def running(bindings: SessionRuntimeBindings) -> OperationId:
 
 
 def until_refused(act: Callable[[], object]) -> ShmepochError:
-    """Do this until it is refused; how it was."""
+    """Repeat this until it is refused; returns the error."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -104,7 +104,7 @@ CHANGES: Final[dict[str, Callable[[SessionRuntimeBindings, OperationId], object]
 
 
 def change(bindings: SessionRuntimeBindings, test: Channel, name: str) -> ShmepochError:
-    """Change the epoch, hear that its name is gone, and change it until that is refused."""
+    """Change the epoch, be told that its name is gone, and change it until that is refused."""
     id = running(bindings)
     CHANGES[name](bindings, id)
     test.say("changed")
@@ -114,7 +114,7 @@ def change(bindings: SessionRuntimeBindings, test: Channel, name: str) -> Shmepo
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_refused(namespace: str, name: str) -> None:
-    """In a process that has nothing else to tell it: its runtime was killed."""
+    """In a process without other notification: its runtime was killed."""
     session_id = SessionId.new()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         token = adapter.prepare_bindings(session_id).to_token()
@@ -126,7 +126,7 @@ def test_a_change_is_refused(namespace: str, name: str) -> None:
         refused = child.result()
     assert isinstance(refused, EpochGone)
     assert (refused.session_id, refused.epoch_id) == (session_id, bindings.epoch_id)
-    # It has said so in the memory that both have: everything is refused from now on.
+    # The shared memory says that the epoch is gone: from now on everything is refused.
     assert not bindings.sealed
     assert bindings.ended
     for refuse in (
@@ -183,7 +183,7 @@ def test_those_that_wait_come_free(
 def test_who_notices_it_wakes_those_that_wait(
     doomed: SessionRuntimeBindings, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They do not have to look by themselves."""
+    """They do not have to poll by themselves."""
     monkeypatch.setattr(doorbells, "_RECHECK_NS", 10 * round(DEADLINE_S * 1e9))
     listening = Doorbells.of(namespace)
 
@@ -220,7 +220,7 @@ def wait_here(bindings: SessionRuntimeBindings, test: Channel) -> None:
 
 
 def keep_changing(change: Callable[[], object]) -> None:
-    """For longer than it takes to look for the name."""
+    """Repeat a change for longer than the interval of name checks."""
     end = time.monotonic() + LOOK_S
     while time.monotonic() < end:
         change()
@@ -229,7 +229,7 @@ def keep_changing(change: Callable[[], object]) -> None:
 def test_the_end_of_an_epoch_is_not_its_loss(
     adapter: RuntimeSessionAdapter, doomed: SessionRuntimeBindings
 ) -> None:
-    """The process that ends it takes its name away, too."""
+    """The process that ends an epoch removes its name, too."""
     segment = doomed.shared_segment()
     other = SharedSegment.attach_epoch(
         segment.namespace, segment.session_id, segment.epoch_id, segment.witness
@@ -252,7 +252,7 @@ def test_the_end_of_an_epoch_is_not_its_loss(
 
 
 def test_a_segment_that_has_no_name_yet_is_not_gone(namespace: str) -> None:
-    """As while it is recovered."""
+    """Such as during a recovery."""
     segment = SharedSegment.allocate(
         namespace,
         OpsLifecycleConfig(),
@@ -306,7 +306,7 @@ def store() -> InMemoryRuntimeStore:
 
 
 def leave_to_the_store(namespace: str, store: InMemoryRuntimeStore, session_id: SessionId) -> str:
-    """Run a session in which something has completed; the token of its epoch."""
+    """Run a session in which an operation completes; returns the token of its epoch."""
     with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
         bindings = adapter.prepare_bindings(session_id)
         complete(bindings)
@@ -353,7 +353,7 @@ def use_when_told(bindings: SessionRuntimeBindings, test: Channel) -> None:
 def test_a_child_that_was_forked_before_does_not_attach_to_the_recovered_epoch(
     namespace: str, store: InMemoryRuntimeStore
 ) -> None:
-    """It has the old memory still, and would write there under the locks of the new one."""
+    """It still has the old memory, and would write there under the locks of the new one."""
     session_id = SessionId.new()
     old = SessionRuntimeBindings.from_token(leave_to_the_store(namespace, store, session_id))
     with start(use_when_told, old) as child:

@@ -1,4 +1,4 @@
-"""What a signal handler raises, wherever it does, leaves no descriptor and no lock behind."""
+"""An exception of a signal handler, at any point, leaves no descriptor and no lock behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.processes.interrupting import EveryBytecode, Interrupt, interrupts
 from tests.support import is_free, names_in, result, spec
 
 SMALL: Final = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=16 * 1024)
-#: The lock bytes that say something of others.
+#: The lock bytes that tell other processes something.
 LOCKS: Final = (at.WRITER_BYTE, at.RUNTIME_BYTE)
 
 
@@ -53,7 +53,7 @@ def attached(bindings: SessionRuntimeBindings) -> SharedSegment:
 
 @pytest.fixture
 def token(namespace: str) -> Iterator[str]:
-    """Of an epoch that this process has nothing of: its runtime has left."""
+    """The token of an epoch that this process does not have attached: its runtime has left."""
     session_id = SessionId.new()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         yield_token = adapter.prepare_bindings(session_id).to_token()
@@ -64,7 +64,7 @@ def token(namespace: str) -> Iterator[str]:
 
 
 def descriptors() -> list[str]:
-    """What this process has open in shared memory."""
+    """The files in shared memory that this process has open."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -73,12 +73,12 @@ def descriptors() -> list[str]:
 
 
 def held(observer: SharedSegment) -> list[int]:
-    """The bytes of the epoch that another attachment than this holds."""
+    """The bytes of the epoch that other attachments hold."""
     bytes_ = [*LOCKS, *range(at.PARTICIPANT_BYTE, at.PARTICIPANT_BYTE + 8)]
     return [byte for byte in bytes_ if is_locked(observer.fd, byte)]
 
 
-# A weak reference's callback that is interrupted can tell nothing but the log.
+# An interrupted callback of a weak reference can only be logged.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_attach(token: str) -> None:
     handle = SessionRuntimeBindings.from_token(token)
@@ -110,12 +110,13 @@ def test_leaving(token: str) -> None:
 
 
 def first_use(bindings: SessionRuntimeBindings, interrupt: Interrupt) -> bool:
-    """In a forked child: use the epoch, interrupted, and again; whether it was interrupted."""
+    """In a forked child: use the epoch, with an interrupt, and again; whether it was
+    interrupted."""
     registry, id = bindings.ops_lifecycle, OperationId.new()
     interrupt.during(lambda: registry.register_operation(spec(id=id)))
     observer = attached(bindings)
     assert not is_locked(observer.fd, at.WRITER_BYTE)
-    with suppress(Exception):  # whatever became of the first try
+    with suppress(Exception):  # the first try may have failed or not
         registry.register_operation(spec(id=id))
     registry.provisioning_succeeded(id)
     runners = {view.participant for view in registry._table.live() if view.spec.id == id}
@@ -161,7 +162,7 @@ def in_the_child() -> Iterator[None]:
 
 
 def in_a_child(act: Callable[[], bool]) -> bool:
-    """What a forked child says, which has to succeed."""
+    """The answer of a forked child, which must succeed."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -211,7 +212,8 @@ def test_a_handler_attaches_in_the_middle_of_an_attach(
 
 
 def first_uses(bindings: SessionRuntimeBindings, interrupt: Interrupt) -> bool:
-    """In a forked child: use the epoch, with a handler that does, too; whether it ran."""
+    """In a forked child: use the epoch, with a handler that also uses it; whether the handler
+    ran."""
     registry = bindings.ops_lifecycle
     interrupt.during(lambda: registry.register_operation(spec("outer")))
     [me] = [one for one in bindings.participants() if one.is_self]
@@ -245,7 +247,7 @@ VERBS: Final[dict[str, Callable[[SessionRuntimeBindings, OperationId], object]]]
     "terminate": lambda bindings, id: bindings.ops_lifecycle.terminate_owner("all"),
     "watch": lambda bindings, id: bindings.ops_lifecycle.register_watcher(id),
 }
-#: A fork at each point takes long.
+#: Only these verbs: a fork at each point takes long.
 FORKED: Final = ("complete", "watch")
 
 
@@ -274,7 +276,7 @@ def test_a_handler_leaves_the_epoch_in_the_middle_of_a_verb(token: str, name: st
 
 @pytest.mark.parametrize("name", FORKED)
 def test_a_handler_forks_in_the_middle_of_a_verb(token: str, name: str) -> None:
-    """The child maps the memory anew, uses the epoch, and leaves it; its parent goes on."""
+    """The child maps the memory again, uses the epoch, and leaves it; its parent goes on."""
     bindings = SessionRuntimeBindings.from_token(token)
     registry = bindings.ops_lifecycle
     children: list[int] = []
@@ -305,7 +307,7 @@ def test_a_handler_forks_in_the_middle_of_a_verb(token: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", FORKED)
 def test_a_child_goes_on_with_a_transition_of_private_memory(name: str) -> None:
-    """It has a copy, in which the transition is its own."""
+    """The child has a copy of the memory, and completes the transition there."""
     parent = os.getpid()
 
     def fork() -> None:
@@ -331,7 +333,7 @@ def test_a_child_goes_on_with_a_transition_of_private_memory(name: str) -> None:
 
 
 def test_preparing_and_resetting(namespace: str) -> None:
-    """Each interrupted, with all that they make and replace."""
+    """Each call is interrupted, at any point of its work."""
     before = descriptors()
     session_id = SessionId.new()
     for interrupt in interrupts():
@@ -354,7 +356,7 @@ def test_preparing_and_resetting(namespace: str) -> None:
 
 
 def answer(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Use the epoch, as another process, as often as it is asked for."""
+    """Use the epoch, as another process, on each request."""
     while test.hear():
         id = OperationId.new()
         bindings.ops_lifecycle.register_operation(spec("another's", id=id))
@@ -364,7 +366,7 @@ def answer(bindings: SessionRuntimeBindings, test: Channel) -> None:
 
 
 def wait_all(registry: RuntimeOpsLifecycleRegistry, id: OperationId) -> None:
-    """At the barrier of another handle: a frame that was traced may keep its turn for a while."""
+    """Wait at the barrier of another handle: a traced frame may keep its turn for a while."""
     RuntimeOpsLifecycleRegistry(registry._segment).wait_all(RunId.new(), [id], 0)
 
 
@@ -385,13 +387,13 @@ EVERY_VERB: Final[dict[str, Callable[[RuntimeOpsLifecycleRegistry, OperationId],
     "list_operations": lambda r, id: r.list_operations(),
     "list_since": lambda r, id: r.completion_feed().list_since(0),
 }
-#: Of operations that provisioning has not ended for yet.
+#: The verbs of operations that are still in provisioning.
 _PROVISIONING: Final = ("provisioning_succeeded", "provisioning_failed")
 
 
 @pytest.fixture
 def small(namespace: str) -> Iterator[SessionRuntimeBindings]:
-    """Of an epoch that holds little, so that a look at all of it has few bytecodes."""
+    """Bindings of a small epoch, so that reading all of it has few bytecodes."""
     config = OpsLifecycleConfig(
         max_completed=1, max_operations=4, feed_bytes=at.PAGE + 4096, max_participants=4
     )
@@ -403,8 +405,8 @@ def small(namespace: str) -> Iterator[SessionRuntimeBindings]:
 
 @pytest.mark.parametrize("verb", EVERY_VERB)
 def test_an_exception_at_every_bytecode(small: SessionRuntimeBindings, verb: str) -> None:
-    """No bytecode runs under the writer lock; wherever an exception comes, another process uses the
-    epoch at once."""
+    """No bytecode runs under the writer lock: after an exception at any point, another process can
+    use the epoch at once."""
     registry, act, observer = small.ops_lifecycle, EVERY_VERB[verb], attached(small)
     with start(answer, small) as other:
         for point in count():
@@ -418,7 +420,7 @@ def test_an_exception_at_every_bytecode(small: SessionRuntimeBindings, verb: str
             ):
                 act(registry, id)
             assert bytecode.free, "a bytecode ran under the lock"
-            registry.terminate_owner("r" * 1500)  # and with it what the feed holds
+            registry.terminate_owner("r" * 1500)  # and drop everything in the feed with it
             if point % 10 == 0 or not bytecode.came:
                 other.say(True)
                 assert other.hear() == "done"

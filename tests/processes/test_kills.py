@@ -34,7 +34,7 @@ from tests.support import eventually, held_writer, result, spec
 
 
 def beyond(bindings: SessionRuntimeBindings, position: int) -> None:
-    """Return once the feed is above `position`."""
+    """Wait until the feed is above `position`."""
     bindings.ops_lifecycle.completion_feed().wait_for_advance(position, 60)
 
 
@@ -69,7 +69,7 @@ def test_workers_killed_at_random_leave_a_sound_epoch(
         for child in workers:
             assert child.silent, child.hear()
             child.kill()
-    # All that ran is ended by the runtime, and nobody of the dead is left.
+    # The runtime has ended all running operations and cleared the dead.
     eventually(lambda: registry.active_count() == 0)
     eventually(lambda: [one.pid for one in bindings.participants()] == [os.getpid()])
     batch = feed.list_since(position)
@@ -108,7 +108,7 @@ def test_what_a_killed_worker_ran_is_terminated_in_the_feed(
         outcome = watch.wait(60)
         assert isinstance(outcome, Terminated)
         assert f"worker process {doomed.pid}" in outcome.reason
-        # One commit for all of them, in the order of their registration; nobody else's.
+        # One commit for all of them, in the order of their registration, and no others.
         batch = registry.completion_feed().list_since(0)
         assert [entry.operation_id for entry in batch.entries] == ids
         assert {entry.terminal_outcome for entry in batch.entries} == {outcome}
@@ -120,7 +120,7 @@ def test_what_a_killed_worker_ran_is_terminated_in_the_feed(
 
 
 def leave_running(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -> None:
-    """Leave in good order, but with an operation running."""
+    """Leave regularly, but with an operation running."""
     bindings.ops_lifecycle.register_operation(spec(id=id))
     bindings.ops_lifecycle.provisioning_succeeded(id)
     bindings.close()
@@ -163,7 +163,7 @@ def test_a_killed_watcher_does_not_count(bindings: SessionRuntimeBindings) -> No
 def watch_and_stop(
     bindings: SessionRuntimeBindings, test: Channel, ids: list[OperationId], way: str
 ) -> None:
-    """Watch operations, be stopped for as long as the test likes, and say how they ended."""
+    """Watch operations, be stopped until the test continues it, and send how they ended."""
     registry = bindings.ops_lifecycle
     if way == "watch":
         watches = [registry.register_watcher(id) for id in ids]
@@ -206,7 +206,7 @@ def test_a_stopped_watcher_gets_what_the_feed_has_dropped_since(
 
 
 def tell(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """An agent that says what it was told before it commits, and is killed at any moment."""
+    """An agent that sends its notices before it commits, and is killed at any moment."""
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     feed = bindings.ops_lifecycle.completion_feed()
     test.say("built")
@@ -241,7 +241,7 @@ def test_agents_killed_at_random_are_told_of_everything(
             while not child.silent:
                 told.append(child.hear())
         except EOFError:
-            pass  # killed, and heard to its end
+            pass  # killed, and all its messages received
 
     for _ in range(8):
         with start(tell, bindings) as child:
@@ -369,7 +369,7 @@ def test_a_writer_stopped_in_a_transition_holds_up_transitions_only(
 
 
 def look_at_everything(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """What readers do, when told to."""
+    """Read everything, on each request."""
     test.hear()
     feed = bindings.ops_lifecycle.completion_feed()
     bindings.cursor_state.agent_applied_cursor.advance(feed.watermark())
@@ -393,7 +393,7 @@ def test_a_stopped_worker_is_not_taken_for_dead(bindings: SessionRuntimeBindings
     with start(finish, bindings, id) as child:
         assert child.hear() == "running"
         eventually(child.stopped)
-        # A second worker's death is noticed, so the supervisor has looked at both.
+        # A second worker's death is noticed, so the supervisor has polled both.
         ids = [OperationId.new() for _ in range(3)]
         with start(run_some, bindings, ids) as doomed:
             doomed.hear()

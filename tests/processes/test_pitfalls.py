@@ -63,7 +63,7 @@ def end(registry: RuntimeOpsLifecycleRegistry, reason: str = "ended") -> Operati
 
 
 def held_here() -> list[str]:
-    """What this process has open of shared memory."""
+    """The files in shared memory that this process has open."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -72,7 +72,7 @@ def held_here() -> list[str]:
 
 
 def mapped_here() -> list[str]:
-    """What this process has mapped of shared memory."""
+    """The files in shared memory that this process has mapped."""
     with open("/proc/self/maps") as maps:
         return [line.split()[-1] for line in maps if str(SHM_DIR) in line]
 
@@ -102,7 +102,7 @@ def attach_and_end(bindings: SessionRuntimeBindings, test: Channel, how: str) ->
 def test_a_process_that_attached_and_ended_does_not_remove_the_segment(
     bindings: SessionRuntimeBindings, method: str, how: str
 ) -> None:
-    """A process that merely attached unlinked everybody's segment when it exited."""
+    """A process that was only attached unlinked the segment of all when it exited."""
     with start(attach_and_end, bindings, how, method=method) as child:
         child.join()
     assert bindings.shared_segment().path.exists()
@@ -112,7 +112,7 @@ def test_a_process_that_attached_and_ended_does_not_remove_the_segment(
 
 
 def fail_to_map(bindings: None, test: Channel, token: str) -> None:
-    """Attach without the address space that the mapping takes, and then with it."""
+    """Attach without enough address space for the mapping, and then with it."""
     with open("/proc/self/statm") as statm:
         in_use = int(statm.read().split()[0]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -139,7 +139,7 @@ def test_an_attach_whose_mapping_fails_leaves_no_trace(namespace: str) -> None:
 
 
 def fail_to_attach(bindings: None, test: Channel, handle: EpochHandle) -> None:
-    """Attach in vain."""
+    """Make an attach that fails."""
     try:
         SessionRuntimeBindings.attach(handle)
     except ShmepochError as error:
@@ -189,12 +189,12 @@ def test_a_segment_that_systemd_removed_is_named(
     """Segments disappeared when the user's last login ended (RemoveIPC=yes)."""
     token, path = bindings.to_token(), bindings.shared_segment().path
     kept = path.with_name(f"{path.name}.kept")
-    path.rename(kept)  # gone, as far as anybody can see
+    path.rename(kept)  # other processes no longer see it
     with start(attach_by, None, token, method="spawn") as child, pytest.raises(EpochGone) as gone:
         child.result()
     assert (gone.value.session_id, gone.value.name) == (bindings.session_id, path.name)
     assert "RemoveIPC" in str(gone.value)
-    end(bindings.ops_lifecycle)  # who is attached goes on
+    end(bindings.ops_lifecycle)  # an attached process goes on
     eventually(lambda: not adapter.contains_session(bindings.session_id))
     kept.rename(path)
     assert adapter.prepare_bindings(bindings.session_id) is bindings
@@ -211,7 +211,7 @@ _ROOM = 128 * 1024
 
 
 def in_a_small_shm(bindings: None, test: Channel, namespace: str) -> str:
-    """Epochs in a /dev/shm that is too small for one, and full behind the other."""
+    """Make epochs in a /dev/shm that is too small for one, and that another one fills."""
     try:
         mount_private_shm(_ROOM)
     except NoPrivateMounts as error:
@@ -228,7 +228,7 @@ def in_a_small_shm(bindings: None, test: Channel, namespace: str) -> str:
         assert not adapter.contains_session(session_id)
     with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=_SMALL) as adapter:
         mine = adapter.prepare_bindings(session_id)
-        # Somebody else takes all the room there is, and the epoch has every page all the same.
+        # Another file takes all remaining room; the epoch has all its pages all the same.
         filler = os.open(SHM_DIR / "filler", os.O_CREAT | os.O_WRONLY)
         os.posix_fallocate(filler, 0, os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize)
         assert os.statvfs(SHM_DIR).f_bavail == 0
@@ -253,14 +253,14 @@ _IDLE_S = 1.0
 
 
 def processor_share(wait: Callable[[], object]) -> float:
-    """How much of a processor this process used while it waited."""
+    """The share of a processor that this process used while it waited."""
     before, begin = time.process_time(), time.monotonic()
     wait()
     return (time.process_time() - before) / (time.monotonic() - begin)
 
 
 def idle(bindings: SessionRuntimeBindings, test: Channel, how: str, namespace: str) -> float:
-    """The processor time that a wait for nothing takes, as a share of its duration."""
+    """The processor time of an idle wait, as a share of its duration."""
     bindings.ops_lifecycle.register_operation(spec())  # attaches
     feed = bindings.ops_lifecycle.completion_feed()
 
@@ -291,7 +291,7 @@ def idle(bindings: SessionRuntimeBindings, test: Channel, how: str, namespace: s
                 adapter.unregister_session(session_id)
 
     def as_a_loop() -> None:
-        # Something is owed, and the session is busy: the loop has to wait for its quiescence.
+        # A completion is owed, and the session is busy: the loop waits until it is quiescent.
         mine = SessionRuntimeBindings.standalone(SessionId.new())
         end(mine.ops_lifecycle)
         with RuntimeLoop(mine, inject=lambda _: True, quiescent=lambda: False):
@@ -323,7 +323,8 @@ def test_who_waits_for_nothing_uses_no_processor(
 def run_and_die(
     bindings: None, test: Channel, namespace: str, session_id: SessionId, transition: str, when: str
 ) -> None:
-    """A runtime that kills itself in a transition, with everything prepared and not committed."""
+    """A runtime that kills itself in a transition, after it has prepared everything and before it
+    commits."""
     adapter = RuntimeSessionAdapter.ephemeral(namespace=namespace)
     mine = adapter.prepare_bindings(session_id)
     registry = mine.ops_lifecycle
@@ -333,7 +334,7 @@ def run_and_die(
     native: Any = registry._epoch
 
     class Dying:
-        """Kills the process before or after a transition, which commits nothing or all."""
+        """Kills the process before or after the commit of a transition."""
 
         def __getattr__(self, name: str) -> Any:
             def die(*args: object) -> None:
@@ -349,7 +350,7 @@ def run_and_die(
 
 
 def test_what_a_kill_leaves_behind_does_not_stop_the_next_start(namespace: str) -> None:
-    """After kill -9 the leftover state made the next start fail until somebody cleaned up."""
+    """After kill -9 the leftover state made the next start fail until it was removed by hand."""
     session_id, watermark = SessionId.new(), 0
     for transition, when in product(("register", "end"), ("before", "after")):
         with start(run_and_die, None, namespace, session_id, transition, when) as child:
@@ -366,7 +367,7 @@ def test_what_a_kill_leaves_behind_does_not_stop_the_next_start(namespace: str) 
 
 
 def hold_the_writer_lock(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Die inside the lock that everybody needs."""
+    """Die while holding the writer lock."""
     with held_writer(bindings.shared_segment()):
         test.say("inside")
         test.hear()
@@ -394,7 +395,7 @@ def test_a_death_inside_the_lock_does_not_stop_the_others(
 
 
 def consume(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """Only watch, await and look, in threads and coroutines, until killed."""
+    """Only watch, await and read, in threads and coroutines, until killed."""
     feed = bindings.ops_lifecycle.completion_feed()
     [operation] = bindings.ops_lifecycle.list_operations()
     watch = bindings.ops_lifecycle.register_watcher(operation.id)
@@ -411,7 +412,7 @@ def consume(bindings: SessionRuntimeBindings, test: Channel) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "subprocess"])
 def test_nothing_remains_of_consumers_that_died(namespace: str, method: str) -> None:
-    """Leftovers of pure consumers were never removed."""
+    """Leftovers of processes that only read were never removed."""
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         bindings = adapter.prepare_bindings(SessionId.new())
         id = OperationId.new()
@@ -436,7 +437,7 @@ def test_nothing_remains_of_consumers_that_died(namespace: str, method: str) -> 
 
 
 def come_and_go(bindings: None, test: Channel, namespace: str, seed: int) -> int:
-    """Make epochs, attach to them while they are held, and leave them; how many."""
+    """Make epochs, attach to them while they are held, and leave them; returns how many."""
     random_ = random.Random(seed)
     session_ids = [SessionId.new() for _ in range(3)]
     rounds = 0
@@ -459,7 +460,7 @@ def come_and_go(bindings: None, test: Channel, namespace: str, seed: int) -> int
 
 
 def visit(bindings: None, test: Channel, token: str) -> int:
-    """Attach to an epoch that is held all the time, and leave it, again and again."""
+    """Attach to an epoch that is always held, and leave it, again and again."""
     handle = EpochHandle.from_token(token)
     rounds = 0
     while test.silent:
@@ -471,7 +472,7 @@ def visit(bindings: None, test: Channel, token: str) -> int:
 
 
 def clean_up(bindings: None, test: Channel, namespace: str) -> int:
-    """Remove what nobody holds; how many were removed."""
+    """Remove segments that no process holds; returns how many."""
     removed = 0
     while test.silent:
         for session_id in list_sessions(namespace):
@@ -512,7 +513,7 @@ def complete(bindings: SessionRuntimeBindings, test: Channel, id: OperationId) -
 
 
 def test_a_build_uses_the_registry_that_it_is_given(bindings: SessionRuntimeBindings) -> None:
-    """Each side minted its own registry, and completions arrived on the one nobody watched."""
+    """Each side made its own registry, and completions arrived on the one without a watcher."""
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     assert boundary.bindings.ops_lifecycle is bindings.ops_lifecycle
     id = OperationId.new()
@@ -529,7 +530,7 @@ def test_a_build_uses_the_registry_that_it_is_given(bindings: SessionRuntimeBind
 
 
 def test_a_cursor_of_zero_is_a_position(bindings: SessionRuntimeBindings) -> None:
-    """A zero was read as "nothing recovered", and what was owed never woke the agent."""
+    """A zero was read as "nothing recovered", and owed completions never woke the agent."""
     ids = [end(bindings.ops_lifecycle) for _ in range(3)]
     boundary = AgentFactory().build(bindings.session_id, SessionOwned(bindings))
     assert [getattr(entry, "operation_id", None) for entry in boundary.drain()] == ids
@@ -588,7 +589,7 @@ def test_a_recovered_feed_goes_on_above_every_cursor(cursor: str) -> None:
 
 
 def identity(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """What a forked child does with an inherited handle, before it says who it is."""
+    """Use an inherited handle in a forked child; then send the child's identity."""
     assert held_here() == []
     bindings.ops_lifecycle.register_operation(spec())
     test.say([one.pid for one in bindings.participants() if one.is_self])
@@ -629,7 +630,7 @@ def test_threads_of_one_process_exclude_each_other(bindings: SessionRuntimeBindi
 
 
 def follow(bindings: SessionRuntimeBindings, test: Channel, first: int, count: int) -> list[int]:
-    """Wait for each of the next completions; where the feed was each time."""
+    """Wait for each of the next completions; returns the watermark after each."""
     feed = bindings.ops_lifecycle.completion_feed()
     test.say("waiting")
     seen = []
@@ -653,7 +654,7 @@ def test_a_waiter_sees_the_count_of_events_wrap(bindings: SessionRuntimeBindings
     bindings.shared_segment().memory.store(at.EVENT_AT, 2**32 - 3)
     with start(follow, bindings, 0, 6) as follower:
         lead(bindings, follower, 0, 6)
-    # The count has wrapped, and nothing of it went into the flag beside it.
+    # The count has wrapped, and the flag beside it did not change.
     assert bindings.shared_segment().memory.load(at.EVENT_AT) % 2**32 < 100
 
 

@@ -1,4 +1,4 @@
-"""Many processes at the same words at once."""
+"""Many processes change the same words at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROCESSES = 5
 
 @contextmanager
 def racing(act: Any, bindings: SessionRuntimeBindings, *args: object) -> Iterator[list[Child]]:
-    """Processes that all said that they are ready, and were then told to go."""
+    """Processes that start together, after all of them are ready."""
     with ExitStack() as stack:
         children = [
             stack.enter_context(start(act, bindings, number, *args)) for number in range(PROCESSES)
@@ -52,7 +52,7 @@ def ready(test: Channel) -> None:
 def end_all(
     bindings: SessionRuntimeBindings, test: Channel, number: int, ids: list[OperationId]
 ) -> tuple[list[OperationId], list[tuple[OperationId, str]]]:
-    """Try to end every operation; those that this process ended, and those it did not."""
+    """Try to end every operation; returns those that this process ended, and the others."""
     registry = bindings.ops_lifecycle
     verbs = (
         lambda id: registry.complete_operation(id, result(id, f"by {number}")),
@@ -100,7 +100,8 @@ def test_one_outcome_stands_however_many_end_an_operation(
 def complete_overlapping(
     bindings: SessionRuntimeBindings, test: Channel, number: int, ids: list[OperationId]
 ) -> list[list[OperationId]]:
-    """Try to complete groups of neighbours, each process others; those it completed."""
+    """Try to complete groups of neighbours, other groups in each process; returns the completed
+    ones."""
     random_, done = random.Random(number), []
     ready(test)
     for first in range(len(ids) - 3):
@@ -143,7 +144,7 @@ def test_groups_that_overlap_are_completed_whole_or_not_at_all(
 def advance_to_many(
     bindings: SessionRuntimeBindings, test: Channel, number: int, rounds: int
 ) -> int:
-    """Advance to random positions, looking all the while; the highest of them."""
+    """Advance to random positions, and check the cursor each time; returns the highest position."""
     cell = bindings.cursor_state.agent_applied_cursor
     random_ = random.Random(number)
     highest = before = 0
@@ -166,7 +167,8 @@ def test_a_cursor_that_many_advance_ends_at_the_highest(bindings: SessionRuntime
 
 
 def count_up(bindings: SessionRuntimeBindings, test: Channel, number: int, rounds: int) -> None:
-    """Raise the cursor by one, by compare-and-swap, until this process did it `rounds` times."""
+    """Raise the cursor by one with compare-and-swap, until this process has done it `rounds`
+    times."""
     cell = bindings.cursor_state.runtime_observed_seq
     ready(test)
     for _ in range(rounds):
@@ -214,7 +216,7 @@ def test_a_snapshot_is_of_one_instant(bindings: SessionRuntimeBindings) -> None:
 def register_many(
     bindings: SessionRuntimeBindings, test: Channel, number: int, count: int
 ) -> tuple[list[OperationId], int]:
-    """Register operations; those that were taken, and how many were refused."""
+    """Register operations; returns the accepted ones, and how many were refused."""
     taken, refused = [], 0
     ready(test)
     for _ in range(count):
@@ -262,7 +264,7 @@ def test_registrations_of_many_processes_stop_at_the_limit(
 def live_many_lives(
     bindings: SessionRuntimeBindings, test: Channel, number: int, count: int
 ) -> list[OperationId]:
-    """Lead operations through their lives; all of them."""
+    """Lead operations through their lives; returns all of them."""
     random_ = random.Random(number)
     ready(test)
     return [one_operation(bindings.ops_lifecycle, random_) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Readers of the feed against writers that go round its rings as fast as they can."""
+"""Readers of the feed, while writers go round its rings as fast as they can."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAST = 4_000
 
 @pytest.fixture
 def small(namespace: str) -> Iterator[SessionRuntimeBindings]:
-    """An epoch whose byte ring holds a handful of entries."""
+    """An epoch whose byte ring holds only a few entries."""
     config = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
     with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=config) as adapter:
         bindings = adapter.prepare_bindings(SessionId.new())
@@ -46,7 +46,8 @@ def write(bindings: SessionRuntimeBindings, test: Channel, seed: int) -> None:
 
 
 def read(bindings: SessionRuntimeBindings, test: Channel, seed: int) -> tuple[int, int]:
-    """Read, from all positions, until the feed is at `LAST`; how many entries, and gaps."""
+    """Read from all positions until the feed is at `LAST`; returns the numbers of entries and
+    gaps."""
     random_ = random.Random(seed)
     feed = bindings.ops_lifecycle.completion_feed()
     entries = gaps = watermark = 0
@@ -76,7 +77,7 @@ def test_readers_never_see_half_of_an_entry_or_a_hole(small: SessionRuntimeBindi
 
 
 def follow(bindings: SessionRuntimeBindings, test: Channel) -> list[int]:
-    """Wait for each advance and take what it brought, until the epoch is sealed."""
+    """Wait for each advance and read the new entries, until the epoch is sealed."""
     feed = bindings.ops_lifecycle.completion_feed()
     position = 0
     seen: list[int] = []

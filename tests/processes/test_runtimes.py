@@ -1,4 +1,4 @@
-"""The runtime itself is killed: the next one goes on with what it left."""
+"""The runtime itself is killed: the next one continues its sessions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_next_runtime_goes_on_where_a_killed_one_was(namespace: str) -> None
         assert SessionRuntimeBindings.from_token(token) is bindings
         assert bindings.cursor_state.snapshot() == EpochCursorSnapshot(runtime_observed_seq=1)
         entries = bindings.ops_lifecycle.completion_feed().list_since(0).entries
-        # What the killed runtime ran itself was ended before anybody was given the bindings.
+        # The killed runtime's own operations were ended before the adapter returned the bindings.
         assert [entry.operation_id for entry in entries] == ids
         assert isinstance(entries[1].terminal_outcome, Terminated)
         assert "runtime process" in entries[1].terminal_outcome.reason
@@ -85,7 +85,7 @@ def test_a_second_runtime_is_told_who_the_first_is(namespace: str) -> None:
                 adapter.prepare_bindings(session_id)
             assert (refused.value.session_id, refused.value.pid) == (session_id, first.pid)
             assert str(first.pid) in str(refused.value)
-        # The refusal cost the worker nothing, and its runtime neither.
+        # The refusal affected neither the worker nor its runtime.
         worker.ops_lifecycle.register_operation(spec())
         roles = {one.pid: one.role for one in worker.participants()}
         assert roles == {first.pid: Role.RUNTIME, os.getpid(): Role.WORKER}
@@ -124,7 +124,7 @@ def test_workers_do_not_notice_that_their_runtime_was_replaced(namespace: str) -
         id = OperationId.new()
         worker.ops_lifecycle.register_operation(spec(id=id))
         first.kill()
-    worker.ops_lifecycle.provisioning_succeeded(id)  # nobody runs the session now
+    worker.ops_lifecycle.provisioning_succeeded(id)  # the session has no runtime now
     with start(run_session, None, namespace, session_id, []) as second:
         assert second.hear() == token
         operation = worker.ops_lifecycle.snapshot(id)
@@ -183,7 +183,7 @@ def killed_in(
     method: str,
     act: Callable[[RuntimeSessionAdapter], object],
 ) -> None:
-    """A runtime that is killed as it calls `method` of its segment, or of the files below."""
+    """A runtime that is killed when it calls `method` of its segment or its file."""
     adapter = RuntimeSessionAdapter.ephemeral(namespace=namespace)
     test.say(adapter.prepare_bindings(session_id).to_token())
 
@@ -258,7 +258,8 @@ def test_killed_while_making_an_epoch(namespace: str, owner: Any, step: str) -> 
 
 
 def make_and_stand_still(bindings: None, test: Channel, namespace: str) -> bool:
-    """A runtime that stands still before its new segment has a name; whether it got that."""
+    """A runtime that is stopped before its new segment has a name; returns whether it got the
+    name."""
 
     def stand_still(*paths: Path) -> None:
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

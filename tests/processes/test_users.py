@@ -42,7 +42,8 @@ async def wait_for_one(bindings: SessionRuntimeBindings, meanwhile: Callable[[],
 
 
 def use(test: Channel, namespace: str) -> list[SessionId]:
-    """Await and end operations while the other users do; the sessions that this one sees."""
+    """Await and end operations while the other users do the same; returns the sessions that this
+    user sees."""
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         bindings = adapter.prepare_bindings(SessionId.new())
 
@@ -78,7 +79,7 @@ def test_users_of_one_namespace_do_not_meet(namespace: str) -> None:
 
 
 def meet_a_foreign_segment(test: Channel, namespace: str, session: SessionId) -> list[str]:
-    """What each call says of a segment of another user's."""
+    """The error of each call about a segment of another user."""
 
     def prepare() -> None:
         with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:

@@ -1,4 +1,4 @@
-"""What processes do to an epoch, and what must hold of its feed whatever they did."""
+"""The work of processes on an epoch, and the invariants of its feed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sealed_text(random_: random.Random, longest: int) -> str:
 
 
 def is_whole(text: str) -> bool:
-    """Whether this is what `sealed_text` made."""
+    """Whether `sealed_text` made this text, and it is whole."""
     digest, _, body = text.partition(":")
     return digest == hashlib.sha256(body.encode()).hexdigest()
 
@@ -49,7 +49,7 @@ def text_of(entry: CompletionEntry) -> str:
 
 
 def obeys_the_feed(batch: CompletionBatch, after: int) -> None:
-    """FEED-1: nothing above the watermark, no hole above what was dropped."""
+    """FEED-1: no entry is above the watermark, and there is no hole above `dropped_through`."""
     first = max(after, batch.dropped_through) + 1
     assert [entry.seq for entry in batch.entries] == list(range(first, batch.watermark + 1))
 
@@ -100,14 +100,14 @@ def several_operations(registry: RuntimeOpsLifecycleRegistry, random_: random.Ra
 
 
 def work_for_ever(bindings: SessionRuntimeBindings, test: Channel, seed: int) -> None:
-    """A worker: some operations at a time, some of them others', until it is killed."""
+    """A worker that runs a few operations at a time, some of others, until it is killed."""
     random_ = random.Random(seed)
     registry = bindings.ops_lifecycle
     test.say("working")
     while True:
         with contextlib.suppress(InvalidTransition, NotFound, MaxConcurrentExceeded):
             match random_.randrange(8):
-                case 0:  # left running, for its death or for somebody else's case 1
+                case 0:  # left running, until its death or another worker's case 1
                     id = OperationId.new()
                     registry.register_operation(spec("left", id=id))
                     registry.provisioning_succeeded(id)

@@ -1,4 +1,4 @@
-"""Completions for who is driven by them."""
+"""Completions for the consumers in these tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHILD = OperationKind.MOB_MEMBER_CHILD
 def end(
     bindings: SessionRuntimeBindings, *kinds: OperationKind, reason: str = "ended"
 ) -> list[int]:
-    """End one fresh operation of each kind; their sequences."""
+    """End one fresh operation of each kind; returns their sequences."""
     registry = bindings.ops_lifecycle
     seqs = []
     for kind in kinds:
@@ -24,7 +24,8 @@ def end(
 
 
 def drop_through(bindings: SessionRuntimeBindings, seq: int) -> int:
-    """End child operations until retention has dropped everything up to `seq`; what it dropped."""
+    """End child operations until retention has dropped everything up to `seq`; returns
+    `dropped_through`."""
     while (batch := bindings.ops_lifecycle.completion_feed().list_since(0)).dropped_through < seq:
         end(bindings, CHILD, reason="x" * 400)
     return batch.dropped_through

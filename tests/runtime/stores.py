@@ -1,4 +1,4 @@
-"""Stores that fail, wait and remember, for the tests of what writes to them."""
+"""Stores that fail, wait and remember, for the tests of their writers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from shmepoch.stores import EpochCapture, InMemoryRuntimeStore
 
 
 class WatchedStore(InMemoryRuntimeStore):
-    """A store whose saves are seen, can be held up, and can be made to fail."""
+    """A store whose saves are recorded, can be delayed, and can be made to fail."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: Every transaction that was taken.
+        #: Every transaction that was saved.
         self.saves: list[list[EpochCapture]] = []
         #: How often a save was begun.
         self.attempts = 0
-        #: What every save and every poll raises while it is not None.
+        #: Makes the error of every save and every poll while it is not None.
         self.failure: Callable[[], Exception] | None = None
         #: Saves wait here while it is not set.
         self.gate = threading.Event()
@@ -37,7 +37,7 @@ class WatchedStore(InMemoryRuntimeStore):
         return super().last_seq(epoch_id)
 
     def saved_entries(self) -> list[int]:
-        """How many completions each transaction had that had any."""
+        """The number of completions of each transaction that had any."""
         counts = [sum(len(c.snapshot.entries) for c in save) for save in self.saves]
         return [count for count in counts if count]
 

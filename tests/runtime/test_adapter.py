@@ -207,7 +207,7 @@ def test_after_a_reset_everything_is_fresh(adapter: RuntimeSessionAdapter, names
     assert new.cursor_state.snapshot() == EpochCursorSnapshot()
     assert new.ops_lifecycle.list_operations() == []
     assert end(new, TOOL) == [1]
-    # The old one can be read, and takes no change.
+    # The old epoch can be read, and refuses changes.
     assert old.sealed
     assert old.ops_lifecycle.completion_feed().list_since(0).watermark == 1
     assert old.cursor_state.snapshot().agent_applied_cursor == 1
@@ -344,11 +344,11 @@ def test_closing_waits_for_what_is_in_progress(namespace: str) -> None:
         adapter.close()
         thread.join()
         with RuntimeSessionAdapter.ephemeral(namespace=namespace) as other:
-            other.prepare_bindings(session_id)  # the runtime's lock was given up
+            other.prepare_bindings(session_id)  # the runtime's lock was released
             other.unregister_session(session_id)
 
 
-# --- finding what is there --------------------------------------------------------------------
+# --- finding existing epochs ------------------------------------------------------------------
 
 
 def test_two_adapters_of_a_process_are_not_both_the_runtime(
@@ -360,7 +360,7 @@ def test_two_adapters_of_a_process_are_not_both_the_runtime(
     ):
         second.prepare_bindings(bindings.session_id)
     assert (active.value.session_id, active.value.pid) == (bindings.session_id, os.getpid())
-    # The refusal took nothing from the first.
+    # The refusal did not affect the first.
     assert bindings.role is Role.RUNTIME
     end(bindings, TOOL)
 
@@ -369,7 +369,7 @@ def test_a_sealed_segment_that_was_left_is_replaced(namespace: str) -> None:
     session_id = SessionId.new()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as first:
         old = first.prepare_bindings(session_id)
-        old.shared_segment().seal()  # and no more: as if it had been killed in a reset
+        old.shared_segment().seal()  # and nothing else: as if it had been killed in a reset
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as second:
         new = second.prepare_bindings(session_id)
         assert new.epoch_id != old.epoch_id

@@ -1,4 +1,4 @@
-"""One live agent a session, unless all of them share it."""
+"""One live agent for each session, unless all of them share it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(bindings: SessionRuntimeBindings, *, sharing: bool = False) -> AgentBo
 
 
 def be_the_agent(bindings: SessionRuntimeBindings, test: Channel, sharing: bool) -> None:
-    """Build, and do what is asked until told to end."""
+    """Build an agent, and act on requests until the end."""
     boundary = build(bindings, sharing=sharing)
     test.say(os.getpid())
     while (told := test.hear()) != "end":
@@ -174,7 +174,7 @@ def test_closing_the_bindings_closes_it(adapter: RuntimeSessionAdapter) -> None:
     with RuntimeSessionAdapter.ephemeral() as next_adapter:
         again = next_adapter.prepare_bindings(session_id)
         with build(again):
-            boundary.close()  # which has nothing left to give up
+            boundary.close()  # it is closed already
             refused(again)
         next_adapter.unregister_session(session_id)
 
@@ -276,7 +276,7 @@ def test_a_stopped_agent_stays_the_agent(bindings: SessionRuntimeBindings) -> No
 
 
 def commit_what_was_inherited(bindings: SessionRuntimeBindings, test: Channel) -> None:
-    """A child that was forked in the middle of a turn, and then tries to build its own agent."""
+    """A child that was forked in the middle of a turn tries to build its own agent."""
     boundary, drain = _inherited
     for call in (boundary.drain, drain.commit):
         with pytest.raises(BoundaryClosed):

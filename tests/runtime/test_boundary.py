@@ -1,4 +1,4 @@
-"""The agent boundary: what the agent is told, and when its cursor moves."""
+"""The agent boundary: the notices of the agent, and the moves of its cursor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Kept:
 
 
 def told(drain: Drain) -> list[int | tuple[int, int]]:
-    """The notices: sequences of completions, and from where to where a gap is."""
+    """The notices: sequences of completions, and the bounds of gaps."""
     return [
         (notice.after_seq, notice.dropped_through)
         if isinstance(notice, CompletionFeedGap)
@@ -205,7 +205,7 @@ def test_the_history_of_the_bindings_is_used(small: SessionRuntimeBindings) -> N
 
 @pytest.mark.parametrize("seed", range(30))
 def test_every_sequence_is_told_or_in_a_gap_and_never_both(seed: int) -> None:
-    """BOUNDARY-1, against a history that has lost some of it."""
+    """BOUNDARY-1, with a history that has lost some entries."""
     random_ = random.Random(seed)
     small = SessionRuntimeBindings.standalone(SessionId.new(), SMALL)
     feed = small.ops_lifecycle.completion_feed()
@@ -257,5 +257,5 @@ def test_sequences_that_recovery_skipped_are_no_gap() -> None:
     assert told(boundary.drain()) == [1, 2, 13]
     dropped = drop_through(recovered, 13)
     after = told(boundary.drain())
-    # What was skipped never was a completion; what was dropped on both sides of it was.
+    # No completion has a skipped sequence; the dropped sequences on both sides had completions.
     assert after[:2] == [(0, 2), (12, dropped)]

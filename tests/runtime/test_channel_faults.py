@@ -1,4 +1,4 @@
-"""The persistence channel among faults: of one epoch, of threads, of what interrupts it."""
+"""The persistence channel with faults: of one epoch, of threads, and interrupts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def error_of(channel: PersistenceChannel, bindings: SessionRuntimeBindings) -> s
     return found.error or found.failure
 
 
-# --- what is wrong with one epoch -----------------------------------------------------------------
+# --- faults of one epoch --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("refusal", EVERY)
@@ -206,11 +206,11 @@ def test_a_time_that_no_store_keeps_is_of_one_epoch(
 def test_a_session_with_a_value_that_no_store_keeps_can_be_ended(
     store: Picky, namespace: str, verb: str
 ) -> None:
-    """Its end is stored, without what cannot be."""
+    """Its end is stored, without the value."""
     with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
         bad = adapter.prepare_bindings(SessionId.new())
         eventually(lambda: store.load(bad.session_id))
-        with held_writer(bad.shared_segment()):  # no look of the channel comes in between
+        with held_writer(bad.shared_segment()):  # the channel does not poll in between
             pass
         complete(bad)
         damage_record(bad.shared_segment(), 1)
@@ -294,7 +294,7 @@ def test_a_channel_whose_thread_cannot_be_started_may_be_closed(
         channel.follow(epochs[0])
 
 
-# --- what comes in between ------------------------------------------------------------------------
+# --- interrupts -----------------------------------------------------------------------------------
 
 
 class CallingBack(InMemoryRuntimeStore):
@@ -333,7 +333,7 @@ def test_a_store_may_call_its_channel(epochs: list[SessionRuntimeBindings]) -> N
 
 @contextlib.contextmanager
 def interrupting(act: Callable[[], object]) -> Iterator[Callable[[], None]]:
-    """Do `act` in the main thread when what this gives is called, in any thread."""
+    """Yields a function that makes the main thread call `act`; it may be called in any thread."""
     before = signal.signal(signal.SIGUSR1, lambda *_: act())
     yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)

@@ -1,4 +1,4 @@
-"""Waiting until a store has what was committed."""
+"""Waiting until a store has the committed completions."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_the_end_of_the_epoch_is_not_waited_through(
             alone.result(60)
 
 
-# --- the form to await ----------------------------------------------------------------------------
+# --- the awaitable form ---------------------------------------------------------------------------
 
 
 def test_it_can_be_awaited(store: WatchedStore, kept: SessionRuntimeBindings) -> None:
@@ -209,7 +209,7 @@ def test_what_is_no_position_is_refused(seq: int) -> None:
 
 
 def complete_durably(bindings: SessionRuntimeBindings, test: Channel) -> str:
-    """A worker that says when its completion is durable."""
+    """A worker that returns after its completion is durable."""
     registry = bindings.ops_lifecycle
     id = begin(registry)
     test.say("begun")

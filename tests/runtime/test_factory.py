@@ -1,4 +1,4 @@
-"""The agent factory: it consumes bindings, and makes none of a session that has a runtime."""
+"""The agent factory: it consumes bindings, and makes none for a session with a runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtime loop: when it injects a continuation, and what advances its cursors."""
+"""The runtime loop: the injection of continuations, and the moves of its cursors."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tests.support import eventually
 
 
 class Session:
-    """What a loop drives: it takes continuations or refuses them, between its turns.
+    """A session for a loop: it takes continuations or refuses them, between its turns.
 
-    One that it takes is a turn, in which the agent applies what it is told.
+    A continuation that it takes is a turn, in which the agent applies its notices.
     """
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
@@ -44,7 +44,7 @@ class Session:
         self.applies = True
         self.failure: Exception | None = None
         self.looks = 0
-        #: Every continuation it was offered, with the cursors as they were then.
+        #: Every continuation that it was offered, with the cursors at that time.
         self.offered: list[tuple[Continuation, EpochCursorSnapshot]] = []
         self.taken: list[int] = []
 
@@ -59,7 +59,7 @@ class Session:
         return self.accepts
 
     def apply(self, seq: int) -> None:
-        """The agent was told of everything up to `seq`."""
+        """Apply everything up to `seq`, as the agent."""
         self.bindings.cursor_state.agent_applied_cursor.advance(seq)
 
     def quiescent(self) -> bool:
@@ -70,11 +70,11 @@ class Session:
         return RuntimeLoop(self.bindings, inject=self.inject, quiescent=self.quiescent)
 
     def observed(self, seq: int) -> None:
-        """Return once the loop has observed that much."""
+        """Wait until the loop has observed everything up to `seq`."""
         eventually(lambda: self.bindings.cursor_state.runtime_observed_seq.load() >= seq)
 
     def looked(self, times: int) -> None:
-        """Return once it was asked that often whether it is quiescent."""
+        """Wait until it was asked so many times whether it is quiescent."""
         eventually(lambda: self.looks >= times)
 
     @property
@@ -104,7 +104,7 @@ def running(session: Session) -> Iterator[RuntimeLoop]:
         yield loop
 
 
-# --- what it injects --------------------------------------------------------------------------
+# --- injections -------------------------------------------------------------------------------
 
 
 def test_a_completion_is_injected(session: Session, running: RuntimeLoop) -> None:
@@ -202,7 +202,7 @@ def test_what_was_accepted_and_not_applied_is_offered_by_the_next_loop(
 
 
 def test_what_the_agent_has_applied_is_not_injected(session: Session) -> None:
-    """An agent that was told between two model calls of one turn, or by a turn of its own."""
+    """The agent was told between two model calls of one turn, or in a turn that it began itself."""
     end(session.bindings, TOOL, TOOL)
     session.apply(2)
     with session.loop():
@@ -230,7 +230,8 @@ def test_what_the_agent_applies_while_the_session_is_busy_is_not_injected(sessio
 
 
 def test_the_cursors_advance_in_an_order_that_loses_nothing(session: Session) -> None:
-    """The injected one first: a kill between the two repeats nothing and skips nothing."""
+    """`runtime_last_injected_seq` first: a kill between the two repeats nothing and skips
+    nothing."""
     order: list[str] = []
 
     class Recorded:
@@ -334,7 +335,7 @@ def test_a_turn_that_goes_on_is_not_offered_again(session: Session) -> None:
     pauses = Pauses(loop)
     end(session.bindings, TOOL)
     with loop:
-        eventually(lambda: pauses.taken and pauses.taken[-1] == 1.0)  # it looked at the busy one
+        eventually(lambda: pauses.taken and pauses.taken[-1] == 1.0)  # it has polled it
         assert session.taken == [1]
         session.apply(1)
         session.quiet = True
@@ -412,7 +413,7 @@ def test_a_busy_session_is_looked_at_when_something_may_have_changed(session: Se
     loop._polls = _Growing(10_000.0, 10_000.0)
     with loop:
         eventually(lambda: session.looks == 1)
-        # It looks once for each time that something may have changed, and never in between.
+        # It polls once for each possible change, and never in between.
         for looks in range(2, 5):
             loop.session_changed()
             session.looked(looks)

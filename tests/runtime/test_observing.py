@@ -1,4 +1,4 @@
-"""Looking at sessions from outside: observers read everything and change nothing."""
+"""Observing sessions from outside: observers read everything and change nothing."""
 
 from __future__ import annotations
 
@@ -382,7 +382,8 @@ def test_a_damaged_segment_is_removed_too(namespace: str) -> None:
 def test_a_name_that_is_another_files_by_now_is_left_alone(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The segment that was found unused was moved away, and another made, before the removal."""
+    """After the check and before the removal, the unused segment was moved away and another was
+    made."""
     session_id = SessionId.new()
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         adapter.register_session(session_id)

@@ -1,4 +1,4 @@
-"""One running loop an epoch, that runs again, and what it does with what it is answered."""
+"""One running loop for each epoch, which can run again, and its reaction to answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import eventually
 
 
 class Agent:
-    """Takes every continuation, and applies at once what it is about."""
+    """Takes every continuation, and applies its completions at once."""
 
     def __init__(self, bindings: SessionRuntimeBindings) -> None:
         self.bindings = bindings
@@ -179,7 +179,7 @@ def test_it_runs_in_another_event_loop(agent: Agent) -> None:
 
 
 def test_a_signal_handler_stops_it(agent: Agent) -> None:
-    """In the middle of whatever the loop does in the same thread."""
+    """The handler interrupts the loop at any point, in the same thread."""
     loop = agent.loop()
     ended = threading.Event()
 
@@ -254,7 +254,7 @@ def test_a_loop_that_is_cancelled_while_it_injects_ends(agent: Agent) -> None:
 
 
 def test_a_task_that_was_cancelled_before_it_ran_the_loop(agent: Agent) -> None:
-    """Its count of cancellations stays; that one was not of the loop."""
+    """The task's count of cancellations stays: that cancellation was not for the loop."""
     take = agent.inject
     cancelled: list[Continuation] = []
 
@@ -284,11 +284,11 @@ def test_a_task_that_was_cancelled_before_it_ran_the_loop(agent: Agent) -> None:
     asyncio.run(asyncio.wait_for(cancel(), 60))
 
 
-# --- answers that are none --------------------------------------------------------------------
+# --- answers that are not valid ---------------------------------------------------------------
 
 
 class Later:
-    """What a coroutine function returns, without the warning that it was never awaited."""
+    """The result of a coroutine function, without the warning that it was never awaited."""
 
     def __await__(self) -> Iterator[Any]:
         yield from ()

@@ -1,4 +1,4 @@
-"""Who owns a session, when calls race, fail, are interrupted, or find what they did not expect."""
+"""The ownership of sessions, when calls race, fail, are interrupted, or find unexpected states."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from tests.support import eventually, held_writer, names_in, spec
 
 
 class Interleaved:
-    """A native epoch between whose transitions another attachment does something."""
+    """A native epoch; between its transitions another attachment does something."""
 
     def __init__(self, epoch: Epoch, act: Callable[[], object]) -> None:
         self._epoch = epoch
@@ -109,7 +109,7 @@ def unregister_and_prepare(adapter: RuntimeSessionAdapter, session_id: SessionId
 
 
 def close_and_lose(adapter: RuntimeSessionAdapter, session_id: SessionId) -> None:
-    """The epoch is open, but something other than a runtime takes its name away."""
+    """The epoch is open, but another program removes its name."""
     path = adapter.prepare_bindings(session_id).shared_segment().path
     adapter.close()
     path.unlink()
@@ -186,8 +186,8 @@ def test_a_sealed_segment_is_replaced_by_one_only(
 def test_an_epoch_that_another_runtime_has_gone_on_with_is_not_recovered(
     namespace: str, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    """It was loaded; until its segment has the name, another runtime recovered it, and ended it or
-    was gone with the machine's memory."""
+    """After the epoch was loaded, and before its segment has the name, another runtime recovered it
+    and ended it, or was lost in a crash of the machine."""
     session_id, store = SessionId.new(), InMemoryRuntimeStore()
     stored(session_id, namespace, store)
     restore = Durability.restore
@@ -219,7 +219,7 @@ def test_an_epoch_that_another_runtime_has_gone_on_with_is_not_recovered(
 def test_an_epoch_that_another_runtime_has_reset_is_not_recovered(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither epoch has a completion: only its identifier tells it from the one that was loaded."""
+    """Neither epoch has a completion: only the identifier distinguishes it from the loaded one."""
     session_id, store = SessionId.new(), InMemoryRuntimeStore()
     with RuntimeSessionAdapter.persistent(store, namespace=namespace) as adapter:
         path = adapter.prepare_bindings(session_id).shared_segment().path
@@ -242,11 +242,11 @@ def test_an_epoch_that_another_runtime_has_reset_is_not_recovered(
     assert files(namespace) == []
 
 
-# --- one session does not hold up another -----------------------------------------------------
+# --- one session does not delay another -------------------------------------------------------
 
 
 class Slow(WatchedStore):
-    """A store in which the load of one session does not come back for now."""
+    """A store in which the load of one session blocks until it is released."""
 
     def __init__(self, session_id: SessionId) -> None:
         super().__init__()
@@ -267,7 +267,8 @@ class Slow(WatchedStore):
 def busy(
     namespace: str, verb: str
 ) -> Iterator[tuple[RuntimeSessionAdapter, SessionId, Callable[[], None]]]:
-    """An adapter in whose call about a session the store does not come back; how it goes on."""
+    """An adapter with a call about a session that is blocked in the store, and the way to continue
+    it."""
     session_id = SessionId.new()
     store = Slow(session_id)
     with (
@@ -347,7 +348,7 @@ def test_a_stopped_worker_holds_up_its_session_only(
         held_up = pool.submit(getattr(adapter, verb), first)
         bindings = pool.submit(adapter.prepare_bindings, second).result(5)
         with start(leave_running, adapter.prepare_bindings(first), OperationId.new()) as dead:
-            dead.kill()  # before it is let in: the supervisor looks at this session, too
+            dead.kill()  # before the continuation: the supervisor polls this session, too
         with start(leave_running, bindings, id) as child:
             child.hear()
             child.kill()
@@ -361,7 +362,7 @@ def test_a_stopped_worker_holds_up_its_session_only(
         if verb == "reset_session":
             with pytest.raises(AdapterClosed):
                 held_up.result(DEADLINE_S)
-        else:  # all that was left was to remove it
+        else:  # only its removal was left
             held_up.result(DEADLINE_S)
     with RuntimeSessionAdapter.ephemeral(namespace=namespace) as adapter:
         for session_id in (first, second, third):
@@ -396,7 +397,7 @@ Reason: TypeAlias = Callable[[pytest.MonkeyPatch], None]
 
 
 def refuse(owner: Any, name: str, make: Callable[[], BaseException]) -> Reason:
-    """That `name` raises, for now."""
+    """Make `name` raise temporarily."""
 
     def fail(*_: object, **__: object) -> Any:
         raise make()
@@ -429,7 +430,7 @@ REASONS: dict[str, Reason] = {
 
 
 def nothing(session_id: SessionId, namespace: str, store: InMemoryRuntimeStore) -> None:
-    """The session has never been."""
+    """The session has never existed."""
 
 
 def left(session_id: SessionId, namespace: str, store: InMemoryRuntimeStore) -> None:
@@ -458,12 +459,12 @@ def descriptors() -> int:
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             in_shm = os.readlink(link).startswith("/dev/shm/")
-            found += in_shm and link.stat().st_size > at.PAGE  # that of the doorbells is a page
+            found += in_shm and link.stat().st_size > at.PAGE  # the file of doorbells is a page
     return found
 
 
 def files(namespace: str) -> list[str]:
-    """The names of segments, and of what is to replace one."""
+    """The names of segments, and of files that will replace one."""
     return [name for name in names_in(namespace) if not name.endswith(".doorbells")]
 
 
@@ -502,7 +503,7 @@ def test_after_preparing_failed_everything_is_as_it_was(
             try:
                 adapter.prepare_bindings(session_id)
             except BaseException as error:
-                kept = error  # as a logger or a test runner keeps it
+                kept = error  # like a logger or a test runner
         if kept is not None:
             assert not adapter.contains_session(session_id)
             assert descriptors() == open_before
@@ -621,7 +622,7 @@ def test_a_full_epoch_is_taken_over_once_a_participant_has_left(namespace: str) 
 def interrupted_at(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, handler: Callable[[], object]
 ) -> Iterator[list[object]]:
-    """A signal comes as `name` is called, once; what its handler returned or raised."""
+    """Send a signal once, when `name` is called; yields the results or errors of its handler."""
     done: list[object] = []
     real, comes = getattr(owner, name), [True]
 
@@ -751,7 +752,8 @@ def test_a_close_that_was_interrupted_gives_up_the_sessions_all_the_same(
 
 @pytest.mark.parametrize("durable", [False, True])
 def test_a_session_whose_bindings_were_closed_is_owned_again(namespace: str, durable: bool) -> None:
-    """A worker in the runtime's process has the runtime's bindings, and may close them."""
+    """A worker in the runtime's process has the same bindings as the runtime, and may close
+    them."""
     session_id, store = SessionId.new(), InMemoryRuntimeStore()
     with adapter_of(namespace, store if durable else None) as adapter:
         closed = adapter.prepare_bindings(session_id)
@@ -809,7 +811,7 @@ def adapter_of(namespace: str, store: InMemoryRuntimeStore | None) -> RuntimeSes
     return RuntimeSessionAdapter.persistent(store, namespace=namespace)
 
 
-# --- what another program did to the files ----------------------------------------------------
+# --- files changed by other programs ----------------------------------------------------------
 
 
 def test_a_session_whose_name_is_gone_is_opened_anew(
@@ -849,7 +851,7 @@ def test_a_session_whose_name_is_gone_goes_on_from_its_store(namespace: str) -> 
 
 
 def test_a_session_that_a_worker_of_this_process_has_lost_is_recovered(namespace: str) -> None:
-    """Its bindings are of the segment that is gone, under the id of the epoch that goes on."""
+    """Its bindings belong to the lost segment, but have the id of the recovered epoch."""
     session_id, store = SessionId.new(), InMemoryRuntimeStore()
     with RuntimeSessionAdapter.persistent(store, namespace=namespace) as first:
         token = first.prepare_bindings(session_id).to_token()

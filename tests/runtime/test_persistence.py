@@ -1,4 +1,4 @@
-"""The persistence channel: what of an epoch becomes durable, when, and whatever goes wrong."""
+"""The persistence channel: what it makes durable and when, and its reaction to failures."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion
 from tests.support import damage_record, eventually, result, spec
 
-#: How many completions are made where none may be dropped.
+#: How many completions a test makes if no completion may be dropped.
 RETAINED: Final = 5000
 
-#: Far longer than any test: only what is asked for, or pressed for, is stored.
+#: Far longer than any test: only a flush, or many completions, cause a save.
 NEVER = 3600.0
 SMALL = OpsLifecycleConfig(max_completed=1, max_operations=1, feed_bytes=8192)
 
@@ -323,7 +323,7 @@ def test_and_seldom_once_nothing_happens(
         channel.follow(bindings)
         complete(bindings)
         channel.flush()
-        time.sleep(2.2)  # by then nothing has happened for as long as matters
+        time.sleep(2.2)  # longer than any interval of the channel
         monkeypatch.setattr(Followed, "is_due", counted)
         eventually(lambda: len(looks) >= 3)
         assert looks[-1] - looks[0] > 1.5
@@ -351,7 +351,7 @@ def test_nothing_is_saved_while_nothing_happens(
         begin(bindings)
         channel.flush()
         attempts = store.attempts
-        time.sleep(1.5)  # longer than it takes to look at everything
+        time.sleep(1.5)  # longer than the interval of polls
         assert store.attempts == attempts
 
 
@@ -409,7 +409,7 @@ def test_a_sealed_epoch_makes_no_more_work(
 
 
 def test_no_cursor_is_stored_without_what_is_below_it() -> None:
-    """An agent that applies every completion at once, beside a channel that saves without pause."""
+    """An agent applies every completion at once, while a channel saves without pause."""
     large = OpsLifecycleConfig(feed_bytes=2**20)  # nothing is dropped before it is stored
     bindings = SessionRuntimeBindings.standalone(SessionId.new(), large)
     cursor = bindings.cursor_state.agent_applied_cursor
@@ -448,7 +448,7 @@ def test_no_cursor_is_stored_without_what_is_below_it() -> None:
 def test_the_cursors_are_read_first(
     store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A completion, and the agent's word that it has applied it, between any two of the reads."""
+    """Between any two of the reads, an operation completes and the agent applies it."""
     with PersistenceChannel(store, max_delay=NEVER) as channel:
         channel.follow(bindings)
         channel.flush()
@@ -490,7 +490,7 @@ def test_each_completion_is_decoded_once_on_its_way_to_the_store(
     assert stored_seqs(store, bindings) == decoded
 
 
-# --- what retention took --------------------------------------------------------------------------
+# --- completions that retention dropped -----------------------------------------------------------
 
 
 def test_what_was_dropped_before_it_was_read_is_said(
@@ -505,7 +505,7 @@ def test_what_was_dropped_before_it_was_read_is_said(
         store.gate.clear()
         attempts = store.attempts
         complete(bindings)
-        eventually(lambda: store.attempts > attempts)  # it has read the third, and is held up
+        eventually(lambda: store.attempts > attempts)  # it has read the third, and is blocked
         complete(bindings, 400)
         dropped = bindings.ops_lifecycle.completion_feed().list_since(0).dropped_through
         assert 3 < dropped < 403
@@ -607,7 +607,7 @@ def test_a_store_that_fails_is_tried_again(
         eventually(lambda: not channel.status().failing)
         assert stored_seqs(store, bindings) == [1, 2, 3, 4, 5]
         assert channel.status().missed == 0
-        assert channel.status().last_error is not None  # what happened remains visible
+        assert channel.status().last_error is not None  # the error remains visible
 
 
 def test_pauses_grow_while_the_store_fails(
@@ -621,7 +621,7 @@ def test_pauses_grow_while_the_store_fails(
         store.failure = lambda: StoreWriteFailed("no")
         began = time.monotonic()
         for bindings in epochs:
-            complete(bindings)  # whatever happens meanwhile, it is no reason to try earlier
+            complete(bindings)  # new completions do not make it try earlier
             time.sleep(0.02)
         failures = channel.status().failures
         # n failures take 2**(n - 1) - 1 first pauses; one more may come before the clock is read.
@@ -687,7 +687,7 @@ def test_closing_while_the_store_fails_says_what_is_not_stored(
         store.failure = lambda: StoreWriteFailed("no")
         complete(bindings, 3)
     assert "closed while the store fails; 3 completions are in shared memory only" in caplog.text
-    # They are in shared memory still, and the next channel stores them.
+    # They are still in shared memory, and the next channel stores them.
     store.failure = None
     with PersistenceChannel(store) as channel:
         channel.follow(bindings)
@@ -926,7 +926,7 @@ def test_a_forked_child_leaves_the_channel_to_its_parent(
 
 
 def persist(path: str, token: str, ready: Any) -> None:
-    """A process that does nothing but persist."""
+    """A process that only persists."""
     bindings = SessionRuntimeBindings.from_token(token)
     with SqliteRuntimeStore(path) as store, PersistenceChannel(store, max_delay=0.002) as channel:
         channel.follow(bindings)
@@ -948,8 +948,8 @@ def work(token: str, stop: Any) -> None:
 def test_killed_anywhere_it_loses_and_repeats_nothing(
     adapter: RuntimeSessionAdapter, tmp_path: Path
 ) -> None:
-    """Persisting processes are killed one after another while two workers go on; what each had
-    stored was whole, and the last one finds everything."""
+    """Persisting processes are killed one after another while two workers go on. Each has stored
+    complete transactions, and the last one stores everything."""
     adapter._opener._config = OpsLifecycleConfig(max_completed=RETAINED, feed_bytes=8 * 1024 * 1024)
     bindings = adapter.prepare_bindings(SessionId.new())
     feed = bindings.ops_lifecycle.completion_feed()

@@ -1,4 +1,4 @@
-"""What a session is after the machine has restarted, from a store in a real file."""
+"""Sessions after a restart of the machine, with a store in a real file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from tests.runtime.stores import WatchedStore
 from tests.stores.samples import completion, completions
 from tests.support import empty_shared_memory, eventually, result, spec
 
-#: An epoch whose feed drops completions soon, and one that has stored each before it does.
+#: An epoch whose feed soon drops completions, and one that drops them only after they are stored.
 CARELESS = OpsLifecycleConfig(max_completed=2, max_operations=4, feed_bytes=8 * 1024)
 SMALL = msgspec.structs.replace(CARELESS, store_wait_ms=60_000)
 
@@ -91,13 +91,13 @@ class Machine:
         empty_shared_memory(self.namespace)
 
     def change(self, statement: str) -> None:
-        """What somebody with the sqlite3 tool, or a bad disk, does to the file."""
+        """Change the file, like a user of the sqlite3 tool or a bad disk."""
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             connection.execute(statement)
             connection.commit()
 
     def segments(self) -> list[SessionId]:
-        """The sessions that have one."""
+        """The sessions that have a segment."""
         return list(list_sessions(self.namespace))
 
 
@@ -119,7 +119,7 @@ def agent(bindings: SessionRuntimeBindings) -> AgentBoundary:
 
 
 def told(boundary: AgentBoundary) -> list[int | tuple[int, int]]:
-    """One turn: the sequences of the completions, and where gaps are."""
+    """The notices of one turn: the sequences of completions, and the bounds of gaps."""
     with boundary.drain() as notices:
         return [
             notice.seq
@@ -136,7 +136,7 @@ def begin(bindings: SessionRuntimeBindings, name: str = "work") -> OperationId:
     return made.id
 
 
-# --- what comes back ------------------------------------------------------------------------------
+# --- recovered state ------------------------------------------------------------------------------
 
 
 def test_an_epoch_goes_on(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,7 +195,7 @@ def test_no_more_is_loaded_than_an_epoch_can_hold(namespace: str) -> None:
     store.save([EpochCapture(session_id=session_id, snapshot=stored)])
     with RuntimeSessionAdapter.persistent(store, namespace=namespace, config=SMALL) as adapter:
         bindings = adapter.prepare_bindings(session_id)
-        assert store.asked == [Layout(SMALL).entries, 1]  # and whether it is the last one still
+        assert store.asked == [Layout(SMALL).entries, 1]  # and a check that the epoch is unchanged
         assert told(agent(bindings)) == list(range(1, 5001))
         adapter.unregister_session(session_id)
 
@@ -204,7 +204,7 @@ def test_no_more_is_loaded_than_an_epoch_can_hold(namespace: str) -> None:
 
 
 def test_cursors_of_zero_are_positions(machine: Machine) -> None:
-    """What nobody had seen before the restart is delivered after it, and wakes the agent."""
+    """Completions that the agent had not seen are delivered after the restart, and wake it."""
     with machine.session() as bindings:
         seqs = end(bindings, TOOL, TOOL)
     with machine.session() as bindings:
@@ -238,7 +238,7 @@ def test_notices_that_were_not_committed_come_again_and_the_others_do_not(machin
 
 @pytest.mark.parametrize("ahead", ["agent_applied_cursor", "runtime_observed_seq"])
 def test_the_next_sequence_is_above_every_cursor(machine: Machine, ahead: str) -> None:
-    """A feed that went on below a cursor would have its completions taken for old ones."""
+    """If a feed continued below a cursor, its completions would be taken for old ones."""
     stored = PersistedOpsSnapshot(
         epoch_id=RuntimeEpochId.new(),
         entries=tuple(completions(1, 3)),
@@ -256,7 +256,7 @@ def test_the_next_sequence_is_above_every_cursor(machine: Machine, ahead: str) -
 def test_a_session_goes_on_wherever_its_cursors_stood(
     machine: Machine, cursor: str, position: int
 ) -> None:
-    """Whether a running epoch stored such a cursor, or an earlier release did."""
+    """A running epoch may store such a cursor, or an earlier release may have stored it."""
     with machine.session() as bindings:
         end(bindings, TOOL)
         getattr(bindings.cursor_state, cursor).advance(position)
@@ -290,7 +290,7 @@ def test_an_epoch_that_is_larger_than_the_adapter_s_is_recovered_whole(machine: 
 
 
 def test_what_is_no_history_of_one_epoch_is_not_loadable(machine: Machine) -> None:
-    """And there is a way out, which the error names."""
+    """There is a way out, and the error names it."""
     first, second = completions(1, 2)
     again = msgspec.structs.replace(second, operation_id=first.operation_id)
     stored = PersistedOpsSnapshot(epoch_id=RuntimeEpochId.new(), entries=(first, again))
@@ -303,7 +303,7 @@ def test_what_is_no_history_of_one_epoch_is_not_loadable(machine: Machine) -> No
 
 
 def test_no_sequence_comes_again_as_something_else(machine: Machine) -> None:
-    """What was committed and never stored may have been seen all the same."""
+    """Completions that were committed and never stored may have been seen."""
     seen: list[int] = []
     for _ in range(4):
         with machine.up() as adapter:
@@ -329,7 +329,7 @@ def test_not_even_after_restarts_in_which_nothing_was_stored(machine: Machine) -
     assert len(set(seen)) == 9
 
 
-# --- what was running -----------------------------------------------------------------------------
+# --- operations that were running -----------------------------------------------------------------
 
 
 def test_what_was_running_ends_as_terminated(machine: Machine) -> None:
@@ -360,7 +360,7 @@ def test_what_was_running_ends_as_terminated(machine: Machine) -> None:
             assert isinstance(snapshot.terminal_outcome, Terminated)
             assert "the runtime restarted" in snapshot.terminal_outcome.reason
         last = entries[-1].seq
-    with machine.session() as bindings:  # which is told once, and stored
+    with machine.session() as bindings:  # the agent is told once, and it is stored
         assert bindings.ops_lifecycle.completion_feed().list_since(last).entries == ()
         assert machine.store.last_seq(bindings.epoch_id) == last
 
@@ -392,7 +392,7 @@ def test_a_failed_load_is_not_an_empty_store(machine: Machine) -> None:
         assert caught.value.session_id == machine.session_id
         assert not adapter.contains_session(machine.session_id)
         assert machine.segments() == [], "nothing was started"
-        # Other sessions are none the worse for it.
+        # Other sessions are not affected.
         adapter.register_session(SessionId.new())
     assert machine.store.last_seq(bindings.epoch_id) == 1
 
@@ -440,7 +440,7 @@ def test_a_store_that_cannot_reserve_what_is_skipped_starts_nothing(namespace: s
         adapter.unregister_session(session_id)
 
 
-# --- where an epoch is looked for -----------------------------------------------------------------
+# --- the source of an epoch -----------------------------------------------------------------------
 
 
 def test_a_live_segment_goes_before_the_store(
@@ -453,7 +453,7 @@ def test_a_live_segment_goes_before_the_store(
         channel_of(adapter).flush()
         channel_of(adapter).unfollow(bindings)
         end(bindings, TOOL)  # so that the store is behind
-    damage(machine)  # and could not be loaded at all
+    damage(machine)  # and the store could not be loaded
     caplog.clear()
     with machine.session() as after:
         assert after.epoch_id == bindings.epoch_id
@@ -482,7 +482,7 @@ def test_a_session_that_the_store_does_not_know_gets_a_new_epoch(
 def test_a_runtime_that_was_faster_is_named(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between finding no segment and publishing one, another runtime may have published its own."""
+    """After a runtime finds no segment, another runtime may publish one before it."""
     with machine.session():
         pass
     with machine.up() as adapter:
@@ -564,7 +564,7 @@ def test_what_was_never_stored_is_a_gap_and_what_was_left_out_is_not(machine: Ma
 def test_an_agent_without_the_store_is_shown_the_gap(machine: Machine) -> None:
     with machine.session(config=SMALL) as bindings:
         end(bindings, *[TOOL] * 60, reason="x" * 300)
-        bindings.history = None  # as it is in another process
+        bindings.history = None  # as in another process
         dropped = bindings.ops_lifecycle.completion_feed().list_since(0).dropped_through
         with agent(bindings) as boundary, boundary.drain() as notices:
             assert next(iter(notices)) == CompletionFeedGap(0, dropped)
@@ -594,7 +594,7 @@ def test_a_reset_is_durable(machine: Machine) -> None:
 
 
 def test_a_restart_right_after_the_seal_starts_a_new_epoch(machine: Machine) -> None:
-    """Killed between sealing an epoch and opening the next."""
+    """The runtime was killed between sealing an epoch and opening the next."""
     with machine.session() as old:
         end(old, TOOL)
         old.shared_segment().seal()
@@ -644,7 +644,7 @@ def test_an_end_that_the_store_does_not_take_may_be_tried_again(
                 getattr(adapter, verb)(session_id)
             assert bindings.sealed
             assert bindings.shared_segment().path.exists()
-            with pytest.raises(StoreWriteFailed):  # it starts no new epoch, and finishes the end
+            with pytest.raises(StoreWriteFailed):  # it starts no new epoch
                 adapter.prepare_bindings(session_id)
         store.failure = None
         getattr(adapter, verb)(session_id)

@@ -1,4 +1,4 @@
-"""`store_wait_ms`: writers wait for the store rather than drop what it does not have."""
+"""`store_wait_ms`: writers wait for the store, and do not drop completions that it lacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support import eventually, result, spec
 
 #: Far longer than any test.
 PATIENT_MS = 600_000
-#: A payload of which the feed holds a dozen.
+#: A payload; the feed holds a dozen of them.
 CONTENT = "x" * 500
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -51,7 +51,7 @@ def store() -> WatchedStore:
 
 @pytest.fixture
 def held_up(store: WatchedStore, namespace: str) -> Iterator[SessionRuntimeBindings]:
-    """An epoch whose writers wait for ever, and whose store takes nothing: its gate is shut."""
+    """An epoch whose writers wait for ever, and whose store is blocked: its gate is shut."""
     yield from _epoch(store, namespace, PATIENT_MS)
 
 
@@ -100,7 +100,7 @@ def fill(bindings: SessionRuntimeBindings) -> None:
 
 
 def waiting(work: Future[None], bindings: SessionRuntimeBindings) -> bool:
-    """Whether somebody sleeps until something changes in the epoch."""
+    """Whether a waiter sleeps on the epoch's event."""
     assert not work.done(), work.result()
     return bindings.shared_segment().memory.load(at.EVENT_AT) >> 32 != 0
 
@@ -173,7 +173,7 @@ def test_several_wait_together(store: WatchedStore, held_up: SessionRuntimeBindi
 def test_no_more_is_unstored_than_a_recovery_leaves_out(
     store: WatchedStore, namespace: str
 ) -> None:
-    """Or a sequence could come again after a reboot, as something else."""
+    """Otherwise a sequence could be used again after a reboot."""
     config = OpsLifecycleConfig(store_wait_ms=1)
     with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=config) as adapter:
         bindings = adapter.prepare_bindings(SessionId.new())

@@ -1,4 +1,4 @@
-"""Supervision: who is gone is noticed, and what it ran is ended."""
+"""Supervision: it notices participants that are gone, and ends their operations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support import eventually, held_writer, spec
 
 
 class Worker:
-    """Another attachment, as good as another process."""
+    """Another attachment, equivalent to another process."""
 
     def __init__(self, bindings: SessionRuntimeBindings, role: Role = Role.WORKER) -> None:
         segment = bindings.shared_segment()
@@ -52,11 +52,11 @@ class Worker:
         return id
 
     def leave(self) -> None:
-        """End in good order."""
+        """Leave regularly."""
         self.segment.close()
 
     def die(self) -> None:
-        """End as a killed process does: its locks go, and nothing else."""
+        """End like a killed process: only its locks are released."""
         self.segment._descriptor.close()
 
 
@@ -96,7 +96,7 @@ def worker(alone: SessionRuntimeBindings) -> Iterator[Callable[..., Worker]]:
 
     yield make
     for one in made:
-        if one.segment.attached:  # one that died took its descriptor along
+        if one.segment.attached:  # a dead one has closed its descriptor
             one.segment.close()
 
 
@@ -153,7 +153,7 @@ def test_many_dead_are_one_commit(
         assert f"{role} process" in repr(outcomes[ids[0]])
 
 
-#: 120 of them have the least room that a configuration may give a table of 120.
+#: The least room that a configuration may give a table of 120 operations.
 TIGHT = OpsLifecycleConfig(
     max_operations=120, feed_bytes=at.PAGE + 240 * at.SPEC_LIMIT, max_participants=64
 )
@@ -194,7 +194,7 @@ def test_an_end_is_told_as_what_is_known_of_it(
     level: int,
     told: str,
 ) -> None:
-    """A normal exit looks like a death, and is nothing to be warned of if nothing ran."""
+    """A normal exit looks like a death, and needs no warning if no operation ran."""
     caplog.set_level(logging.INFO, "shmepoch")
     workers = [worker() for _ in range(dead)]
     for one in workers[:running]:
@@ -254,7 +254,7 @@ def test_who_took_the_slot_of_the_dead_is_not_taken_for_it(
     first.die()
     second = worker()
     slots = [one.segment.participant & 0xFF for one in (first, second)]
-    # A free slot is taken first, so have all others taken for the reuse of a dead one's.
+    # A free slot is taken first. So take all others, to make the dead one's slot be reused.
     while slots[1] != slots[0]:
         second = worker()
         slots[1] = second.segment.participant & 0xFF
@@ -327,7 +327,7 @@ def test_a_look_at_nothing_new_takes_no_lock(
     worker().run()
     supervisor = EpochSupervisor(alone)
     supervisor.poll()
-    with held_writer(alone.shared_segment()):  # it would wait for ever
+    with held_writer(alone.shared_segment()):  # a wait would last for ever
         assert supervisor.poll() == 0
 
 
@@ -361,7 +361,7 @@ def test_a_look_at_an_epoch_that_no_other_process_joined_is_one_load(
 def test_who_is_about_to_join_is_not_overlooked(
     alone: SessionRuntimeBindings, worker: Callable[..., Worker]
 ) -> None:
-    """It counts as joined, and was stopped before it could be listed."""
+    """It has increased `joined`, and was stopped before it was listed."""
     late = SharedSegment.attach(alone.shared_segment().namespace, alone.session_id)
     slot = 1
     assert try_lock(late.fd, at.PARTICIPANT_BYTE + slot, False)
@@ -387,7 +387,7 @@ def test_a_look_waits_for_no_transition(
     supervisor = EpochSupervisor(alone)
     with ThreadPoolExecutor(1) as pool, held_writer(stopped.segment):
         assert pool.submit(supervisor.poll).result(DEADLINE_S) == 0
-        pool.submit(supervisor.settle).result(DEADLINE_S)  # it gives up, some time
+        pool.submit(supervisor.settle).result(DEADLINE_S)  # it gives up after a while
     assert ended(alone) == {}
     assert supervisor.poll() == 1
     assert watch.wait(DEADLINE_S) == ended(alone)[id]
@@ -447,7 +447,7 @@ def test_an_epoch_whose_name_is_gone_is_lost(
 def test_a_change_of_names_is_looked_at_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another may have followed it that the directory's time does not show."""
+    """A second change may have followed that the directory's time does not show."""
     folder = tmp_path / "shm"
     folder.mkdir()
     monkeypatch.setattr(supervision, "SHM_DIR", folder)
@@ -509,13 +509,13 @@ def test_bindings_that_were_closed_are_left_alone(
 ) -> None:
     worker()
     supervisor = EpochSupervisor(alone)
-    alone.close()  # by an unregister, after the supervisor was given the list of epochs
+    alone.close()  # by an unregister, after the supervisor got the list of epochs
     with contextlib.suppress(ShmepochError):
         assert supervisor.poll() == 0
 
 
 class Broken:
-    """An epoch of which nobody thought that its supervision could fail this way."""
+    """An epoch whose supervision fails with an unexpected error."""
 
     looks = 0
 

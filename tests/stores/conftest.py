@@ -1,4 +1,4 @@
-"""Every kind of store, as its contract's tests get it."""
+"""Every kind of store, for the tests of the contract."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RuntimeSto
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a store's file may lie."""
+    """A path for a store's file."""
     return tmp_path / "store.db"
 
 

@@ -68,7 +68,7 @@ def running(
 
 
 def ended(spec: OperationSpec, entry: CompletionEntry) -> OperationLifecycleSnapshot:
-    """An operation that has ended, as its registry shows it."""
+    """The snapshot of an ended operation, as in its registry."""
     return OperationLifecycleSnapshot(
         id=spec.id,
         kind=spec.kind,

@@ -1,4 +1,4 @@
-"""What every store promises, whatever it is made of."""
+"""The promises of every kind of store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_is_a_runtime_store(store: RuntimeStore) -> None:
     assert isinstance(store, RuntimeStore)
 
 
-# --- what is saved is loaded ----------------------------------------------------------------------
+# --- saving and loading ---------------------------------------------------------------------------
 
 
 def test_an_unknown_session_has_no_epoch(store: RuntimeStore) -> None:
@@ -224,7 +224,7 @@ def test_another_completion_under_the_same_sequence_is_refused(store: RuntimeSto
     assert (error.epoch_id, error.stored, error.offered) == (epoch.id, stored, offered)
     assert str(stored.operation_id) in str(error)
     assert str(offered.operation_id) in str(error)
-    # Nothing of the call was saved, and the store goes on.
+    # The call saved nothing, and the store still works.
     assert store.load(other.session_id) is None
     assert loaded(store, epoch).cursors == cursors(0, 0, 0)
     store.save([epoch.capture([stored, completion(3)])])
@@ -352,7 +352,7 @@ def test_an_old_epoch_never_becomes_current_again(store: RuntimeStore) -> None:
 
 def test_the_order_of_recording_decides_and_not_the_clock(store: RuntimeStore) -> None:
     new = Epoch()
-    old = Epoch(new.session_id)  # has the later identifier
+    old = Epoch(new.session_id)  # it has the later identifier
     store.save([old.capture()])
     store.save([new.capture()])
     assert loaded(store, new).epoch_id < old.id
@@ -552,7 +552,7 @@ def test_numpys_integers_are_positions_limits_and_times(
 
 
 class Interrupted(tuple[EpochCapture, ...]):
-    """Captures whose reading something interrupts, as a signal handler or a finalizer may."""
+    """Captures; reading them is interrupted, as by a signal handler or a finalizer."""
 
     __slots__ = ()
     acts: ClassVar[list[Callable[[], object]]] = []

@@ -1,4 +1,4 @@
-"""Damaged SQLite files: what a row should not hold is a named error, or left out and named."""
+"""Damaged SQLite files: a damaged row is a named error, or is left out and named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = (
     *(("skipped", name) for name in ("after_seq", "through_seq")),
 )
 
-#: What a column may hold that no store put there.
+#: Contents of a column that no store put there.
 VALUES: tuple[Any, ...] = (
     *(None, "", "x", "\0", b"", b"\xff\xfe", b"\xff" * 16),
     *(0, 1, -1, 2**63 - 1, -(2**63), 1.5, float("inf"), "7", "{}", "[]", "null", "[" * 5000),
@@ -42,7 +42,7 @@ def sessions() -> list[SessionId]:
 
 @pytest.fixture
 def sound(tmp_path: Path, sessions: list[SessionId]) -> Path:
-    """Two sessions, each with two epochs, completions, their operations, and some that run."""
+    """Two sessions, each with two epochs, completions, their operations, and running operations."""
     path = tmp_path / "sound.db"
     with SqliteRuntimeStore(path, synchronous="normal") as store:
         for session in sessions:
@@ -141,7 +141,7 @@ def epochs_of(path: Path, sessions: list[SessionId]) -> list[Epoch]:
 
 
 def require_named(path: Path, sessions: list[SessionId], epochs: list[Epoch]) -> None:
-    """Every call has an answer or raises an error of the store's, and nothing else."""
+    """Fail unless every call returns, or raises an error of the store."""
     try:
         store = SqliteRuntimeStore(path, synchronous="normal")
     except StoreError:

@@ -1,4 +1,4 @@
-"""The file of an SQLite store: what it looks like, how it grows up, and files that are no store."""
+"""The file of an SQLite store: its schema, its migrations, and files that are not a store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import spec
 
 
 def ask(path: Path, query: str, *parameters: object) -> list[Any]:
-    """What somebody with the sqlite3 tool sees."""
+    """The result of a query in the sqlite3 tool."""
     connection = sqlite3.connect(path)
     try:
         found = connection.execute(query, parameters).fetchall()
@@ -53,7 +53,7 @@ def test_a_busy_timeout_is_a_number_of_seconds(path: Path, busy_timeout: Any) ->
     "busy_timeout", [float("inf"), 3_000_000, 1e9, 1e300, 10**400, numpy.int64(60), numpy.inf]
 )
 def test_a_long_busy_timeout_waits_for_a_lock_that_ends(path: Path, busy_timeout: Any) -> None:
-    """SQLite's own number of milliseconds would overflow, and it would not wait at all."""
+    """SQLite's number of milliseconds would overflow, and it would not wait at all."""
     with SqliteRuntimeStore(path, busy_timeout=busy_timeout) as store:
         other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         other.execute("BEGIN IMMEDIATE")
@@ -100,7 +100,7 @@ def test_a_relative_path_is_the_same_file_after_a_change_of_folder(
         assert repr(store) == f"SqliteRuntimeStore('{tmp_path}/store.db')"
 
 
-# --- what lies there ------------------------------------------------------------------------------
+# --- the contents ---------------------------------------------------------------------------------
 
 
 def test_what_was_saved_is_there_after_reopening(path: Path) -> None:
@@ -132,7 +132,8 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_the_file_is_its_users_alone_through_a_link_too(
     tmp_path: Path, umask: None, exists: bool
 ) -> None:
-    """A link that leads to no file yet, and one into another folder, where the log is made."""
+    """A link whose target does not exist yet, and one into another folder, where the log is
+    made."""
     folder = tmp_path / "real"
     folder.mkdir()
     folder.chmod(0o700)
@@ -224,7 +225,7 @@ def test_what_is_asked_of_one_session_reads_no_other(sqlite: SqliteRuntimeStore)
         assert scans == [], statement
 
 
-# --- growing up -----------------------------------------------------------------------------------
+# --- migrations -----------------------------------------------------------------------------------
 
 
 def test_a_file_of_an_earlier_schema_is_migrated(
@@ -280,7 +281,7 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
         store.save([Epoch().capture()])
 
 
-# --- what is no store -----------------------------------------------------------------------------
+# --- files that are not a store -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"not a database at all\n" * 100, b"SQLite format 3\0" + b"x"])
@@ -336,12 +337,12 @@ def test_a_path_that_is_refused_has_no_file_afterwards(
         store.save([Epoch().capture()])
 
 
-# --- to be read only ------------------------------------------------------------------------------
+# --- read-only stores -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def kept(path: Path) -> Epoch:
-    """An epoch in a store that nothing has open."""
+    """An epoch in a store that is not open."""
     epoch = Epoch()
     with SqliteRuntimeStore(path) as store:
         store.save([epoch.capture(completions(1, 3))])
@@ -371,7 +372,7 @@ def test_a_store_that_is_read_only_makes_and_changes_nothing(path: Path, kept: E
 
 
 def test_a_store_that_is_read_only_sees_what_others_write(path: Path, kept: Epoch) -> None:
-    """Before there is a log, while there is one, and after it is gone again."""
+    """Before there is a log, while there is one, and after it is removed."""
     with SqliteRuntimeStore(path, read_only=True) as reader:
         assert reader.last_seq(kept.id) == 3
         for seq in (4, 5):
@@ -481,7 +482,7 @@ def test_a_damaged_row_never_looks_empty(
 
 
 def test_a_file_that_was_removed_is_noticed(path: Path) -> None:
-    """What is written to a file without a name would be lost, and was promised."""
+    """A save to a file without a name would be lost although it succeeded."""
     epoch = Epoch()
     with SqliteRuntimeStore(path) as store:
         store.save([epoch.capture([completion(1)])])
@@ -489,7 +490,7 @@ def test_a_file_that_was_removed_is_noticed(path: Path) -> None:
             part.unlink()
         with pytest.raises(StoreWriteFailed, match=r"store.db: the file was moved or removed"):
             store.save([epoch.capture([completion(2)])])
-        # The next save goes to what the path names now. A reader has to notice, too.
+        # The next save goes to the file that the path names now. A reader must notice, too.
         store.save([epoch.capture(completions(1, 2))])
         with pytest.raises(StoreReadFailed, match="moved or removed"):
             store.last_seq(epoch.id)

@@ -1,4 +1,4 @@
-"""The SQLite store against the plain one, over arbitrary captures in arbitrary order."""
+"""The SQLite store compared with the in-memory store, for arbitrary captures in arbitrary order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HIGHEST = 2**64 - 1
 
 @st.composite
 def saves(draw: st.DrawFn) -> list[list[EpochCapture]]:
-    """Captures of a few epochs, overlapping, out of order, sealed now and then."""
+    """Captures of a few epochs: overlapping, out of order, and sometimes sealed."""
     session = SessionId.new()
     epochs = [Epoch(session), Epoch(session), Epoch()]
     specs = {epoch.id: [spec(f"work {n}") for n in range(1, 7)] for epoch in epochs}

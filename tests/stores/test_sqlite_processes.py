@@ -1,4 +1,4 @@
-"""An SQLite store under everything that other processes, and the machine, do to it."""
+"""An SQLite store with other processes, kills, locks, full disks and missing permissions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def require_sound(path: Path) -> None:
 
 
 def append(path: Path, session: SessionId, epoch_id: RuntimeEpochId, through: int) -> None:
-    """One process's share: its own epoch, a completion a call."""
+    """One process's work: save its own epoch, one completion with each call."""
     epoch = Epoch(session)
     epoch.id = epoch_id
     with opened(path) as store:
@@ -77,7 +77,8 @@ def test_processes_make_and_fill_one_file_together(path: Path) -> None:
 
 
 def test_a_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
-    """Making it switches the journal and lays down the schema; neither may trip another."""
+    """Creating it switches the journal and makes the schema; neither step may fail in another
+    process."""
     failures: list[BaseException] = []
 
     def make(path: Path, ready: threading.Barrier) -> None:
@@ -124,7 +125,7 @@ def test_a_file_that_somebody_reads_while_it_is_made_is_waited_for(path: Path) -
 def test_a_switch_of_the_journal_that_gives_up_at_once_is_tried_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite does so about once in two hundred times that eight processes make a file together."""
+    """This happens about once in two hundred times when eight processes create a file together."""
     refusals = [1, 2, 3]
 
     class Hasty(database.OwnConnection):
@@ -145,7 +146,7 @@ def test_a_switch_of_the_journal_that_gives_up_at_once_is_tried_again(
 
 
 def merge(path: Path, session: SessionId, epoch_id: RuntimeEpochId, start: Any) -> None:
-    """Save the same epoch as everybody else, in an order of its own."""
+    """Save the same epoch as the other processes, in another order."""
     epoch = Epoch(session)
     epoch.id = epoch_id
     with opened(path) as store:
@@ -214,7 +215,7 @@ def test_no_connection_is_inherited(sqlite: SqliteRuntimeStore) -> None:
 
 
 def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -> None:
-    """Two threads save while a third forks; the children save, too, and outlive their use."""
+    """Two threads save while a third forks; the children save, too, and live on afterwards."""
     epochs = [Epoch(), Epoch()]
     stop = threading.Event()
     counts = [0, 0]
@@ -249,7 +250,7 @@ def test_forks_in_the_middle_of_saves_lose_nothing(sqlite: SqliteRuntimeStore) -
 
 
 def descriptors_of(pid: int, path: Path) -> list[str]:
-    """What a process has open of a store's files."""
+    """The descriptors of a store's files that a process has open."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since
@@ -261,7 +262,7 @@ def descriptors_of(pid: int, path: Path) -> list[str]:
 def test_no_connection_is_inherited_while_another_thread_opens_stores(
     path: Path, closing: bool
 ) -> None:
-    """Nor one that is being closed, since its store is not used any more."""
+    """Also no connection that is being closed because its store is no longer used."""
     opened(path).close()
     stop, made = threading.Event(), threading.Event()
 
@@ -293,7 +294,7 @@ def test_no_connection_is_inherited_while_another_thread_opens_stores(
 
 
 class Interrupt(Exception):
-    """What a signal handler raises."""
+    """The exception of a signal handler."""
 
 
 def running_in_main() -> str:
@@ -305,7 +306,7 @@ def running_in_main() -> str:
 
 @contextlib.contextmanager
 def handling(act: Callable[[], object]) -> Iterator[None]:
-    """Do `act` when SIGUSR1 comes."""
+    """Call `act` when SIGUSR1 comes."""
     before = signal.signal(signal.SIGUSR1, lambda *_: act())
     yield
     signal.signal(signal.SIGUSR1, before)
@@ -313,7 +314,7 @@ def handling(act: Callable[[], object]) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_fork_that_is_interrupted_leaves_no_lock(sqlite: SqliteRuntimeStore) -> None:
-    """It waits for a transaction of another thread, and nothing can stop it any more."""
+    """The fork waits for a transaction of another thread, and cannot be stopped."""
     epoch, inside, go_on = Epoch(), threading.Event(), threading.Event()
     forked_while_it_ran: list[bool] = []
 
@@ -384,8 +385,8 @@ class Interrupted(database.OwnConnection):
 def test_a_handler_that_forks_in_the_middle_of_a_transaction(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The transaction is the parent's. Neither waits for ever, and the child cannot do damage: it
-    has SQLite's memory of locks that it does not have."""
+    """The transaction belongs to the parent. Neither process waits for ever. The child must not use
+    the file: its SQLite believes that it has the parent's locks."""
     epoch, other, children = Epoch(), Epoch(), list[int]()
     monkeypatch.setattr(database, "OwnConnection", Interrupted)
     store = opened(path)
@@ -403,7 +404,7 @@ def test_a_handler_that_forks_in_the_middle_of_a_transaction(
                 opened(path)
             with pytest.raises(StoreReadFailed, match="forked in the middle"):
                 store.last_seq(epoch.id)
-            elsewhere.save([other.capture()])  # of a file that it has not inherited
+            elsewhere.save([other.capture()])  # a file that it has not inherited
 
     with handling(fork):
         try:
@@ -428,7 +429,7 @@ def test_a_handler_that_forks_in_the_middle_of_a_transaction(
 def test_a_handler_may_use_the_store_in_the_middle_of_a_transaction(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told at once that it cannot write now; it may read, and it may close the store."""
+    """A write is refused at once; the handler may read, and may close the store."""
     epoch, heard = Epoch(), list[str]()
     monkeypatch.setattr(database, "OwnConnection", Interrupted)
     store = opened(path)
@@ -550,7 +551,7 @@ def test_killed_at_any_moment_it_keeps_what_it_promised(path: Path) -> None:
 
 @pytest.fixture
 def locked(sqlite: SqliteRuntimeStore) -> Iterator[sqlite3.Connection]:
-    """Somebody else's connection that has the file locked for writing."""
+    """Another connection that has the file locked for writing."""
     other = sqlite3.connect(sqlite.path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     yield other
@@ -598,8 +599,8 @@ def test_a_conflict_leaves_no_lock(sqlite: SqliteRuntimeStore) -> None:
 
 # --- no room --------------------------------------------------------------------------------------
 
-#: Saves until the store refuses, then says what it had taken, whether it still reads, and whether
-#: it takes something once there is room again.
+#: Saves until the store refuses. Then prints what was saved, whether the store can be read, and
+#: whether it saves again when there is room.
 FILLING = """
 import json, sys
 from shmepoch.errors import StoreWriteFailed
@@ -695,7 +696,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
 
 
 def unprivileged(work: Callable[[], object]) -> int:
-    """Run `work` in a child that permissions apply to, even if the tests' user is root."""
+    """Run `work` in a child that permissions apply to, even if the tests run as root."""
 
     def as_nobody() -> None:
         if os.geteuid() == 0:
@@ -709,7 +710,7 @@ def unprivileged(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that another user can reach, as pytest's own cannot be."""
+    """A folder that another user can access, unlike pytest's own."""
     with tempfile.TemporaryDirectory(prefix="shmepoch-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

@@ -1,4 +1,4 @@
-"""tools/setup on machines that lack something: what it installs, and what it says instead."""
+"""tools/setup on machines that lack something: its installations and its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TREE: Final = Path(__file__).parents[2]
 _LACKING: Final = Path(__file__).parent / "lacking"
 _VERSION: Final = "python{}.{}".format(*sys.version_info)
 
-#: apt-get, which says what it is asked for, and brings it; CHANGES is what a simulation shows.
+#: An apt-get that records its arguments and installs the packages; a simulation prints CHANGES.
 _APT_GET: Final = """#!/bin/sh
 echo "apt-get $*" >>"$CALLS"
 case "$*" in
@@ -29,7 +29,7 @@ _DPKG_QUERY: Final = '#!/bin/sh\ntest "$PACKAGED" = yes\n'
 
 
 class Machine:
-    """A copy of what tools/setup reads, and a machine around it that lacks things."""
+    """A copy of the files that tools/setup reads, on a machine that lacks things."""
 
     def __init__(self, folder: Path, *lacks: str) -> None:
         self._bin, self._lacks, self._calls = folder / "bin", folder / "lacks", folder / "calls"
@@ -45,7 +45,7 @@ class Machine:
             (self._bin / name).chmod(0o755)
 
     def without(self, *names: str) -> None:
-        """Take commands away; those of the system are hidden, too."""
+        """Remove commands; those of the system are hidden, too."""
         for name in names:
             (self._bin / name).unlink()
         for name in ("bash", "dirname", "grep", "env"):
@@ -57,8 +57,8 @@ class Machine:
     _path = ""
 
     def setup(self, *, root: bool, packaged: bool, changes: str = "") -> str:
-        """Run it; what it says. It ends where it would make the venv, or before."""
-        # Their own user namespace makes root of any user, and another user of root.
+        """Run it; returns its output. It ends where it would make the venv, or before."""
+        # In a new user namespace any user can be root, and root can be another user.
         as_user = ["unshare", "--user", *(["--map-root-user"] if root else [])]
         if subprocess.run([*as_user, "true"], capture_output=True, check=False).returncode:
             pytest.skip("this machine does not let this user have a user namespace")
@@ -83,7 +83,7 @@ class Machine:
         return done.stderr
 
     def calls(self) -> list[str]:
-        """What was asked of apt-get, in order, and "venv" if it went on to make that."""
+        """The calls of apt-get, in order, and "venv" if it went on to make that."""
         return self._calls.read_text().splitlines() if self._calls.exists() else []
 
 
@@ -120,7 +120,7 @@ def test_root_gets_what_the_own_interpreter_lacks(
     ],
 )
 def test_nothing_that_is_there_is_changed(tmp_path: Path, changes: str) -> None:
-    """Not even what a package depends on, which --no-upgrade is not about."""
+    """Not even a dependency of a package, to which --no-upgrade does not apply."""
     machine = Machine(tmp_path, "headers")
     said = machine.setup(root=True, packaged=True, changes=changes)
     assert [call for call in machine.calls() if "--simulate" not in call] == ["apt-get update -qq"]

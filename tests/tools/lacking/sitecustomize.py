@@ -1,7 +1,7 @@
-"""Makes an interpreter that starts with this folder on its path lack what a build takes.
+"""Hides tools of a build from an interpreter that starts with this folder on its path.
 
-The environment has LACKS, a folder with a file for each thing that is missing, and CALLS, a file
-that is told of a venv instead of making one.
+The environment has LACKS, a folder with a file for each missing tool, and CALLS, a file that
+records a venv instead of making it.
 """
 
 from __future__ import annotations
