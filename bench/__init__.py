@@ -1,1 +1,1 @@
-"""shmepoch beside its alternatives, measured in one run."""
+"""Benchmarks of shmepoch and its alternatives, measured in one run."""

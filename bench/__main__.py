@@ -29,7 +29,7 @@ from bench.measures import (
 
 @dataclass(frozen=True)
 class Effort:
-    """How many rounds, and how many of what it counts a sample has."""
+    """The number of rounds, and the size of a sample."""
 
     rounds: int
     count: int
@@ -37,7 +37,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Group:
-    """Measures that belong together, and the effort of a full and of a quick run."""
+    """Measures that belong together, and the effort of a full run and of a quick run."""
 
     measures: Callable[[ExitStack, int], Iterator[Measure]]
     full: Effort
@@ -49,7 +49,7 @@ GROUPS: Final = {
     "contention": Group(contention.measures, Effort(15, 4_000_000), Effort(3, 2_000_000)),
     "wakes": Group(wakes.measures, Effort(15, 5_000), Effort(3, 1_000)),
     # A sample spans several checkpoints of SQLite's log, one every thousand pages. With fewer
-    # operations most samples had none, and their median forgot what the others paid.
+    # operations most samples had no checkpoint, and the median left its cost out.
     "operations": Group(operations.measures, Effort(11, 2_000), Effort(3, 1_000)),
     "peers": Group(peers.measures, Effort(11, 1_000), Effort(3, 500)),
     "streams": Group(streams.measures, Effort(11, 4_000), Effort(3, 2_000)),

@@ -1,10 +1,10 @@
-"""What a cursor's `advance` costs beside an empty method of the same native type.
+"""The cost of a cursor's `advance`, compared with an empty method of the same native type.
 
     .venv/bin/python -m bench.advance
 
 The empty method exists only in a build made for this measurement (-DSHMEPOCH_BENCH), so that both
-methods are in one binary. They are timed in turn, round by round, and the bare loop around the
-calls is taken off both.
+methods are in one binary. They are timed in turn, round by round, and the time of the bare loop is
+subtracted from both.
 """
 
 from __future__ import annotations

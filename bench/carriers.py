@@ -25,14 +25,14 @@ from bench.servers import ServerMissing, nats, redis
 from bench.work import epoch, operate, operate_together
 from shmepoch import OpsLifecycleConfig
 
-#: How long a reader that must poll sleeps in between.
+#: How long a reader that must poll sleeps between two polls.
 _POLL_S: Final = 500e-6
 _MOST_WRITERS: Final = 4
-#: Readers that lag behind by all records of a sample still find them.
+#: Room for all records of a sample, so that a slow reader still finds them.
 _ROOM: Final = OpsLifecycleConfig(max_completed=1_000, feed_bytes=16 * 1024 * 1024)
-#: The same for writers that have a batch under way each.
+#: The same, for writers that each have a batch in progress.
 _ROOM_TOGETHER: Final = msgspec.structs.replace(_ROOM, max_operations=_MOST_WRITERS * BATCH)
-#: The same for iceoryx2, whose writers wait when so many have not been read.
+#: The same for iceoryx2: its writers wait when so many records have not been read.
 _QUEUED: Final = 1_000
 
 #: Writes, or reads, so many records.
@@ -43,7 +43,7 @@ End = Callable[[], AbstractContextManager[Pass]]
 
 @dataclass(frozen=True)
 class Carrier:
-    """A way to pass records on: `ends`, for a content, makes that of a writer and the reader's."""
+    """A way to pass records on: `ends` makes a writer's end and the reader's end, for a content."""
 
     name: str
     ends: Callable[[str], tuple[End, End]]
@@ -52,7 +52,7 @@ class Carrier:
 
 
 def carriers(stack: ExitStack) -> Iterator[Carrier | Skipped]:
-    """Everyone who can be had here; their servers end with `stack`."""
+    """All carriers that are available here; their servers end with `stack`."""
     at_once = f"seen {BATCH} at a time"
     yield Carrier(SHMEPOCH, partial(_shmepoch, stack.enter_context(ExitStack()), 1))
     together = partial(_shmepoch, stack.enter_context(ExitStack()), BATCH)
@@ -90,7 +90,7 @@ def _inherited(run: Pass) -> End:
 
 
 def _shmepoch(stack: ExitStack, batch: int, content: str) -> tuple[End, End]:
-    stack.close()  # the epoch of the sample before
+    stack.close()  # the epoch of the last sample
     bindings = epoch(stack, _ROOM if batch == 1 else _ROOM_TOGETHER)
 
     def write(count: int) -> None:
@@ -236,7 +236,7 @@ def _sqlite(folder: Path, synchronous: str, batch: int, content: str) -> tuple[E
 
 
 def _iceoryx(stack: ExitStack, events: bool, content: str) -> tuple[End, End]:
-    stack.close()  # what the sample before left
+    stack.close()  # the leftovers of the last sample
     place, record = Place(stack), content.encode()
 
     def records() -> Any:

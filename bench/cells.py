@@ -20,7 +20,8 @@ from bench.work import epoch
 
 
 class Cell(NamedTuple):
-    """What can be done with a position: `advance` to the larger, `swap` the expected for a new."""
+    """The operations on a position: `advance` to the larger value, `swap` an expected for a new
+    one."""
 
     load: Callable[[], int]
     advance: Callable[[int], bool]
@@ -36,7 +37,7 @@ def of_shmepoch(stack: ExitStack) -> Cell:
 def _buffer(stack: ExitStack) -> Any:
     memory = SharedMemory(create=True, size=4096)
     stack.callback(memory.unlink)
-    return memory.buf  # closed with the process: the views on it do not say when they let go
+    return memory.buf  # closed with the process, since its views are not released earlier
 
 
 def of_atomicshm(stack: ExitStack, offset: int = 0) -> Cell:
@@ -79,7 +80,7 @@ def of_atomics(stack: ExitStack) -> Cell:
 def of_value(stack: ExitStack) -> Cell:
     """multiprocessing.Value with its lock."""
     synchronized = multiprocessing.Value(ctypes.c_uint64)
-    # Its own `value` would take the lock a second time.
+    # Its own `value` would take the lock again.
     lock, shared = synchronized.get_lock(), synchronized.get_obj()
 
     def load() -> int:
@@ -132,7 +133,7 @@ def of_semaphore(stack: ExitStack) -> Cell:
 
 
 def of_manager(stack: ExitStack) -> Cell:
-    """A number in a multiprocessing.Manager's process; not safe: it has no exchange of its own."""
+    """A number in a multiprocessing.Manager's process; not safe: it has no atomic exchange."""
     manager = stack.enter_context(multiprocessing.Manager())
     shared = manager.Value("Q", 0)
 
@@ -151,7 +152,7 @@ def of_manager(stack: ExitStack) -> Cell:
     return Cell(lambda: int(shared.value), advance, swap)
 
 
-#: Name, maker and caveat of each; and how many times fewer calls a sample has than the fastest's.
+#: Name, maker and caveat of each, and a divisor for the number of calls in its samples.
 ALL: list[tuple[str, Callable[[ExitStack], Cell], str, int]] = [
     (SHMEPOCH, of_shmepoch, "", 1),
     (ATOMICSHM, of_atomicshm, "no waiting, no lifetime", 1),

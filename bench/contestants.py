@@ -1,14 +1,14 @@
-"""The names by which goals and plots know who did a job; whether they can be had is not asked."""
+"""The names of contestants in goals and plots, available or not."""
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Records or operations that a batch has, with those who can pass on several at once.
+#: The records or operations of a batch, for contestants that have batches.
 BATCH: Final = 100
 SHMEPOCH: Final = "shmepoch"
 TOGETHER: Final = f"{SHMEPOCH}, {BATCH} at a time"
-#: What the plots show as ours.
+#: The contestants that the plots show as ours.
 OURS: Final = (SHMEPOCH, TOGETHER)
 ATOMICSHM: Final = "atomicshm"
 ATOMICS: Final = "atomics"
@@ -16,11 +16,11 @@ VALUE: Final = "multiprocessing.Value"
 SEMAPHORE: Final = "posix_ipc + numpy"
 MANAGER: Final = "multiprocessing.Manager"
 
-#: The latter two are safe as long as nobody is killed in the middle.
+#: Locks that stay locked if their holder is killed.
 LOCKS: Final = (VALUE, SEMAPHORE)
 SAFE_PEERS: Final = (ATOMICSHM, ATOMICS, *LOCKS)
 
 
 def living(size: int) -> str:
-    """The contestant with so many live epochs."""
+    """The contestant with this number of live epochs."""
     return f"{size:,} live epochs" if size > 1 else "1 live epoch"

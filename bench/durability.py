@@ -1,9 +1,10 @@
-"""How long until a completion is durable, how many a second, and how long recovery takes.
+"""The time until a completion is durable, the durable completions per second, and the time of a
+recovery.
 
     .venv/bin/python -m bench.durability [--folder FOLDER]
 
-The store lies in a temporary folder, in FOLDER if it is given: what the disk there takes to make a
-write durable is most of what is measured. Every recovery is held against what was stored.
+The store is in a temporary folder, or in FOLDER if it is given. Most of the measured time is that
+of the disk, to make a write durable. Every recovery is compared with the stored epoch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ RECOVERIES: Final = (10, 1_000, 10_000)
 SINGLE: Final = 60
 BATCH: Final = 1_000
 
-#: Room for 10,000 of them; and one that holds the backlog.
+#: An epoch so small that 10,000 fit; and one that holds the backlog.
 LITTLE: Final = OpsLifecycleConfig(
     max_completed=1, max_operations=1, feed_bytes=8192, max_participants=2
 )
@@ -72,7 +73,7 @@ def followed(
 
 
 def latencies(store: SqliteRuntimeStore, max_delay: float) -> list[float]:
-    """Milliseconds from each commit to its being durable."""
+    """Milliseconds from each commit until it is durable."""
     found = []
     with followed(store, OpsLifecycleConfig(), max_delay) as (bindings, channel):
         channel.follow(bindings)
@@ -87,7 +88,7 @@ def latencies(store: SqliteRuntimeStore, max_delay: float) -> list[float]:
 
 
 def backlog_rate(store: SqliteRuntimeStore) -> float:
-    """Completions a second, when they are all there already."""
+    """Completions per second, when all of them are committed before."""
     with followed(store, LARGE, 0.05) as (bindings, channel):
         for _ in range(BACKLOG):
             operate(bindings, CONTENT)
@@ -101,7 +102,7 @@ def backlog_rate(store: SqliteRuntimeStore) -> float:
 
 
 def sustained_rate(store: SqliteRuntimeStore) -> float:
-    """Operations a second of one writer that waits rather than have any dropped unstored."""
+    """Operations per second of one writer that waits for the store."""
     config = OpsLifecycleConfig(store_wait_ms=60_000)
     with followed(store, config, 0.05) as (bindings, channel):
         channel.follow(bindings)
@@ -115,7 +116,7 @@ def sustained_rate(store: SqliteRuntimeStore) -> float:
 
 
 def fill(store: SqliteRuntimeStore, sessions: int) -> list[SessionId]:
-    """Store as many sessions, each with completions of its own."""
+    """Store this number of sessions, each with its own completions."""
     ids = [SessionId.new() for _ in range(sessions)]
     for first in range(0, sessions, BATCH):
         store.save([capture(id) for id in ids[first : first + BATCH]])
@@ -123,7 +124,7 @@ def fill(store: SqliteRuntimeStore, sessions: int) -> list[SessionId]:
 
 
 def capture(session_id: SessionId) -> EpochCapture:
-    """An epoch with nothing but completions."""
+    """An epoch with completions only."""
     ids = [OperationId.new() for _ in range(STORED)]
     entries = tuple(
         CompletionEntry(
@@ -160,13 +161,13 @@ def recover(store: SqliteRuntimeStore, ids: list[SessionId]) -> float:
 
 
 def restart() -> None:
-    """What a restart of the machine does to shared memory."""
+    """Empty shared memory, like a restart of the machine."""
     for path in SHM_DIR.glob(f"shmepoch.{os.environ['SHMEPOCH_NAMESPACE']}.*"):
         path.unlink()
 
 
 def require(held: bool, complaint: str) -> None:
-    """Figures of something that does not work are none."""
+    """Exit with `complaint` unless `held`: figures of broken code are worthless."""
     if not held:
         raise SystemExit(complaint)
 
@@ -218,7 +219,7 @@ def main() -> None:
         print("recovery of one session, ms")
         few, many = (stores[count] for count in (RECOVERIES[0], RECOVERIES[-1]))
         singles: dict[int, list[float]] = {RECOVERIES[0]: [], RECOVERIES[-1]: []}
-        for _ in range(SINGLE):  # in turn, so that whatever else the machine does hits both alike
+        for _ in range(SINGLE):  # in turn, so that other load affects both alike
             for count, store in ((RECOVERIES[0], few), (RECOVERIES[-1], many)):
                 (id,) = fill(store, 1)
                 singles[count].append(recover(store, [id]) * 1000)

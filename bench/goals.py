@@ -1,4 +1,4 @@
-"""What shmepoch sets out to be, each a ratio between contestants of one measure."""
+"""The goals of shmepoch, each a ratio between contestants of one measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Goal:
     subject: str = SHMEPOCH
 
     def row(self, results: Mapping[str, Result]) -> str:
-        """What was wanted and what was measured, as a row of a Markdown table."""
+        """The goal and the measured ratio, as a row of a Markdown table."""
         wanted = f"| {self.name} | {self.factor:.2f} "
         result = results.get(self.measure)
         if result is None:
@@ -185,6 +185,6 @@ GOALS = (
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """Each goal with what was measured, as Markdown."""
+    """All goals with the measured ratios, as Markdown."""
     head = "| goal | times as fast: wanted | measured (closest peer) | met |"
     return "\n".join([head, "| --- | --- | --- | --- |", *(goal.row(results) for goal in GOALS)])

@@ -1,4 +1,4 @@
-"""Measurements of several contestants, taken in turn so that the machine's moods hit all alike."""
+"""Measurements of several contestants, taken in turn so that other load affects all alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-#: One sample: the figure for one of what the measure counts, or those of many ones.
+#: One sample: the figure for one unit of the measure, or the figures of many single ones.
 Sample = Callable[[], float | Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody who can do the job. `caveat` says what it does not do that shmepoch does."""
+    """A program that can do the job. `caveat` names a feature of shmepoch that it does not have."""
 
     name: str
     sample: Sample
@@ -22,13 +22,13 @@ class Contestant:
 
 
 def goal(name: str, figure: float) -> Contestant:
-    """What was set out for, which others are held against as if it had been measured."""
+    """A goal as a contestant, with which others are compared as if it had been measured."""
     return Contestant(name, lambda: figure, "what is wanted")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Somebody who could do the job, and why it is not measured."""
+    """A program that could do the job, and why it is not measured."""
 
     name: str
     why: str
@@ -36,7 +36,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Measure:
-    """One job, and everybody who does it. `unit` is of its figures: s, B, or % of a processor."""
+    """One job, and all its contestants. `unit` is that of its figures: s, B, or % of a
+    processor."""
 
     name: str
     contestants: Sequence[Contestant | Skipped]
@@ -51,7 +52,7 @@ class Result:
     unit: str = "s"
     caveats: dict[str, str] = field(default_factory=dict)
     figures: dict[str, list[float]] = field(default_factory=dict)
-    #: The 99th and 99.9th percentiles in each round, of samples that were of many ones.
+    #: The 99th and 99.9th percentiles in each round, of samples with many figures.
     tails: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -72,7 +73,7 @@ class Result:
         return statistics.median(p99), statistics.median(p999)
 
     def ratio(self, contestant: str, other: str) -> float:
-        """The median of how many times the figure of `other` was `contestant`'s, by round."""
+        """The median over the rounds of `other`'s figure divided by `contestant`'s."""
         pairs = zip(self.figures[contestant], self.figures[other], strict=True)
         return statistics.median(one / another for one, another in pairs)
 
@@ -91,7 +92,7 @@ LEAST_ROUNDS: Final = 3
 
 
 def run(measures: Iterable[Measure], rounds: int, said: Callable[[str], None]) -> list[Result]:
-    """Take a sample of every contestant of a measure in each round, each time another one first."""
+    """Take a sample of every contestant of a measure in each round, each time in another order."""
     return [_run(measure, max(rounds, LEAST_ROUNDS), said) for measure in measures]
 
 

@@ -1,4 +1,4 @@
-"""iceoryx2's services, kept apart from those of the machine's other users."""
+"""iceoryx2's services, separate from those of the machine's other users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _turn = count()
 
 
 class Place:
-    """Where its nodes and services lie; everything in it is removed with `stack`."""
+    """The place of its nodes and services; everything in it is removed with `stack`."""
 
     def __init__(self, stack: ExitStack) -> None:
         iceoryx2.set_log_level(iceoryx2.LogLevel.Error)
@@ -41,6 +41,6 @@ class Place:
 
 
 def _remove(prefix: str) -> None:
-    # Of nodes that were killed: the processes of a measurement are.
+    # Files of killed nodes: the processes of a measurement are killed.
     for path in Path(SHM_DIR).glob(f"{prefix}*"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Loops around one call, and what the call costs without the loop."""
+"""Loops around one call, and the cost of the call without the loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 #: A sample of one figure.
 Timed = Callable[[], float]
 
-#: Beyond the small integers that CPython keeps: what real positions cost.
+#: Above the small integers that CPython caches, like real positions.
 FIRST: Final = 10**6
 
 

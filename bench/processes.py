@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, each pinned to a processor."""
+"""Jobs in separate processes, each pinned to a processor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Job = Callable[[], Any]
 
 #: The processors that this process may use.
 CPUS: Final = sorted(os.sched_getaffinity(0))
-#: Two of them, the same one twice where there is only one.
+#: Two of them, or the same one twice if there is only one.
 APART: Final = (CPUS[0], CPUS[-1])
 TOGETHER: Final = (CPUS[0], CPUS[0])
 
@@ -26,10 +26,10 @@ _fork = multiprocessing.get_context("fork")
 
 
 def together(jobs: Sequence[Job], cpus: Sequence[int] = CPUS) -> list[Any]:
-    """What each job returned; all ran at the same time, the n-th on `cpus[n % len(cpus)]`.
+    """Run the jobs at the same time, the n-th on `cpus[n % len(cpus)]`; returns their results.
 
-    They are forked: what this process has, they have. RuntimeError if one fails or hangs, as soon
-    as it does; no process is left behind.
+    They are forked from this process, and have its state. Raises RuntimeError as soon as one fails
+    or hangs; no process is left behind.
     """
     with ExitStack() as stack:
         asked: dict[Connection, int] = {}
@@ -49,7 +49,7 @@ def together(jobs: Sequence[Job], cpus: Sequence[int] = CPUS) -> list[Any]:
 
 
 def meeting(processes: int) -> Callable[[], None]:
-    """What each of so many processes calls to wait for the others."""
+    """A function that each of this number of processes calls to wait for the others."""
     barrier = _fork.Barrier(processes)
 
     def meet() -> None:

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks found: tables, plots and the figures themselves."""
+"""The report of a run of the benchmarks: tables, plots and the figures themselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.harness import Result
 _UNITS: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _RATES: Final = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
-#: What matters to somebody who chooses, by the measures' names, and what the plot calls it.
+#: The measures that matter for a choice, with their labels in the plot.
 MAIN: Final = {
     "advance": "advance a cursor",
     "advance, 4 processes on one cursor": "advance one cursor, 4 processes",
@@ -32,7 +32,7 @@ _FLOOR: Final = "#e3e6ea"
 
 
 def machine() -> str:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     return (
         f"CPython {platform.python_version()}, {platform.system()} {platform.release()}, "
         f"{platform.machine()}, {os.cpu_count()} CPUs"
@@ -40,7 +40,7 @@ def machine() -> str:
 
 
 def duration(seconds: float) -> str:
-    """To three digits, in the unit that suits."""
+    """A duration with three digits, in a suitable unit."""
     for unit, name in _UNITS:
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
@@ -55,7 +55,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """How many a second, of what takes so long; nothing for what is no time."""
+    """The rate per second of something that takes this time; empty for other units."""
     if unit != "s" or value <= 0:
         return ""
     size, prefix = next((rate for rate in _RATES if 1 / value >= rate[0]), _RATES[-1])
@@ -96,7 +96,7 @@ def _rows(result: Result) -> Iterator[str]:
 
 
 def main_table(results: Sequence[Result]) -> str:
-    """The measures of the main plot, as the project's README shows them."""
+    """The measures of the main plot, as in the project's README."""
     lines = ["| what | contestant | one takes | times shmepoch's |", "| --- | --- | --- | --- |"]
     for result, label in _main(results):
         for name in _from_fast_to_slow(result):
@@ -183,7 +183,7 @@ def _panel(axis: Any, result: Result, names: Sequence[str]) -> None:
     axis.bar_label(bars, labels, padding=3, fontsize=8)
     axis.set_xscale("log")
     low, high = min(medians), max(medians)
-    # Room for the labels, a share of the panel however many magnitudes it spans.
+    # Room for the labels: a fixed share of the panel for any range of magnitudes.
     axis.set_xlim(low / 2, high * max(2.0, (high / low) ** 0.25))
     axis.tick_params(labelsize=8, labelbottom=False, bottom=False, which="both")
     axis.tick_params(axis="y", left=False)

@@ -1,4 +1,4 @@
-"""The servers of contestants that need one: on loopback, at a free port, gone with the stack."""
+"""The servers of contestants: on loopback, at a free port, stopped with the stack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from time import monotonic, sleep
 
-#: Where Debian puts servers; not on every user's PATH.
+#: Debian's folders of servers; they are not on every user's PATH.
 ELSEWHERE = "/usr/sbin:/usr/local/sbin"
 
 _START_S = 20.0

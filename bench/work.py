@@ -1,4 +1,4 @@
-"""What shmepoch is measured at: an epoch, and an operation in it."""
+"""The work that is measured: an epoch, and operations in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shmepoch import (
     SessionRuntimeBindings,
 )
 
-#: Room for ten thousand of them on a machine.
+#: An epoch so small that ten thousand fit on a machine.
 LITTLE: Final = OpsLifecycleConfig(
     max_completed=1, max_operations=1, feed_bytes=8192, max_participants=4
 )
@@ -45,7 +45,7 @@ def specified(id: OperationId, bindings: SessionRuntimeBindings) -> OperationSpe
 
 
 def operate_together(bindings: SessionRuntimeBindings, content: str, count: int) -> None:
-    """Register, start and complete so many operations, each step of all of them at once."""
+    """Register, start and complete `count` operations, in batches."""
     ids, registry = [OperationId.new() for _ in range(count)], bindings.ops_lifecycle
     registry.register_operations([specified(id, bindings) for id in ids])
     registry.start_operations(ids)

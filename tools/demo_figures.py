@@ -1,4 +1,4 @@
-"""Counts what a demo run's agents were told, from their transcripts, and checks its summary."""
+"""Counts the notices in a demo run's transcripts, and checks the run's summary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
 
 
 def told(transcript: Path) -> list[int]:
-    """The sequences of a transcript's notices, as they came; a line about a gap is none."""
+    """The sequences of a transcript's notices, in order; a gap is not a notice."""
     notices = [json.loads(line) for line in transcript.read_text().splitlines()]
     return [notice["seq"] for notice in notices if "after_seq" not in notice]
 

@@ -1,6 +1,6 @@
 """Prints the demo's jobs file: shell commands over the installed Python standard library.
 
-Most take milliseconds, some a second or two; a few fail, each in another way.
+Most take milliseconds, some a second or two; a few fail, each in a different way.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ALL = f"cat {LIBRARY}/*.py"
 
 
 def main(scratch: str) -> None:
-    """Print the commands; what they write goes to `scratch`."""
+    """Print the commands; they write to `scratch`."""
     print(f"# Commands over {LIBRARY}")
     for command in (*hashing(), *compressing(), *compiling(scratch), *reading(), *failing()):
         print(command)
 
 
 def hashing() -> Iterator[str]:
-    """One command a package, and one over everything."""
+    """One command for each package, and one for everything."""
     for package in PACKAGES:
         yield f"find {LIBRARY}/{package} -name '*.py' -exec sha256sum {{}} + | sort | sha256sum"
     yield f"sha256sum {LIBRARY}/*.py | sort -k 2 | tail -n 20"
@@ -38,7 +38,7 @@ def hashing() -> Iterator[str]:
 
 
 def compressing() -> Iterator[str]:
-    """With what this machine has."""
+    """Commands with the compressors of this machine."""
     for compressor in COMPRESSORS:
         if shutil.which(compressor.split()[0]):
             yield f"{ALL} | {compressor} | wc -c"
@@ -46,7 +46,8 @@ def compressing() -> Iterator[str]:
 
 
 def compiling(scratch: str) -> Iterator[str]:
-    """Bytecode goes to the scratch folder: the library stays as it is."""
+    """Commands that compile; bytecode goes to the scratch folder, and the library does not
+    change."""
     into = f"PYTHONPYCACHEPREFIX={shlex.quote(scratch)}"
     for module in MODULES:
         yield f"{into} {PYTHON} -m py_compile {LIBRARY}/{module}.py"
@@ -57,7 +58,7 @@ def compiling(scratch: str) -> Iterator[str]:
 
 
 def reading() -> Iterator[str]:
-    """Counting, sorting, searching, comparing, and printing a lot."""
+    """Commands that count, sort, search, compare, and print a lot."""
     yield f"wc -lwc {LIBRARY}/*.py | sort -n | tail -n 10"
     yield f"grep -c '' {LIBRARY}/*.py | sort -t : -k 2 -n | tail -n 3"
     yield f"grep -rn --include='*.py' TODO {LIBRARY}/asyncio {LIBRARY}/email | wc -l"
@@ -69,14 +70,15 @@ def reading() -> Iterator[str]:
     yield f"find {LIBRARY} -name '*.py' -size +64k | sort"
     yield f"du -sk {LIBRARY}/asyncio {LIBRARY}/json"
     yield f"cmp {LIBRARY}/ast.py {LIBRARY}/ast.py"
-    # Ten megabytes: the library's modules, as often as it takes.
+    # Ten megabytes: the library's modules, several times.
     yield f"for again in 1 2 3 4 5 6 7 8 9; do {ALL}; done | head -c 10485760"
     yield "printf 'no UTF-8: \\377\\376\\n'"
     yield "sleep 1.5"
 
 
 def failing() -> Iterator[str]:
-    """An exit status of its own, a shell's, a signal's; a search and a comparison in vain."""
+    """Commands that fail: by an exit status, by the shell, by a signal, and by a search and a
+    comparison without a match."""
     yield "exit 3"
     yield f"grep -n 'no module says this' {LIBRARY}/os.py"
     yield f"diff {LIBRARY}/ast.py {LIBRARY}/typing.py"

@@ -1,18 +1,18 @@
-"""The reboot drill: every process killed at a random moment, shared memory emptied, started again.
+"""The reboot drill: kill every process at a random moment, empty shared memory, start again.
 
     tools/reboot_drill [--rounds N] [--seed N] [--workers N]
 
 Each round is a machine that loses power: a runtime with a persistent adapter, workers that end
-operations as fast as they can, and an agent that writes down what it is told, all killed with
-SIGKILL within a tenth of a second; then the segments are removed. The next round goes on from the
-store. Workers write down each operation before they register it, and each that the store has
-acknowledged. In the end the drill holds the three records against each other.
+operations as fast as they can, and an agent that writes down its notices. All are killed with
+SIGKILL within a tenth of a second; then the segments are removed. The next round continues from the
+store. Workers write down each operation before they register it, and again when the store has
+acknowledged it. At the end the drill compares the three records.
 
 In some rounds the store fails for a while: another process locks its file, or the disk is full
-(a limit on the file's size). The epoch has to go on, and what was promised has to hold. In others
-the machine comes back with a store that is damaged, or in a folder that is read-only: the runtime
-has to refuse it, to say why, and to start nothing, until it is mended. As root, who may write
-anywhere, the drill becomes the user nobody.
+(a limit on the file's size). The epoch must go on, and all promises must hold. In others the
+machine comes back with a store that is damaged, or in a read-only folder: the runtime must refuse
+it, say why, and start nothing, until it is repaired. Root may write anywhere, so as root the drill
+changes to the user nobody.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ from shmepoch.epoch.operations import status_of
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.namespaces import list_sessions
 
-#: The longest that a round is left alone once its agent has begun.
+#: The longest time of a round after its agent has begun.
 LONGEST_S: Final = 0.1
-#: The longest that anything is waited for.
+#: The longest wait for anything.
 PATIENCE_S: Final = 60.0
-#: How often a round's store fails for a while.
+#: The faults of a round's store; one is chosen at random.
 FAULTS: Final = ("none", "none", "none", "none", "locked", "full")
-#: And how often it is unusable when the machine comes back.
+#: The states of the store when the machine comes back; one is chosen at random.
 STARTS: Final = ("sound", "sound", "sound", "sound", "damaged", "read-only")
 #: The exit status of a runtime that was refused by its store.
 REFUSED: Final = 3
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What the agent wrote down of one notice."""
+    """The agent's record of one notice."""
 
     epoch_id: str
     seq: int
@@ -76,7 +76,7 @@ class Told(msgspec.Struct, frozen=True):
 
 
 class Begun(msgspec.Struct, frozen=True):
-    """What the runtime wrote down when it had opened the epoch."""
+    """The runtime's record after it has opened the epoch."""
 
     epoch_id: str
     applied: int
@@ -85,7 +85,7 @@ class Begun(msgspec.Struct, frozen=True):
 
 
 class Records:
-    """The files in which the processes write down what they saw, each line in one write."""
+    """The files in which the processes write their records, each line in one write."""
 
     def __init__(self, folder: Path) -> None:
         self.store: Final = folder / "store.db"
@@ -99,7 +99,7 @@ class Records:
         self.faults: Final = folder / "faults"
 
     def write(self, path: Path, line: bytes) -> None:
-        """Append a line, whole or not at all: what a killed process had written stays."""
+        """Append a line, whole or not at all: the lines of a killed process stay."""
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.write(fd, line + b"\n")
         os.close(fd)
@@ -113,7 +113,7 @@ class Records:
 
 
 def runtime(records: Records, session_id: SessionId) -> None:
-    """Open the epoch, from the store if it is there, and keep it durable."""
+    """Open the epoch, from the store if it has one, and keep it durable."""
     try:
         store = SqliteRuntimeStore(records.store, busy_timeout=0.05, synchronous="normal")
         adapter = RuntimeSessionAdapter.persistent(store)
@@ -169,7 +169,7 @@ def worker(records: Records, seed: int) -> None:
 
 
 def agent(records: Records) -> None:
-    """Be told, write it down, commit; again and again."""
+    """Drain notices, write them down, commit; again and again."""
     bindings = attach(records)
     boundary = AgentFactory(SqliteRuntimeStore(records.store)).build(
         bindings.session_id, SessionOwned(bindings)
@@ -186,7 +186,7 @@ def agent(records: Records) -> None:
 
 
 def told(bindings: SessionRuntimeBindings, entry: CompletionEntry) -> Told:
-    """What the agent writes down of an entry."""
+    """The agent's record of an entry."""
     outcome = entry.terminal_outcome.to_json().decode()
     status = status_of(entry.terminal_outcome)
     return Told(str(bindings.epoch_id), entry.seq, str(entry.operation_id), f"{status} {outcome}")
@@ -209,13 +209,13 @@ def lock_store(records: Records, _: int) -> Callable[[], object]:
 
 
 def fill_disk(records: Records, pid: int) -> Callable[[], object]:
-    """No file of the runtime may grow any more."""
+    """Set a limit, so that no file of the runtime can grow."""
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (records.store.stat().st_size, -1))
     return lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
 
 
 def damage_store(records: Records) -> Callable[[], object]:
-    """The disk gives back something else than what was written to it."""
+    """Change bytes of the file, like a bad disk."""
     written = {path: path.read_bytes() for path in records.store.parent.glob("store.db*")}
     for path in written:
         path.unlink()
@@ -229,7 +229,7 @@ def damage_store(records: Records) -> Callable[[], object]:
 
 
 def protect_store(records: Records) -> Callable[[], object]:
-    """The folder and the file in it are read-only."""
+    """Make the folder and the file in it read-only."""
     folder = records.store.parent
     records.store.chmod(0o400)
     folder.chmod(0o500)
@@ -242,8 +242,8 @@ def protect_store(records: Records) -> Callable[[], object]:
 
 
 def try_unusable(records: Records, session_id: SessionId, how: str) -> None:
-    """Start a runtime on a store that is of no use for now: it has to refuse."""
-    # What a runtime may not write beside the store, it is told by other means.
+    """Start a runtime on a store that is unusable for now: it must refuse."""
+    # The runtime cannot write beside the store, so it reports through a pipe.
     said, complaint = os.pipe()
     mend = (damage_store if how == "damaged" else protect_store)(records)
     try:
@@ -300,7 +300,7 @@ def _become(target: Callable[..., None], *args: object) -> NoReturn:
 
 
 def kill(pids: list[int]) -> None:
-    """Kill them in this order; complain of any that had ended by itself."""
+    """Kill them in this order; report any that had ended by itself."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:
@@ -310,7 +310,7 @@ def kill(pids: list[int]) -> None:
 
 
 def reboot() -> None:
-    """What a restart of the machine does to shared memory."""
+    """Empty shared memory, like a restart of the machine."""
     for path in SHM_DIR.glob(f"shmepoch.{os.environ['SHMEPOCH_NAMESPACE']}.*"):
         path.unlink()
 
@@ -343,7 +343,7 @@ def one_round(records: Records, session_id: SessionId, chance: random.Random, wo
 
 
 def settle(records: Records, session_id: SessionId) -> None:
-    """A last round without workers, in which the agent is told of everything there is."""
+    """A last round without workers, in which the agent is told of all remaining completions."""
     records.token.unlink(missing_ok=True)
     pids = [start(runtime, records, session_id)]
     bindings = attach(records)

@@ -1,4 +1,4 @@
-"""The floors: what the machine itself takes for a job, measured in C."""
+"""The floors: the time of the machine itself for a job, measured in C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HERE: Final = Path(__file__).parent
 
 
 def build(stack: ExitStack, name: str) -> Path:
-    """The program of that name, compiled into a folder that goes with `stack`."""
+    """The program of that name, compiled into a folder that is removed with `stack`."""
     program = Path(stack.enter_context(TemporaryDirectory())) / name
     compiler = (sysconfig.get_config_var("CC") or "cc").split()
     source = _HERE / f"{name}.c"
@@ -22,7 +22,7 @@ def build(stack: ExitStack, name: str) -> Path:
 
 
 def seconds(program: Path, *arguments: object) -> list[float]:
-    """What the program prints, nanoseconds a line, in seconds."""
+    """The figures that the program prints, one in nanoseconds on each line; in seconds."""
     done = subprocess.run(
         [program, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=120
     )

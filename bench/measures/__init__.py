@@ -1,1 +1,1 @@
-"""What is measured, a file for each group."""
+"""The measures, a file for each group."""

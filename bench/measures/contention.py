@@ -21,7 +21,7 @@ Advance = Callable[[int], object]
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many advances of all processes together."""
+    """The group, for `count` advances of all processes together."""
     for processes in (2, 4, 8):
         crowd = f"{processes / len(CPUS):g} a CPU" if processes > len(CPUS) else ""
         yield Measure(
@@ -61,9 +61,9 @@ def _contended(advances: Sequence[Advance], count: int) -> Sample:
 
 
 def _alongside(advances: Sequence[Advance], count: int) -> Sample:
-    """Seconds of processor for one advance, where each process makes so many of its own.
+    """Seconds of processor for one advance, when each process makes `count` of them.
 
-    Of processor: that somebody else takes it away for a while is not what is looked for here.
+    Processor time, so that preemption by other processes does not count.
     """
     values = _Values(len(advances), count * len(advances))
 
@@ -74,7 +74,7 @@ def _alongside(advances: Sequence[Advance], count: int) -> Sample:
 
 
 class _Values:
-    """Rising values for several processes, which take them in turn."""
+    """Rising values that several processes take in turn."""
 
     def __init__(self, processes: int, count: int) -> None:
         self._processes = processes
@@ -82,7 +82,7 @@ class _Values:
         self._reached = FIRST
 
     def next(self) -> list[range]:
-        """The values of each, all of them above those before."""
+        """The next values of each process, all above the earlier ones."""
         begin, self._reached = self._reached, self._reached + self.count
         return [
             range(begin + index, self._reached, self._processes) for index in range(self._processes)
@@ -90,7 +90,7 @@ class _Values:
 
 
 class _Times(NamedTuple):
-    """When a process began and ended, and the seconds of processor it used in between."""
+    """The begin and the end of a process, and the processor seconds in between."""
 
     began: float
     ended: float

@@ -18,7 +18,7 @@ _LAST = 2**48
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many calls a sample."""
+    """The group, for `count` calls in each sample."""
 
     def each(sample: Callable[[cells.Cell, int], Sample], begin: int) -> list[Contestant]:
         contestants = []
@@ -55,7 +55,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
             Contestant(ATOMICSHM, _tuples(*loads, count=count), "not of one instant"),
         ],
     )
-    # The other way round for both: each snapshot finds a cursor moved.
+    # The opposite case for both: each snapshot finds a cursor moved.
     yield Measure(
         "advance one of three cursors and snapshot them",
         [

@@ -23,12 +23,12 @@ from shmepoch.memory.namespaces import list_sessions
 from shmepoch.memory.segment import SharedSegment
 
 _SIZES: Final = (1, 100, 1_000, 10_000)
-#: Of each figure, while the population is as large as it is.
+#: The samples of each figure for each size of the population.
 _SAMPLES: Final = 5
 _AGES: Final = (1_000, 10_000, 100_000, 1_000_000)
 _CONTENT: Final = "x" * 100
 
-#: Measure and unit, by what is looked at in each population.
+#: Measure and unit, by the name of the figure.
 _FIGURES: Final = {
     "attach": ("attach and leave a segment, among others", "s"),
     "list": ("list the sessions, for each", "s"),
@@ -39,7 +39,7 @@ _FIGURES: Final = {
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, with at most so many live epochs."""
+    """The group, with at most `count` live epochs."""
     sizes = [size for size in _SIZES if size <= count]
     passes = _Passes(sizes)
     for figure, (name, unit) in _FIGURES.items():
@@ -51,7 +51,7 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 
 def ages(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The same in epochs with a history of at most so many completions, most of them dropped."""
+    """The same in epochs with a history of at most `count` completions, most of them dropped."""
     reached = [age for age in _AGES if age <= count]
 
     @cache
@@ -71,7 +71,7 @@ def ages(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 
 class _Passes:
-    """Looks at everything while the population grows, since growing it takes longest.
+    """Takes all samples while the population grows, since growing it takes longest.
 
     The n-th sample of each contestant is from the n-th pass.
     """

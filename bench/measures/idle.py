@@ -1,4 +1,4 @@
-"""(h) What waiting costs a processor while nothing happens."""
+"""(h) The processor time of idle waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(g) What importing costs a process that starts."""
+"""(g) The cost of importing for a process that starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _starting(statement: str) -> Callable[[], float]:
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
     """The group."""
-    # As an installation does: a checkout's modules may never have been imported before.
+    # Like an installation: a checkout's modules may never have been imported before.
     compileall.compile_dir(Path(shmepoch.__file__).parent, quiet=1)
     yield Measure(
         "start a process that imports",

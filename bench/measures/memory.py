@@ -1,4 +1,4 @@
-"""(j) Shared memory of an epoch, and how many there is room for."""
+"""(j) The shared memory of an epoch, and how many epochs fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shmepoch import (
 )
 from tests.processes.private_shm import NoPrivateMounts, mount_private_shm
 
-#: What a container has by default, rounded down.
+#: The default size of /dev/shm in a container, rounded down.
 _ROOM: Final = 64_000_000
 
 
@@ -54,7 +54,7 @@ def _bytes(stack: ExitStack, config: OpsLifecycleConfig) -> int:
 
 
 def _private_shm() -> str:
-    """Give this process a small /dev/shm of its own; why it cannot have one, if it cannot."""
+    """Give this process a small private /dev/shm; returns the reason if that fails."""
     try:
         mount_private_shm(_ROOM)
     except NoPrivateMounts as error:
@@ -63,7 +63,8 @@ def _private_shm() -> str:
 
 
 def _fill() -> int:
-    """How many sessions are made before there is no room; what they leave goes with the process."""
+    """Make sessions until there is no room; returns their number. Their files are gone with the
+    process."""
     _private_shm()
     held = 0
     with RuntimeSessionAdapter.ephemeral(namespace=f"bench-{os.getpid()}-full") as adapter:

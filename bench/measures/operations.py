@@ -1,4 +1,4 @@
-"""(d) Whole operations, and reading what became of them."""
+"""(d) Whole operations, and reading their completions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shmepoch._native import WRITER_BYTE, try_lock, unlock
 from shmepoch.epoch.codec import to_wire, wire_decoder
 from shmepoch.epoch.encoding import encode_outcome, encode_spec
 
-#: A batch of the largest is in the feed at once.
+#: Room for a batch of the largest records.
 _ROOM: Final = OpsLifecycleConfig(feed_bytes=16 * 1024 * 1024)
 
 
@@ -41,7 +41,7 @@ def _database(stack: ExitStack, synchronous: str) -> sqlite3.Connection:
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many operations a sample."""
+    """The group, for `count` operations in each sample."""
     for size, label in ((100, "100 B"), (4096, "4 KiB"), (65536, "64 KiB")):
         yield Measure(f"operation, {label}", list(_operations(stack, count, "x" * size)))
     yield Measure("list_since of 100 entries", list(_reading(stack, count)))
@@ -65,7 +65,7 @@ def _together(bindings: SessionRuntimeBindings, content: str, count: int) -> Tim
 
 
 def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
-    """What three transitions need at least: the kernel's lock, an encoded spec and an entry."""
+    """Do the least work of three transitions: the kernel's lock, an encoded spec and an entry."""
     id, fd = OperationId.new(), bindings.shared_segment().fd
     spec = specified(id, bindings)
     to_wire(spec)
@@ -84,8 +84,8 @@ def _lock_and_encode(bindings: SessionRuntimeBindings, content: str) -> None:
 
 
 def _make_records(bindings: SessionRuntimeBindings, content: str) -> None:
-    """What an operation's three records take before shared memory is touched: made, held against
-    what will be read of them, and encoded."""
+    """Do the work for an operation's three records before any access to shared memory: make, check
+    and encode them."""
     id = OperationId.new()
     encode_spec(specified(id, bindings), bindings.session_id)
     encode_outcome(Completed(OperationResult(id=id, content=content)))

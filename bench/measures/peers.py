@@ -17,13 +17,13 @@ from bench.work import epoch, operate
 from shmepoch import SessionRuntimeBindings
 
 _CONTENT: Final = "x" * 100
-#: Before each operation that is timed, so that it comes at any moment of the peer's. Without it,
-#: most would be made while the peer does something else, and hardly one would wait.
+#: The pause before each timed operation, so that it comes at a random moment of the peer's work.
+#: Without it, most operations would come while the peer does something else, and few would wait.
 _PACE_S: Final = 1e-3
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many operations a sample."""
+    """The group, for `count` operations in each sample."""
     bindings = epoch(stack)
     write = partial(operate, bindings, _CONTENT)
     yield Measure(
@@ -37,7 +37,8 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
 
 
 def _calculate() -> None:
-    """What gives the interpreter lock up only when another thread has waited for its interval."""
+    """Calculate: it releases the interpreter lock only after another thread has waited for the
+    switch interval."""
     for _ in range(10_000):
         pass
 
@@ -45,7 +46,8 @@ def _calculate() -> None:
 def _beside(
     bindings: SessionRuntimeBindings, threads: list[Callable[[], object]], count: int
 ) -> Sample:
-    """The 90th percentile of the seconds for an operation, beside one process of these threads."""
+    """The 90th percentile of the seconds for an operation, beside one process with these
+    threads."""
 
     def sample() -> float:
         meet = meeting(2)

@@ -31,19 +31,19 @@ from shmepoch.memory.segment import SharedSegment
 
 _BARE: Final = "shm_open + mmap + close"
 _UNCHECKED: Final = "checks nothing"
-#: The stations of a segment's life, and what is measured of each.
+#: The steps of a segment's life, and the measure of each.
 _STATIONS: Final = (
     "create and publish a segment",
     "attach a segment",
     "detach a segment",
     "seal and unlink a segment",
 )
-#: When each station of one life began, and when the last ended.
+#: The times at which the steps of one life began, and at which the last ended.
 Life = Callable[[], tuple[float, float, float, float, float]]
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many calls a sample."""
+    """The group, for `count` calls in each sample."""
     bindings = epoch(stack)
     segment = bindings.shared_segment()
     bare = Contestant(_BARE, calls(partial(_attach_bare, f"/{segment.name}"), count), _UNCHECKED)
@@ -102,7 +102,7 @@ def _attach(namespace: str, session_id: SessionId) -> None:
 
 
 def _attach_bare(name: str) -> None:
-    """What any attach must do."""
+    """Do the minimum of any attach."""
     memory = posix_ipc.SharedMemory(name)
     mmap.mmap(memory.fd, memory.size).close()
     memory.close_fd()
@@ -120,7 +120,7 @@ def _attach_shared(name: str) -> None:
 
 
 def _station(life: Life, index: int, count: int) -> Sample:
-    """Seconds of one station, of so many lives."""
+    """Seconds of one step, from `count` lives."""
 
     def sample() -> float:
         taken = 0.0
@@ -171,7 +171,7 @@ def _live_bare(size: int) -> tuple[float, float, float, float, float]:
 
 
 def _making(adapter: RuntimeSessionAdapter, count: int) -> Sample:
-    """Seconds for one session, which is ended off the clock."""
+    """Seconds for one session; its end is not timed."""
 
     def sample() -> float:
         taken = 0.0
@@ -205,7 +205,7 @@ class _Elsewhere:
 
     def _serve(self) -> None:
         os.close(self._ask[1])
-        gc.disable()  # as the harness does for whoever is measured in its own process
+        gc.disable()  # like the harness in its own process
         while text := os.read(self._ask[0], 64):
             gc.collect()
             seconds = calls(
@@ -215,7 +215,7 @@ class _Elsewhere:
         os._exit(0)
 
     def sample(self, count: int) -> Sample:
-        """Have the child take a sample."""
+        """Let the child take a sample."""
 
         def sample() -> float:
             os.write(self._ask[1], str(count).encode())

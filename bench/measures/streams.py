@@ -1,4 +1,4 @@
-"""(d) Records from writers to a reader: how many, and how soon they are seen."""
+"""(d) Records from writers to a reader: the rate, and the delay until they are seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.servers import ServerMissing, redis
 from bench.work import epoch, operate
 from shmepoch import Completed
 
-#: Bytes of a record, what they are called, writers, and how many times fewer records a sample has.
+#: The bytes of a record, their name, the writers, and a divisor for the records in a sample.
 _STREAMS: Final = (
     (200, "200 B", 1, 1),
     (200, "200 B", 4, 1),
@@ -29,7 +29,7 @@ _PACE_S: Final = 500e-6
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many records a sample."""
+    """The group, for `count` records in each sample."""
     every = list(carriers(stack))
     for size, label, writers, fewer in _STREAMS:
         yield Measure(
@@ -91,7 +91,7 @@ def _paced(
     read: Callable[[], Sequence[str]],
     leave: Callable[[], None] = lambda: None,
 ) -> Sequence[float]:
-    """Seconds that each record took, written with a pause before it: its content is the time."""
+    """Seconds that each record took; its content is the time, and there is a pause before each."""
     meet = meeting(2)
 
     def writing() -> None:
@@ -136,7 +136,7 @@ def _redis_latency(port: int) -> Sequence[float]:
 
     with closing(Redis(port=port)) as setting_up:
         setting_up.delete("paced")
-    server: Any = Redis(port=port)  # each child connects for itself
+    server: Any = Redis(port=port)  # each child makes its own connection
     last = b"0"
 
     def read() -> Sequence[str]:

@@ -27,22 +27,22 @@ from shmepoch import RuntimeEpochId, SessionId
 from shmepoch import _native as at
 from shmepoch.memory.segment import SharedSegment
 
-#: Long enough for any wait to have gone to sleep: longer than the longest spin.
+#: Long enough that any wait sleeps: longer than the longest spin.
 _PAUSE_S: Final = 150e-6
 
 Signal = Callable[[int], object]
-#: Opens, in the process that uses it, what it signals and what it waits with.
+#: Opens, in the process that uses them, a function that signals and one that waits.
 Side = Callable[[], AbstractContextManager[tuple[Signal, Signal]]]
 #: Makes the side that asks and the side that answers.
 Signals = Callable[[], tuple[Side, Side]]
-#: Makes so many round trips on these processors, with this pause before each signal.
+#: Makes this number of round trips on these processors, with this pause before each signal.
 Trips = Callable[[tuple[int, int], int, float], Sequence[float]]
-#: Its name, its trips or why it has none, and its caveat.
+#: Its name, its trips or the reason why it has none, and its caveat.
 Peer = tuple[str, Trips | str, str]
 
 
 def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
-    """The group, for so many round trips a sample."""
+    """The group, for `count` round trips in each sample."""
     program = floor.build(stack, "pingpong")
     peers = list(_peers(stack))
     if APART != TOGETHER:
@@ -131,7 +131,7 @@ def round_trips(
 
 
 class _Log:
-    """Of each wait, how long it took, and how often the process gave its processor up for it."""
+    """The duration of each wait, and the number of voluntary context switches in it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -147,12 +147,13 @@ class _Log:
 
 
 def _net(asked: _Log, answered: _Log, pause: float) -> Sequence[float]:
-    """The round trips; of sleepers, those for which both did sleep, net of the answer's pause.
+    """The round trips. For sleepers only those in which both slept, without the pause of the
+    answer.
 
-    Who is not given a processor for a while finds the signal there already, and sleeps for nothing.
+    A process that gets no processor for a while finds the signal already there, and does not sleep.
     """
     trips = list(zip(asked.seconds, asked.sleeps, answered.sleeps, strict=True))
-    trips = trips[len(trips) // 10 :]  # the first ones find nobody waiting yet
+    trips = trips[len(trips) // 10 :]  # at first the other process does not wait yet
     if not pause:
         return [seconds for seconds, _, _ in trips]
     slept = [seconds - pause for seconds, near, far in trips if near and far]
@@ -182,7 +183,7 @@ def _segments() -> tuple[SharedSegment, SharedSegment]:
 
 
 def _tell(segment: SharedSegment) -> Signal:
-    """What a commit does after its entry is written: store the watermark, wake who sleeps."""
+    """The steps of a commit after its entry is written: store the watermark, wake sleepers."""
     store, notify = segment.memory.store, segment.waiters.notify
 
     def tell(turn: int) -> None:
@@ -203,7 +204,7 @@ def _inherited(signal: Signal, wait: Signal) -> Side:
 
 
 def shmepoch() -> tuple[Side, Side]:
-    """Through two epochs, one each way."""
+    """Signals through two epochs, one for each direction."""
     one, other = _segments()
     return _inherited(_tell(one), _hear(other)), _inherited(_tell(other), _hear(one))
 
@@ -240,7 +241,7 @@ def _semaphores() -> tuple[Side, Side]:
 
 
 def _iceoryx(stack: ExitStack) -> tuple[Side, Side]:
-    stack.close()  # what the sample before left
+    stack.close()  # the leftovers of the last sample
     place = Place(stack)
 
     @contextmanager
@@ -268,7 +269,7 @@ def _redis(port: int) -> tuple[Side, Side]:
 
 
 def _nats_trips(port: int, cpus: tuple[int, int], count: int, pause: float) -> Sequence[float]:
-    """Requests and replies. Its client has coroutines, and waits in their loop."""
+    """Requests and replies. The client uses coroutines, and waits in their event loop."""
     import nats
 
     meet = meeting(2)
