@@ -1,4 +1,4 @@
-/* The floor of an attach: open a segment, map it, let go of it.
+/* The floor of an attach: open a segment, map it, close it.
  *
  *     attach NAME COUNT
  *

@@ -2,10 +2,10 @@
  *
  *     pingpong spin|futex|timed CPU CPU COUNT PAUSE
  *
- * `timed` sleeps with a timeout, as who cannot trust that the other side lives has to.
+ * `timed` sleeps with a timeout, like a process whose other side may be dead.
  * Both spin for PAUSE nanoseconds before they signal, so that the other one is asleep by then.
- * Prints the nanoseconds of each round trip, one a line. With a pause, of those for which both did
- * sleep, and net of the answer's pause. */
+ * Prints the nanoseconds of each round trip, one on each line. With a pause, only those in which both
+ * slept, without the pause of the answer. */
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <sched.h>
@@ -66,7 +66,7 @@ now(void)
     return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
-/* How often this process gave its processor up to wait. */
+/* The voluntary context switches of this process. */
 static long
 sleeps(void)
 {

@@ -166,7 +166,7 @@ class Doorbells:
             try:
                 self._serve()
             except Exception as error:
-                report_once("the waits for commits of other processes were not looked at", error)
+                report_once("the waits for commits of other processes were not polled", error)
                 time.sleep(RECHECK_S)
             finally:
                 self._listening.release()
@@ -206,7 +206,7 @@ class Doorbells:
                 if page is not None:
                     break
         except OSError as error:
-            report_once("commits of other processes are heard late, by looking for them", error)
+            report_once("commits of other processes are noticed late, by polling", error)
         self._heard = page or Memory.private(_SIZE)
         return self._heard
 

@@ -146,7 +146,7 @@ class Waiters:
             self._memory.wake(at.EVENT_AT)
             self._waits.notify()
         except Exception as error:
-            report_once("a commit was not told to every sleeper, which will poll by itself", error)
+            report_once("not every sleeper was woken after a commit; it will poll by itself", error)
 
     def wait_above(self, after: int, timeout: float | None) -> int:
         """Block until the watermark is above `after`, and return it.

@@ -153,7 +153,7 @@ copy_slot(Epoch *self, uint64_t index, CopiedSlot *copy)
         raise_refused((PyObject *)self, &refusal);
         return false;
     }
-    /* What was not committed when the words were loaded is left out. */
+    /* Leave out what was not committed when the words were loaded. */
     if (copy->birth > words.registrations) {
         copy->birth = 0;
     }

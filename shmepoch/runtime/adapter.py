@@ -123,7 +123,7 @@ class RuntimeSessionAdapter:
         """An adapter whose epochs also survive the machine's restart, in `store`.
 
         A session without a live segment is recovered from the store. Its operations that had not
-        ended cannot be running any more. They end as `Terminated`, so that the agent is told of
+        ended cannot still be running. They end as `Terminated`, so that the agent is told of
         them; if `terminate_unfinished` is false they are dropped. A session that the store cannot
         load is refused with `StoreLoadFailed`; with `rotate_if_unloadable`, it gets a new epoch. A
         session with a damaged live segment is refused with `SegmentCorrupted`; with
@@ -332,7 +332,7 @@ class RuntimeSessionAdapter:
         try:
             bindings.ops_lifecycle.terminate_and_seal("the session was unregistered")
         except SegmentCorrupted:
-            _log.exception("session %s: removed with what runs in it", bindings.session_id)
+            _log.exception("session %s: removed with its running operations", bindings.session_id)
             bindings.shared_segment().seal()
 
     def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:

@@ -127,7 +127,7 @@ class Durability:
         try:
             self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
         except (SegmentCorrupted, CaptureInvalid):
-            _log.exception("session %s: what is not stored is lost", bindings.session_id)
+            _log.exception("session %s: everything that is not stored is lost", bindings.session_id)
             ended = PersistedOpsSnapshot(epoch_id=bindings.epoch_id)
             session_id = bindings.session_id
             self.store.save([EpochCapture(session_id=session_id, snapshot=ended, sealed=True)])

@@ -372,7 +372,7 @@ class PersistenceChannel:
         self._advanced.add(followed)
         self._wake.set()
 
-    # --- the thread: what to store ------------------------------------------------------------
+    # --- the thread: storing ------------------------------------------------------------------
 
     def _followed(self) -> list[Followed]:
         with self._state:
@@ -485,7 +485,7 @@ class PersistenceChannel:
                 _log.error("nothing is stored until the store works again: %s", error)
         elif not followed.is_suspect:
             followed.is_suspect = True
-            _log.error("epoch %s is not stored, as others are: %s", followed.id, error)
+            _log.error("epoch %s is not stored, although others are: %s", followed.id, error)
         self._last_error = error
         self._failures += 1
 

@@ -87,9 +87,9 @@ class EpochSupervisor:
             return
         self.lost = True
         _log.error(
-            "session %s: %s is gone or another file, while epoch %s was open: what is committed to "
-            "the epoch from now on is lost. Something other than shmepoch removed the name; see "
-            "that cleaners of temporary files leave %s alone. The session can be prepared anew",
+            "session %s: %s is gone or another file, while epoch %s was open: later changes of the "
+            "epoch are lost. Something other than shmepoch removed the name; make sure that "
+            "cleaners of temporary files leave %s alone. The session can be prepared again",
             segment.session_id,
             segment.path,
             segment.epoch_id,
@@ -196,7 +196,7 @@ class Supervisor:
                 except Exception as error:  # of one epoch: the others go on
                     failing[epoch] = repr(error)
                     if self._failing.get(epoch) != failing[epoch]:
-                        _log.exception("an epoch cannot be looked after; it is tried again")
+                        _log.exception("an epoch cannot be supervised; it is tried again")
             self._failing = failing
 
 

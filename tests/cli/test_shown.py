@@ -20,7 +20,7 @@ from tests.cli.test_terminal import Terminal, of_a_terminal
 from tests.stores.samples import completion
 
 #: A title, the clipboard, a cleared screen, hidden text; the same begun by one character of C1; a
-#: line that is written over; text that runs backwards; a line of its own.
+#: line that is written over; text that runs backwards; a separate line.
 _HOSTILE: Final = (
     "\x1b]0;title\x07 \x1b]52;c;ZXZpbA==\x07 \x1b[2J \x1b[8m \x9b2J \x9d0;t\x9c \r over \x08 \x7f "
     "\u202egnp.exe\u2066 \u2028line"

@@ -68,7 +68,7 @@ def test_a_sleeper_is_woken(memory: Memory, word: int) -> None:
             assert [sleeper.result(60) for sleeper in sleepers] == [True] * 3
 
 
-def test_a_sleeper_that_nobody_wakes_looks_by_itself(memory: Memory) -> None:
+def test_a_sleeper_without_a_wake_call_polls_by_itself(memory: Memory) -> None:
     """Its writer was killed between its store and its wake call."""
     with ThreadPoolExecutor(1) as pool:
         sleeper = pool.submit(wait, memory, 0)

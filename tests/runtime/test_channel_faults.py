@@ -126,7 +126,7 @@ def test_what_a_store_does_not_take_of_one_epoch_holds_up_no_other(
                 channel.flush(0.2, bindings=bindings)
             assert store.last_seq(bindings.epoch_id) == 0
             assert (standing(channel, bindings).error is not None) is for_good
-            told = f"epoch {bindings.epoch_id} is not stored, as others are"
+            told = f"epoch {bindings.epoch_id} is not stored, although others are"
             assert caplog.text.count(told) <= 1  # from then on it is tried alone
         assert [error_of(channel, bindings) for bindings in sound] == [None] * len(sound)
         store.refused.clear()

@@ -297,7 +297,7 @@ def test_completions_within_the_delay_share_a_transaction(
     assert store.saved_entries()[0] == 10
 
 
-def test_what_wakes_nobody_is_looked_for_soon_after_something_happened(
+def test_changes_that_wake_no_thread_are_polled_for_soon_after_a_save(
     store: WatchedStore, bindings: SessionRuntimeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(persistence, "_POLL_S", NEVER)

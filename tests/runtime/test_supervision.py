@@ -543,4 +543,4 @@ def test_an_unexpected_error_does_not_end_the_supervision_of_the_others(
         eventually(lambda: list(ended(alone)) == [id] and broken.looks >= 3)
     finally:
         supervisor.stop()
-    assert caplog.text.count("an epoch cannot be looked after") == 1, "it is told once"
+    assert caplog.text.count("an epoch cannot be supervised") == 1, "it is told once"

@@ -46,9 +46,9 @@ def persist(
 ) -> None:
     """Keep every epoch of a namespace in a store, until Ctrl-C, SIGTERM or SIGHUP.
 
-    It then waits until everything is stored. Exit status: 0 if it is, 1 if the store did not take
-    it within 10 seconds, 2 for a bad namespace or file, 3 if there is no shared memory to look at.
-    A second Ctrl-C does not wait; what the store lacks is in shared memory.
+    After the signal it waits until everything is stored. Exit status: 0 if everything is stored, 1
+    if the store did not take it within 10 seconds, 2 for a bad namespace or file, 3 if there is no
+    shared memory. A second Ctrl-C does not wait; anything that the store lacks is in shared memory.
     """
     with reporting():
         try:

@@ -51,8 +51,8 @@ def run(
         bool,
         typer.Option(
             "--resume",
-            help="Carry on with the unfinished run in --store, given the same commands and "
-            "sessions: what completed or failed is not run again.",
+            help="Continue the unfinished run in --store, given the same commands and "
+            "sessions: commands that completed or failed are not run again.",
         ),
     ] = False,
     kill_every: Annotated[
