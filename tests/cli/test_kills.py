@@ -61,10 +61,10 @@ def test_a_run_whose_processes_are_killed_all_the_time_loses_nothing(
         seqs = [line["seq"] for line in lines]
         assert set(seqs) == set(range(1, session["watermark"] + 1))
         assert len({(line["seq"], line["operation_id"]) for line in lines}) == len(set(seqs))
-        # An agent may apply in its turn what was completed after the turn was injected.
-        injected = session["cursors"].pop("runtime_last_injected_seq")
-        assert 0 < injected <= session["watermark"]
-        assert set(session["cursors"].values()) == {session["watermark"]}
+        # An agent may apply in its turn what was completed after the turn was injected, and the
+        # run may end before the loop has observed that.
+        assert session["cursors"].pop("agent_applied_cursor") == session["watermark"]
+        assert max(session["cursors"].values()) <= session["watermark"]
     completed = {line["output"] for line in told(transcript) if line["status"] == "completed"}
     assert completed == {f"{number}\n" for number in range(12)}
     nothing_left(namespace)

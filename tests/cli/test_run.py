@@ -84,7 +84,7 @@ def test_all_complete(namespace: str, tmp_path: Path) -> None:
     assert session["watermark"] == 2
     # The agent's first turn needs no continuation, so the loop may not have observed its notices.
     assert session["cursors"].pop("agent_applied_cursor") == 2
-    assert set(session["cursors"].values()) <= {0, 2}
+    assert max(session["cursors"].values()) <= 2
     lines = transcripts(tmp_path / "told")[session["session_id"]]
     assert {line["epoch_id"] for line in lines} == {session["epoch_id"]}
     assert [line["seq"] for line in lines] == [1, 2]
