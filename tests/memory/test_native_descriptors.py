@@ -247,8 +247,10 @@ def test_what_a_child_left_ends_with_its_parent(path: Path) -> None:
     child = int(os.read(reader, 10))
     os.waitpid(parent, 0)
     other = Descriptor.open(path, os.O_RDWR)
-    assert not is_locked(other, 5), "the child lives, and holds nothing of its parent"
-    os.kill(child, signal.SIGKILL)
+    try:
+        assert not is_locked(other, 5), "the child lives, and holds nothing of its parent"
+    finally:
+        os.kill(child, signal.SIGKILL)
     os.close(reader)
     os.close(writer)
 
