@@ -69,6 +69,8 @@ class EpochSummary(Record, kw_only=True, frozen=True):
     watermark: CompletionSeq = 0
     dropped_through: CompletionSeq = 0
     durable_through: CompletionSeq = 0
+    repairs: Count = 0
+    """How often a writer found, and undid, what one that was killed had begun."""
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
 
     @property
@@ -131,6 +133,7 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         watermark=memory.load(at.WATERMARK_AT),
         dropped_through=memory.load(at.DROPPED_AT),
         durable_through=memory.load(at.DURABLE_AT),
+        repairs=memory.load(at.REPAIRS_AT),
     )
 
 

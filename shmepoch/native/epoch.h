@@ -238,8 +238,8 @@ void free_slot(const Epoch *self, uint64_t index);
 /* A slot that holds nothing, or -1. OPS-6: if all are used, it takes the slot of the oldest outcome
  * that is kept for watchers. */
 int64_t take_free_slot(const Epoch *self, const Words *words);
-/* Undoes what a killed writer had prepared and not committed. It may be killed itself, and run
- * again. */
+/* Undoes what a killed writer had prepared and not committed, and counts that. It may be killed itself,
+ * and run again. */
 bool repair(const Epoch *self, const Words *words, Refusal *refusal);
 
 /* --- records (ring.c) ----------------------------------------------------------------------------- */

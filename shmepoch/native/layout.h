@@ -84,7 +84,8 @@ typedef struct {
     word_t head;        /* where the next record begins; with an intent, perhaps not yet */
     word_t joined;      /* participants that ever joined */
     word_t durable_seq; /* stored through this sequence */
-    word_t spare[8];
+    word_t repairs;     /* how often a writer undid what a killed one had left */
+    word_t spare[7];
 } WriterLine;
 
 typedef struct {
@@ -269,7 +270,8 @@ shape_of(const Capacities *room, Shape *shape)
     X("COLLECTED_AT", offsetof(Control, writer.collected_through))                                   \
     X("KEPT_AT", offsetof(Control, writer.kept)) X("HEAD_AT", offsetof(Control, writer.head))        \
     X("JOINED_AT", offsetof(Control, writer.joined))                                                  \
-    X("DURABLE_AT", offsetof(Control, writer.durable_seq)) X("PARTICIPANTS_AT", sizeof(Control))     \
+    X("DURABLE_AT", offsetof(Control, writer.durable_seq))                                           \
+    X("REPAIRS_AT", offsetof(Control, writer.repairs)) X("PARTICIPANTS_AT", sizeof(Control))         \
     X("PARTICIPANT_SIZE", sizeof(ParticipantSlot))                                                   \
     X("PARTICIPANT_PID", offsetof(ParticipantSlot, pid))                                             \
     X("PARTICIPANT_JOINED", offsetof(ParticipantSlot, joined_at_ms))                                 \

@@ -274,6 +274,10 @@ repair(const Epoch *self, const Words *words, Refusal *refusal)
         }
         publish(&control->writer.head, position + record_size(lengths_of(&last)));
     }
+    /* Relaxed: monitors read the number, and nothing is published by it. Before the intent is cleared: a
+     * repair that is broken off in between is counted twice, and none is missed. */
+    atomic_store_explicit(&control->writer.repairs, load(&control->writer.repairs) + 1,
+                          memory_order_relaxed);
     publish(&control->writer.intent, 0);
     return true;
 }

@@ -212,6 +212,7 @@ CONTROL: Final = {
     "head": at.HEAD_AT,
     "joined": at.JOINED_AT,
     "durable_seq": at.DURABLE_AT,
+    "repairs": at.REPAIRS_AT,
     "origin": at.ORIGIN_AT,
     "skipped_after": at.SKIPPED_AT,
     "skipped_through": at.SKIPPED_AT + at.WORD,

@@ -421,7 +421,10 @@ def check_survivor(
     committed = found == after
     entries = len(found.entries)
     assert committed or found == survivor.before.without_oldest(entries), f"at content {n}"
+    memory = survivor.segment.memory
+    is_broken_off, repairs = memory.load(at.INTENT_AT) != 0, memory.load(at.REPAIRS_AT)
     heal(registry)
+    assert memory.load(at.REPAIRS_AT) == repairs + is_broken_off
     registry.check()
     healed = State.of(registry)
     assert healed.entries == found.entries[len(found.entries) - len(healed.entries) :]
@@ -443,6 +446,7 @@ def test_killed_in_the_repair_of_what_was_broken_off(survive: Survive, name: str
     for n, image in enumerate(contents):
         survivor.put_back(image)
         check_survivor(survivor, after, next_transition, n)
+        assert survivor.segment.memory.load(at.REPAIRS_AT) in (1, 2), "never missed"
 
 
 def repaired(survivor: Survivor, image: bytes) -> list[bytes]:

@@ -102,11 +102,12 @@ def test_what_was_left_behind_is_repaired_first(left: str) -> None:
         lambda: registry.start_operations([each.id for each in several]),
         lambda: registry.complete_operations([result(each.id) for each in several]),
     )
-    for act in acts:
+    for count, act in enumerate(acts, 1):
         LEFT[left](segment)
         segment.memory.store(at.INTENT_AT, 1)
         act()
         assert segment.memory.load(at.INTENT_AT) == 0
+        assert segment.memory.load(at.REPAIRS_AT) == count
         registry.check()
     assert registry.completion_feed().watermark() == 3
 

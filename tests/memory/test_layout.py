@@ -56,6 +56,7 @@ HEADER: Final = {
     "head": at.HEAD_AT,
     "joined": at.JOINED_AT,
     "durable_seq": at.DURABLE_AT,
+    "repairs": at.REPAIRS_AT,
 }
 PARTICIPANT: Final = {
     "word": 0,
