@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import select
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Final
 
 import typer
 
 from shmepoch.cli.exits import NOT_CARRIED_OUT, NOT_WELL, fail, reporting
 from shmepoch.cli.options import Namespace, Store, seconds
-from shmepoch.cli.run.interruptions import on_interruption
+from shmepoch.cli.run.interruptions import End
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import ShmepochError, StoreWriteFailed
 from shmepoch.ids import SessionId
@@ -69,7 +66,7 @@ def _persist(path: Path, namespace: str | None, max_delay: float) -> None:
     """
     chosen = resolve_namespace(namespace)
     require_shm()
-    end = _End()
+    end = End()
     with SqliteRuntimeStore(path) as store:
         channel = PersistenceChannel(store, max_delay=max_delay)
         epochs = _Epochs(chosen, channel)
@@ -81,26 +78,6 @@ def _persist(path: Path, namespace: str | None, max_delay: float) -> None:
         finally:
             channel.close()
             epochs.close()
-
-
-class _End:
-    """The signals that ask for the end; the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        # Not an Event: a handler may run while its own thread holds the Event's lock.
-        self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._numbers: list[int] = []
-        on_interruption(self._ask)
-
-    def asked_for_within(self, seconds: float) -> bool:
-        """Wait for the first signal for this time; whether it has come."""
-        return bool(select.select([self._asked], [], [], seconds)[0])
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self._numbers.append(number)
-        if len(self._numbers) > 1:
-            os._exit(128 + number)
-        os.eventfd_write(self._asked, 1)
 
 
 class _Epochs:

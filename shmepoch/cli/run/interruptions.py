@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import select
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -17,6 +19,26 @@ def on_interruption(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in INTERRUPTIONS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+class End:
+    """The signals that ask a server for its end; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        # Not an Event: a handler may run while its own thread holds the Event's lock.
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._numbers: list[int] = []
+        on_interruption(self._ask)
+
+    def asked_for_within(self, seconds: float) -> bool:
+        """Wait for the first signal for this time; whether it has come."""
+        return bool(select.select([self._asked], [], [], seconds)[0])
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self._numbers.append(number)
+        if len(self._numbers) > 1:
+            os._exit(128 + number)
+        os.eventfd_write(self._asked, 1)
 
 
 class Interruptions:
