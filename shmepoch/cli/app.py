@@ -8,11 +8,12 @@ import typer
 
 from shmepoch.cli import streams
 from shmepoch.cli.commands.history import history
+from shmepoch.cli.commands.metrics import metrics
 from shmepoch.cli.commands.persist import persist
 from shmepoch.cli.commands.run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history):
+for command in (run, persist, history, metrics):
     app.command()(command)
 
 

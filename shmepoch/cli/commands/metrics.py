@@ -1,0 +1,107 @@
+"""`shmepoch metrics`: serves what Prometheus collects of epochs, from a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from shmepoch.cli.exits import NOT_CARRIED_OUT, fail, reporting
+from shmepoch.cli.options import AllNamespaces, Namespace
+from shmepoch.cli.run.interruptions import End
+from shmepoch.cli.streams import complain, said
+from shmepoch.errors import ShmepochError
+from shmepoch.memory.files import require_shm
+from shmepoch.memory.namespaces import resolve_namespace
+
+if TYPE_CHECKING:
+    from shmepoch.monitoring.metrics import EpochCollector
+
+#: How often it looks between scrapes: how exact the latency is until a completion is applied.
+_POLL_S: Final = 0.25
+
+
+def metrics(
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to serve on; 0 for any that is free.")
+    ] = 9464,
+    address: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    namespace: Namespace = None,
+    all_namespaces: AllNamespaces = False,
+    by_session: Annotated[
+        bool, typer.Option("--by-session", help="A series for each session, besides its namespace.")
+    ] = False,
+) -> None:
+    """Serve the metrics of epochs to Prometheus, until Ctrl-C, SIGTERM or SIGHUP.
+
+    It takes no lock and changes nothing. Standard error has the address once it serves. Exit
+    status: 0, 2 for a bad namespace or address, 3 if the port is taken or there is no shared memory
+    to look at.
+    """
+    with reporting():
+        if all_namespaces and namespace is not None:
+            raise typer.BadParameter("not with --all-namespaces", param_hint="--namespace")
+        chosen = None if all_namespaces else resolve_namespace(namespace)
+        require_shm()
+        try:
+            from shmepoch.monitoring.metrics import EpochCollector
+        except ModuleNotFoundError as error:
+            fail(NOT_CARRIED_OUT, error)
+        end = End()
+        collector = EpochCollector(chosen, by_session=by_session)
+        with _serving(collector, address, port) as url:
+            print(f"shmepoch: serving {url}", file=sys.stderr, flush=True)
+            _poll(collector, end)
+
+
+def _poll(collector: EpochCollector, end: End) -> None:
+    """Look again and again until the end is asked for."""
+    told = ""
+    while True:
+        try:
+            collector.poll()
+            told = ""
+        except OSError as error:  # it may be one of the moment, and scrapes fail with it
+            if str(error) != told:
+                told = str(error)
+                complain(f"epochs are not looked at: {said(error)}")
+        if end.asked_for_within(_POLL_S):
+            return
+
+
+class PortUnusable(ShmepochError):
+    """The metrics cannot be served on this port."""
+
+    address: str
+    port: int
+    reason: str
+    message = """port {port} of {address} cannot be used: {reason}; choose another with --port, or
+    --port 0 for any that is free"""
+
+
+@contextmanager
+def _serving(collector: EpochCollector, address: str, port: int) -> Iterator[str]:
+    """Serve the collector alone; the address that Prometheus is given. Raises `PortUnusable`."""
+    from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
+
+    # Of each counter a second series, which nothing here needs.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        server, thread = start_http_server(port, address, registry)
+    except socket.gaierror as error:
+        raise typer.BadParameter(f"{address}: {error.strerror}", param_hint="--address") from None
+    except OSError as error:
+        raise PortUnusable(address, port, error.strerror or str(error)) from error
+    try:
+        host = f"[{address}]" if ":" in address else address
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,437 @@
+"""Prometheus metrics of epochs: sums of what they hold, and counts of what happens in them.
+
+METRICS-1: a scrape takes no lock of an epoch and changes nothing in it. What it counts is monotonic
+across epochs that vanish, and so are the labels: a namespace stays, an epoch is forgotten.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, Final, NamedTuple, Self
+
+import msgspec
+
+try:
+    from prometheus_client import Counter, Histogram
+    from prometheus_client.core import GaugeMetricFamily, Metric
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the metrics of shmepoch need its extra: pip install 'shmepoch[metrics]'", name=error.name
+    ) from None
+
+from shmepoch import _native as at
+from shmepoch.epoch.codec import to_wire, wire_decoder
+from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.epoch.cursors import EpochCursorSnapshot
+from shmepoch.epoch.operations import OperationKind, OperationStatus
+from shmepoch.epoch.table import STATUSES, OperationTable, RawRecord, Words
+from shmepoch.errors import LayoutUnsupported, SegmentCorrupted, SegmentForeign
+from shmepoch.ids import SessionId
+from shmepoch.memory.clock import wall_ms
+from shmepoch.memory.namespaces import list_segments, resolve_namespace
+from shmepoch.memory.participants import Role
+from shmepoch.memory.segment import ObservedSegment
+from shmepoch.monitoring.epochs import EpochState, EpochSummary, summaries
+
+#: How long operations take: from what is done at once to a night's work.
+_OPERATION_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400, 43200)
+#: How soon an agent applies them: finer than a look every quarter of a second tells nothing.
+_APPLIED_BUCKETS: Final = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+
+
+class EpochCollector:
+    """A collector for a `CollectorRegistry` of prometheus_client, of this user's epochs.
+
+    It counts what happens from its making on: of an epoch that was there already, what comes after
+    the first look. It looks at each scrape, and whenever `poll` is called. Scrapes may be
+    concurrent.
+    """
+
+    def __init__(self, namespace: str | None = None, *, by_session: bool = False) -> None:
+        """Of one namespace, or of every one. With `by_session` the gauges have the label `session`,
+        which is a series for each session and value; counters and histograms never have it.
+
+        Raises `NamespaceInvalid`.
+        """
+        self._namespace: Final = None if namespace is None else resolve_namespace(namespace)
+        self._by_session: Final = by_session
+        self._began_ms: Final = wall_ms()
+        self._counts: Final = _Counts()
+        self._followed: dict[tuple[str, SessionId], _Followed] = {}
+        #: Whether somebody looks between scrapes, and often.
+        self._is_polled = False
+        self._lock = threading.Lock()
+        if self._namespace is not None:
+            self._counts.know(self._namespace)
+
+    def poll(self) -> None:
+        """Look once more, between scrapes; best several times a second.
+
+        The latency until a completion is applied is found too long by up to the time between two
+        looks. From the first call on, what an epoch completed before it was removed is not lost to
+        the counts: until the next call this process has its memory mapped.
+
+        Raises `OSError` where shared memory cannot be looked at.
+        """
+        with self._lock:
+            self._is_polled = True
+            self._look()
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they stand. Raises `OSError` where shared memory cannot be looked at."""
+        with self._lock:
+            began = time.perf_counter()
+            self._look()
+            metrics = [*self._gauges(self._summaries()), *self._counts.collect()]
+            took = time.perf_counter() - began
+        return [*metrics, GaugeMetricFamily(*_SCRAPE, value=took)]
+
+    def describe(self) -> Iterable[Metric]:
+        """The names of the metrics, for the registry."""
+        return [*self._gauges(()), *self._counts.describe(), GaugeMetricFamily(*_SCRAPE)]
+
+    # --- what epochs hold now ---------------------------------------------------------------------
+
+    def _summaries(self) -> list[EpochSummary]:
+        found = []
+        for summary in summaries(self._namespace):
+            followed = self._followed.get((summary.namespace, summary.session_id))
+            if followed is not None and followed.is_damaged:
+                summary = msgspec.structs.replace(summary, state=EpochState.DAMAGED)
+            found.append(summary)
+        return found
+
+    def _gauges(self, found: Iterable[EpochSummary]) -> Iterator[Metric]:
+        groups: dict[tuple[str, ...], list[EpochSummary]] = {}
+        if not self._by_session:
+            groups = {(namespace,): [] for namespace in self._counts.namespaces}
+        for one in found:
+            session = (str(one.session_id),) if self._by_session else ()
+            groups.setdefault((one.namespace, *session), []).append(one)
+        names = ("namespace", "session") if self._by_session else ("namespace",)
+        for gauge in _GAUGES:
+            label = () if gauge.label is None else (gauge.label,)
+            family = GaugeMetricFamily(gauge.name, gauge.help, labels=[*names, *label])
+            for group, members in groups.items():
+                values = dict.fromkeys(map(str, gauge.always), 0)
+                for one in members:
+                    for key, value in gauge.of(one).items():
+                        values[key] = gauge.combine(values[key], value)
+                for key, value in values.items():
+                    family.add_metric([*group, key] if label else group, value)
+            yield family
+
+    # --- what happens in them ---------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Count what has happened since the last look."""
+        listed = set(list_segments(self._namespace))
+        for namespace, _ in listed:
+            self._counts.know(namespace)
+        for key in self._followed.keys() - listed:
+            self._leave(key)
+        for namespace, session_id in listed:
+            try:
+                segment = ObservedSegment.peek(namespace, session_id)
+            except FileNotFoundError:
+                self._leave((namespace, session_id))
+            except (SegmentCorrupted, SegmentForeign, LayoutUnsupported):
+                pass  # its summary says so, and what was counted of it stays so
+            else:
+                segment.close()  # its memory stays mapped, and there is no descriptor to keep
+                self._follow((namespace, session_id), segment)
+
+    def _follow(self, key: tuple[str, SessionId], segment: ObservedSegment) -> None:
+        followed = self._followed.get(key)
+        if followed is None or followed.witness != segment.witness:
+            self._leave(key)
+            self._followed[key] = followed = _Followed(segment.witness)
+        followed.count(segment, self._began_ms, self._counts)
+        followed.mapped = segment if self._is_polled else None
+
+    def _leave(self, key: tuple[str, SessionId]) -> None:
+        """Count the last of an epoch whose name is gone, or another's, and forget it."""
+        followed = self._followed.pop(key, None)
+        if followed is not None and followed.mapped is not None:
+            followed.count(followed.mapped, self._began_ms, self._counts)
+
+
+class _Counts:
+    """What is counted, for each namespace that was ever seen: they stay, as counters have to."""
+
+    def __init__(self) -> None:
+        self.namespaces: Final[set[str]] = set()
+        self.completions: Final = Counter(
+            "shmepoch_completions",
+            "Operations that have ended.",
+            ("namespace",),
+            registry=None,
+        )
+        self.repairs: Final = Counter(
+            "shmepoch_repairs",
+            "Transitions that a killed writer left half done, and the next one undid.",
+            ("namespace",),
+            registry=None,
+        )
+        self.dropped_before_applied: Final = Counter(
+            "shmepoch_dropped_before_applied",
+            "Completions that were found dropped from the feed before the agent had applied them.",
+            ("namespace",),
+            registry=None,
+        )
+        self.dropped_before_durable: Final = Counter(
+            "shmepoch_dropped_before_durable",
+            "Completions that were found dropped from the feed before a store had them.",
+            ("namespace",),
+            registry=None,
+        )
+        self.operation: Final = Histogram(
+            "shmepoch_operation_seconds",
+            "Time from the registration of an operation to its end.",
+            ("namespace", "status"),
+            buckets=_OPERATION_BUCKETS,
+            registry=None,
+        )
+        self.applied: Final = Histogram(
+            "shmepoch_applied_seconds",
+            "Time from the completion of a background tool to when the agent was found to have "
+            "applied it.",
+            ("namespace",),
+            buckets=_APPLIED_BUCKETS,
+            registry=None,
+        )
+        self._all: Final = (
+            self.completions,
+            self.repairs,
+            self.dropped_before_applied,
+            self.dropped_before_durable,
+            self.operation,
+            self.applied,
+        )
+
+    def know(self, namespace: str) -> None:
+        """Have a series of 0 for the namespace, so that its first increase is seen as one."""
+        if namespace not in self.namespaces:
+            self.namespaces.add(namespace)
+            for metric in self._all:
+                if metric is not self.operation:
+                    metric.labels(namespace)
+            for status in OperationStatus:
+                if status.is_terminal:
+                    self.operation.labels(namespace, status)
+
+    def collect(self) -> Iterator[Metric]:
+        return chain.from_iterable(metric.collect() for metric in self._all)
+
+    def describe(self) -> Iterator[Metric]:
+        return chain.from_iterable(metric.describe() for metric in self._all)
+
+
+class _Place(NamedTuple):
+    """Up to where each thing that is counted has come in one epoch."""
+
+    watermark: CompletionSeq
+    applied: CompletionSeq
+    durable: CompletionSeq
+    dropped: CompletionSeq
+    repairs: int
+
+    @classmethod
+    def of(cls, segment: ObservedSegment) -> Self:
+        memory = segment.memory
+        # In this order: what is read later may be further, and nothing is taken for missing that
+        # was only read earlier.
+        applied, durable = memory.load(at.CURSORS_AT), memory.load(at.DURABLE_AT)
+        watermark, dropped = memory.load(at.WATERMARK_AT), memory.load(at.DROPPED_AT)
+        return cls(watermark, min(applied, watermark), durable, dropped, memory.load(at.REPAIRS_AT))
+
+
+class _Followed:
+    """One epoch, and how far it has been counted."""
+
+    def __init__(self, witness: bytes) -> None:
+        self.witness: Final = witness
+        #: Whether something was found damaged that was to be counted.
+        self.is_damaged = False
+        #: Its memory, where that is to be looked at once more when its name is gone.
+        self.mapped: ObservedSegment | None = None
+        self._place: _Place | None = None
+
+    def count(self, segment: ObservedSegment, began_ms: int, counts: _Counts) -> None:
+        """Count what has happened since the last time or, of an epoch that was there before the
+        count began, since the first time."""
+        if segment.layout.config is None:
+            return  # there is nothing but cursors
+        try:
+            words, place = OperationTable(segment).words(), _Place.of(segment)
+            before = self._place
+            if before is None:
+                is_new = segment.memory.load(at.CREATED_AT) >= began_ms
+                before = _beginning(words, place) if is_new else place
+            _require_sound(segment, before, place)
+            # Now: if a record is damaged below, what was counted is not counted again.
+            self._place = place
+            _count(segment, words, before, place, counts)
+        except SegmentCorrupted:
+            self.is_damaged = True
+
+
+def _beginning(words: Words, place: _Place) -> _Place:
+    """The place of an epoch before anything happened in it; if it was recovered, since then."""
+    begin = words.skipped_through
+    return _Place(begin, begin, begin, min(begin, place.dropped), 0)
+
+
+def _require_sound(segment: ObservedSegment, before: _Place, place: _Place) -> None:
+    """Raise `SegmentCorrupted` if this cannot have become of what was before."""
+    for name in ("watermark", "dropped", "repairs"):
+        least, actual = getattr(before, name), getattr(place, name)
+        if actual < least:
+            raise segment.corrupted(name, f"at least {least}", actual)
+    least = max(0, place.watermark - segment.layout.entries)
+    if place.dropped < least:
+        raise segment.corrupted("dropped_through", f"at least {least}", place.dropped)
+
+
+def _count(
+    segment: ObservedSegment, words: Words, before: _Place, place: _Place, counts: _Counts
+) -> None:
+    """Count what has happened between two places."""
+    namespace = segment.namespace
+    counts.repairs.labels(namespace).inc(place.repairs - before.repairs)
+    counts.completions.labels(namespace).inc(_completions(words, before.watermark, place.watermark))
+    counts.dropped_before_applied.labels(namespace).inc(
+        _completions(words, max(before.dropped, place.applied), place.dropped)
+    )
+    if place.durable:  # else nothing persists it
+        counts.dropped_before_durable.labels(namespace).inc(
+            _completions(words, max(before.dropped, place.durable), place.dropped)
+        )
+    table = OperationTable(segment)
+    for seq, record in _records(table, max(before.watermark, place.dropped), place.watermark):
+        ending = table.decode(f"feed[{seq}]", _ending_decoder.decode, record.outcome)
+        status = counts.operation.labels(namespace, ending.outcome_type)
+        status.observe(record.elapsed_ms / 1000)
+    now_ms = wall_ms()
+    for _, record in _records(table, max(before.applied, place.dropped), place.applied):
+        if not record.head.startswith(_WAKES_NO_AGENT):
+            waited_ms = max(0, now_ms - record.completed_at_ms)
+            counts.applied.labels(namespace).observe(waited_ms / 1000)
+
+
+def _completions(words: Words, after: CompletionSeq, through: CompletionSeq) -> int:
+    """How many completions have a sequence above one and up to another; recovery skips some."""
+    skipped = min(through, words.skipped_through) - max(after, words.skipped_after)
+    return max(0, through - after - max(0, skipped))
+
+
+def _records(
+    table: OperationTable, after: CompletionSeq, through: CompletionSeq
+) -> Iterator[tuple[CompletionSeq, RawRecord]]:
+    """The records above one sequence and up to another, but for those that are dropped."""
+    for seq in range(after + 1, through + 1):
+        record = table.record(seq)
+        if record is not None:
+            yield seq, record
+
+
+class _Ending(msgspec.Struct):
+    """What is read of an outcome: it may be long."""
+
+    outcome_type: OperationStatus
+
+
+_ending_decoder: Final = wire_decoder(_Ending)
+
+#: How the head of an operation begins whose end wakes no agent.
+_WAKES_NO_AGENT: Final = to_wire(OperationKind.MOB_MEMBER_CHILD)
+
+
+class _Gauge(NamedTuple):
+    """A metric that is made of summaries."""
+
+    name: str
+    help: str
+    #: The label that it has besides those that say of what it is, and the values that are always
+    #: there; None and one value for none.
+    label: str | None
+    always: Collection[str]
+    #: What one epoch has for each value of the label, and how that of several becomes one.
+    of: Callable[[EpochSummary], Mapping[Any, int]]
+    combine: Callable[[int, int], int] = operator.add
+
+
+def _plain(name: str, help: str, of: Callable[[EpochSummary], int], **more: Any) -> _Gauge:
+    return _Gauge(name, help, None, ("",), lambda summary: {"": of(summary)}, **more)
+
+
+def _persistence_lag(summary: EpochSummary) -> int:
+    """How many completions a store does not have, of an epoch that something persists."""
+    if summary.durable_through or summary.participants.get(Role.PERSISTENCE):
+        return max(0, summary.watermark - summary.durable_through)
+    return 0
+
+
+_CURSORS: Final = EpochCursorSnapshot.__struct_fields__
+
+_GAUGES: Final = (
+    _Gauge(
+        "shmepoch_epochs",
+        "Epochs in shared memory.",
+        "state",
+        tuple(EpochState),
+        lambda summary: {summary.state: 1},
+    ),
+    _Gauge(
+        "shmepoch_participants",
+        "Live processes that have an epoch attached.",
+        "role",
+        tuple(Role),
+        lambda summary: summary.participants,
+    ),
+    _plain(
+        "shmepoch_dead_participants",
+        "Processes that died with an epoch attached, and that no runtime has cleared yet.",
+        lambda summary: summary.dead,
+    ),
+    _Gauge(
+        "shmepoch_operations",
+        "Operations that have not ended.",
+        "status",
+        STATUSES[1:],
+        lambda summary: summary.operations,
+    ),
+    _plain("shmepoch_bytes", "Shared memory that epochs take.", lambda summary: summary.bytes),
+    _Gauge(
+        "shmepoch_cursor_lag",
+        "Completions that a cursor has not passed, in all epochs together.",
+        "cursor",
+        _CURSORS,
+        lambda summary: summary.lags,
+    ),
+    _Gauge(
+        "shmepoch_cursor_lag_max",
+        "Completions that a cursor has not passed, in the epoch where they are most.",
+        "cursor",
+        _CURSORS,
+        lambda summary: summary.lags,
+        max,
+    ),
+    _plain(
+        "shmepoch_persistence_lag",
+        "Completions that a store does not have, in all epochs together that something persists.",
+        _persistence_lag,
+    ),
+    _plain(
+        "shmepoch_persistence_lag_max",
+        "Completions that a store does not have, in the persisted epoch where they are most.",
+        _persistence_lag,
+        combine=max,
+    ),
+)
+
+_SCRAPE: Final = ("shmepoch_scrape_seconds", "Time that it took to look at the epochs.")
