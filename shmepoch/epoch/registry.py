@@ -14,7 +14,7 @@ from shmepoch.arguments import described, require, require_each
 from shmepoch.config import RECORD_ROOM, OpsLifecycleConfig
 from shmepoch.epoch.audit import Audit
 from shmepoch.epoch.codec import cut
-from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
+from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import CursorState, EpochCursorState
 from shmepoch.epoch.encoding import (
     Detail,
@@ -458,6 +458,10 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
     def snapshot(self, id: OperationId) -> OperationLifecycleSnapshot | None:
         require(OperationId, id, "snapshot", "id")
         return self._reader.snapshot(id)
+
+    def ended_by(self, entry: CompletionEntry) -> OperationView | None:
+        """The operation that an entry of the feed ended; None if only its entry is still known."""
+        return self._table.in_record(entry.seq, entry)
 
     def list_operations(self) -> list[OperationLifecycleSnapshot]:
         return self._reader.list()
