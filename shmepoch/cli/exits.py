@@ -14,6 +14,7 @@ from shmepoch.errors import (
     ShmepochError,
     StoreUnusable,
 )
+from shmepoch.monitoring.selection import EpochAmbiguous, EpochUnknown
 
 #: It was done, and all is well.
 DONE: Final = 0
@@ -24,7 +25,13 @@ REFUSED: Final = 2
 #: It could not be carried out: no shared memory, no process, no store that works.
 NOT_CARRIED_OUT: Final = 3
 
-_REFUSALS: Final = (NamespaceInvalid, SessionNotFound, StoreUnusable)
+_REFUSALS: Final = (
+    NamespaceInvalid,
+    SessionNotFound,
+    StoreUnusable,
+    EpochAmbiguous,
+    EpochUnknown,
+)
 
 
 @contextlib.contextmanager

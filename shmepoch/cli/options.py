@@ -8,6 +8,17 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from shmepoch.memory.namespaces import resolve_namespace
+
+
+def chosen_namespace(namespace: str | None, all_namespaces: bool) -> str | None:
+    """The namespace whose epochs are meant, or None for all; `NamespaceInvalid`."""
+    if not all_namespaces:
+        return resolve_namespace(namespace)
+    if namespace is not None:
+        raise typer.BadParameter("names one namespace", param_hint="--namespace with -A")
+    return None
+
 
 def seconds(least: float, most: float) -> Callable[[float | None], float | None]:
     """A check of a number of seconds; some versions of typer's own check accept NaN."""
@@ -29,6 +40,12 @@ Namespace: TypeAlias = Annotated[
 ]
 AllNamespaces: TypeAlias = Annotated[
     bool, typer.Option("--all-namespaces", "-A", help="The epochs of every namespace.")
+]
+Epoch: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="SESSION|EPOCH", help="The id of a session or an epoch, or how it begins."
+    ),
 ]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="JSON lines instead of text for people.")

@@ -1,0 +1,134 @@
+"""Which epoch people mean: by the id of its session or its own, or by how one of them begins."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from shmepoch import _native as at
+from shmepoch.errors import SegmentForeign, ShmepochError
+from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.memory.files import open_owned
+from shmepoch.memory.namespaces import list_segments, segment_path
+
+#: The hexadecimal digits of an identifier.
+DIGITS: Final = 2 * at.ID_SIZE
+#: How many others an error names.
+_NAMED: Final = 10
+_SUGGESTED: Final = 3
+#: How much of what was written an identifier has to resemble; any two share a quarter of their
+#: digits.
+_LIKENESS: Final = 0.75
+
+
+class Candidate(NamedTuple):
+    """A session whose epoch may be meant; `epoch_id` is None where its segment tells none."""
+
+    namespace: str
+    session_id: SessionId
+    epoch_id: RuntimeEpochId | None
+
+    def __str__(self) -> str:
+        epoch = "" if self.epoch_id is None else f", epoch {self.epoch_id}"
+        return f"session {self.session_id}{epoch} (namespace {self.namespace})"
+
+
+class EpochUnknown(ShmepochError, LookupError):
+    """No epoch in shared memory has this id, or one that begins so."""
+
+    text: str
+    namespace: str | None
+    nearest: tuple[str, ...]
+
+    def _text(self) -> str:
+        every = self.namespace is None
+        where = "any namespace" if every else f"namespace {self.namespace!r}"
+        meant = f"; the nearest: {', '.join(self.nearest)}" if self.nearest else ""
+        others = "" if every else ", and with --all-namespaces those of all namespaces"
+        return (
+            f"no session or epoch in {where} has an id that begins with {self.text!r}{meant}. "
+            f"'shmepoch ls' lists them{others}"
+        )
+
+
+class EpochAmbiguous(ShmepochError, LookupError):
+    """Several epochs have ids that begin so."""
+
+    text: str
+    candidates: tuple[Candidate, ...]
+
+    def _text(self) -> str:
+        named = "".join(f"\n  {candidate}" for candidate in self.candidates[:_NAMED])
+        rest = len(self.candidates) - _NAMED
+        more = f"\n  and {rest} more" if rest > 0 else ""
+        return (
+            f"{self.text!r} may be any of {len(self.candidates)} epochs; write more of the id, or "
+            f"name the namespace:{named}{more}"
+        )
+
+
+def select(text: str, namespace: str | None) -> tuple[str, SessionId]:
+    """The namespace and the session of the epoch that is meant, of every namespace if that is None.
+
+    `text` is the id of a session or of an epoch, or how it begins; with hyphens or without, in
+    capitals or not. Raises `EpochUnknown` and `EpochAmbiguous`.
+    """
+    digits = text.strip().replace("-", "").lower()
+    found = list(list_segments(namespace))
+    named = [one for one in found if digits and _hex(one[1]).startswith(digits)]
+    if len(named) == 1 and len(digits) == DIGITS:
+        return named[0]
+    candidates = list(_candidates(found))
+    meant = [
+        candidate
+        for candidate in candidates
+        if digits and any(id.startswith(digits) for id in _ids(candidate))
+    ]
+    if not meant:
+        raise EpochUnknown(text, namespace, _nearest(digits, candidates))
+    if len(meant) > 1:
+        raise EpochAmbiguous(text, tuple(sorted(meant, key=str)))
+    return meant[0].namespace, meant[0].session_id
+
+
+def _candidates(found: Iterable[tuple[str, SessionId]]) -> Iterator[Candidate]:
+    for namespace, session_id in found:
+        try:
+            opened = open_owned(segment_path(namespace, session_id))
+        except FileNotFoundError:
+            continue  # removed since
+        except SegmentForeign:
+            yield Candidate(namespace, session_id, None)
+            continue
+        try:
+            raw = os.pread(opened.fileno(), at.ID_SIZE, at.EPOCH_ID_AT)
+        finally:
+            opened.close()
+        # Not more of the header is checked: what is wrong with it, its reader says.
+        epoch_id = RuntimeEpochId.from_bytes(raw) if len(raw) == at.ID_SIZE else None
+        yield Candidate(namespace, session_id, epoch_id)
+
+
+def _ids(candidate: Candidate) -> Iterator[str]:
+    yield _hex(candidate.session_id)
+    if candidate.epoch_id is not None:
+        yield _hex(candidate.epoch_id)
+
+
+def _hex(id: SessionId | RuntimeEpochId) -> str:
+    return id.bytes.hex()
+
+
+def _nearest(digits: str, candidates: Iterable[Candidate]) -> tuple[str, ...]:
+    """The ids that begin most like what was written."""
+    beginnings: dict[str, str] = {}
+    for candidate in candidates:
+        beginnings[_hex(candidate.session_id)[: len(digits)]] = f"session {candidate.session_id}"
+        if candidate.epoch_id is not None:
+            beginnings.setdefault(
+                _hex(candidate.epoch_id)[: len(digits)], f"epoch {candidate.epoch_id}"
+            )
+    near = difflib.get_close_matches(digits, beginnings, _SUGGESTED, _LIKENESS)
+    return tuple(beginnings[beginning] for beginning in near)
