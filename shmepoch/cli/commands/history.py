@@ -8,36 +8,20 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from shmepoch.cli.exits import reporting
 from shmepoch.cli.options import Json, Store
 from shmepoch.cli.run.plan import RUNS
-from shmepoch.cli.streams import complain, print_json, visible
-from shmepoch.epoch.operations import (
-    Aborted,
-    Cancelled,
-    Completed,
-    Failed,
-    OperationStatus,
-    OperationTerminalOutcome,
-    Terminated,
-    status_of,
-)
+from shmepoch.cli.streams import complain, print_json
+from shmepoch.cli.tables import print_table, table_of_entries
+from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
 from shmepoch.stores import HistoryEntry, SqliteRuntimeStore
-
-#: The width of a table without a terminal: a name has at most 200 bytes.
-_UNBOUNDED_WIDTH: Final = 400
-#: The least width of a table: a narrower terminal breaks its lines, and no column is left out.
-_LEAST_WIDTH: Final = 72
 
 
 def history(
@@ -148,46 +132,8 @@ def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
 
 def _print_tables(entries: Iterable[HistoryEntry]) -> None:
     """A table for each epoch."""
-    console = Console()
-    console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _UNBOUNDED_WIDTH
     for epoch_id, items in groupby(entries, key=lambda item: item.epoch_id):
-        table = Table(title=f"epoch {epoch_id}", title_justify="left", box=None)
-        table.add_column("seq", justify="right", no_wrap=True)
-        table.add_column("ended", no_wrap=True)
-        table.add_column("status", no_wrap=True)
-        for heading in ("name", "how"):
-            table.add_column(heading, overflow="fold")
-        for item in items:
-            entry = item.entry
-            table.add_row(
-                str(entry.seq),
-                _local_time(entry.completed_at_ms),
-                status_of(entry.terminal_outcome),
-                Text(visible(entry.display_name)),  # a command may look like markup
-                Text(visible(_how(entry.terminal_outcome))),
-            )
-        with console.capture() as captured:  # rich itself would end the process if the reader left
-            console.print(table)
-        print(captured.get(), end="")
-
-
-def _how(outcome: OperationTerminalOutcome) -> str:
-    match outcome:
-        case Completed(result):
-            return f"in {result.duration_ms} ms"
-        case Failed(text) | Terminated(text):
-            return text.partition("\n")[0]
-        case Aborted(reason) | Cancelled(reason):
-            return (reason or "").partition("\n")[0]
-        case _:
-            return ""
-
-
-def _local_time(at_ms: int) -> str:
-    try:
-        return datetime.fromtimestamp(at_ms / 1000).isoformat(" ", "seconds")
-    except (ValueError, OverflowError, OSError):  # the year is out of range
-        return f"{at_ms} ms"
+        print_table(table_of_entries(f"epoch {epoch_id}", (item.entry for item in items)))
 
 
 def _milliseconds(moment: datetime | None) -> int | None:
