@@ -134,6 +134,13 @@ class OperationTable:
             if view is not None:
                 yield view
 
+    def slots(self) -> Iterator[RawSlot]:
+        """What each slot holds that is not free, as it lies there."""
+        for slot in self._epoch.used():
+            found = self.slot(slot)
+            if found is not None:
+                yield found
+
     def retained(self, after_seq: CompletionSeq = 0) -> Iterator[OperationView]:
         """Every operation that ended above a sequence and is held, in the order in which they
         ended."""

@@ -539,7 +539,7 @@ class ObservedSegment(SharedSegment):
 
         Raises what `attach` does.
         """
-        descriptor = open_owned(segment_path(namespace, session_id))
+        descriptor = open_owned(f"{_SHM_DIR}/{segment_name(namespace, session_id)}")
         size = os.fstat(descriptor.fileno()).st_size
         head = os.pread(descriptor.fileno(), HEADER_SIZE, 0)
         return cls._checked(namespace, session_id, descriptor, size, head)

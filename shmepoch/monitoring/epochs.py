@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -19,12 +20,17 @@ from shmepoch.epoch.codec import Record
 from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import Count, OperationStatus
-from shmepoch.epoch.table import OperationTable
+from shmepoch.epoch.table import STATUSES, OperationTable
 from shmepoch.errors import LayoutUnsupported, SegmentCorrupted, SegmentForeign
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.namespaces import list_segments, segment_path
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.memory.segment import ObservedSegment
+
+T = TypeVar("T", bound=StrEnum)
+
+#: How the segment is refused of an epoch that cannot be read.
+DAMAGE: Final = (SegmentCorrupted, SegmentForeign, LayoutUnsupported)
 
 
 class EpochState(StrEnum):
@@ -44,7 +50,7 @@ class EpochSummary(Record, kw_only=True, frozen=True):
     """One epoch at about one moment. Times are wall-clock milliseconds since the Unix epoch.
 
     Of a damaged one only `namespace`, `session_id`, `state`, `problem`, `alive_at_ms` and `bytes`
-    are known.
+    are known, and mostly `epoch_id`.
     """
 
     namespace: str
@@ -65,7 +71,7 @@ class EpochSummary(Record, kw_only=True, frozen=True):
     operations: dict[OperationStatus, Count] = msgspec.field(default_factory=dict)
     """How many operations have each status, of those that have not ended."""
     ended: Count = 0
-    """How many operations of the epoch have ended."""
+    """How many operations have ended; of a recovered epoch, of those that it held then or since."""
     watermark: CompletionSeq = 0
     dropped_through: CompletionSeq = 0
     durable_through: CompletionSeq = 0
@@ -92,24 +98,29 @@ def summarize(namespace: str, session_id: SessionId) -> EpochSummary | None:
     """A summary of the session's epoch; None if the session has no segment."""
     try:
         segment = ObservedSegment.peek(namespace, session_id)
-        try:
-            return of_segment(segment)
-        finally:
-            segment.close()
     except FileNotFoundError:
         return None
-    except (SegmentCorrupted, SegmentForeign, LayoutUnsupported) as error:
-        return _damaged(namespace, session_id, error)
+    except DAMAGE as error:
+        try:
+            file = os.lstat(segment_path(namespace, session_id))
+        except FileNotFoundError:
+            return None  # removed since
+        return of_damaged(namespace, session_id, error, file)
+    try:
+        return of_segment(segment)
+    except SegmentCorrupted as error:
+        return of_damaged(namespace, session_id, error, os.fstat(segment.fd), segment.epoch_id)
+    finally:
+        segment.close()
 
 
 def of_segment(segment: ObservedSegment) -> EpochSummary:
     """A summary of an epoch; raises `SegmentCorrupted` where its memory is damaged."""
-    file = os.fstat(segment.fd)
     attached = segment.participants.list()
-    alive = [one for one in attached if one.alive]
+    alive = [one.role for one in attached if one.alive]
     if segment.sealed:
         state = EpochState.SEALED
-    elif is_locked(segment.fd, at.RUNTIME_BYTE) or any(map(_is_at_work, alive)):
+    elif is_locked(segment.fd, at.RUNTIME_BYTE) or any(role is not Role.OBSERVER for role in alive):
         state = EpochState.OPEN
     else:
         state = EpochState.ABANDONED
@@ -121,11 +132,11 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         namespace=segment.namespace,
         session_id=segment.session_id,
         state=state,
-        alive_at_ms=max(file.st_mtime_ns // 10**6, *(one.joined_at_ms for one in attached), 0),
-        bytes=file.st_size,
+        alive_at_ms=last_sign_of_life(segment, attached),
+        bytes=segment.layout.size,
         epoch_id=segment.epoch_id,
         created_at_ms=memory.load(at.CREATED_AT),
-        participants=Counter(one.role for one in alive),
+        participants=counted(Role, alive),
         dead=len(attached) - len(alive),
         operations=operations,
         ended=ended,
@@ -137,6 +148,20 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
     )
 
 
+def last_sign_of_life(segment: ObservedSegment, attached: Iterable[Participant]) -> int:
+    """When a process is known to have had the epoch attached last; `attached` are those listed.
+
+    That is the newest of the time of its file, the time at which a participant joined that is still
+    listed, dead or alive, and the end of its newest operation.
+    """
+    at_ms = [os.fstat(segment.fd).st_mtime_ns // 10**6, *(one.joined_at_ms for one in attached)]
+    if segment.layout.config is not None:
+        newest = OperationTable(segment).record(segment.memory.load(at.WATERMARK_AT))
+        if newest is not None:
+            at_ms.append(newest.completed_at_ms)
+    return max(0, *at_ms)
+
+
 def _operations(segment: ObservedSegment) -> tuple[dict[OperationStatus, int], int]:
     """How many have each status, of those that have not ended; and how many have ended."""
     if segment.layout.config is None:
@@ -146,23 +171,31 @@ def _operations(segment: ObservedSegment) -> tuple[dict[OperationStatus, int], i
     ended = words.watermark - words.origin
     if words.registrations == ended:
         return {}, ended
-    return Counter(view.status for view in table.live()), ended
+    # Their specs are not decoded, which would take longer than all the rest.
+    live = (slot.word & at.STATUS_MASK for slot in table.slots() if not slot.terminal_seq)
+    return counted(OperationStatus, (STATUSES[status] for status in live)), ended
 
 
-def _is_at_work(participant: Participant) -> bool:
-    return participant.role is not Role.OBSERVER
+def counted(kind: type[T], found: Iterable[T]) -> dict[T, int]:
+    """How often each of a kind was found, of those that were."""
+    counts = Counter(found)
+    return {one: counts[one] for one in kind if one in counts}
 
 
-def _damaged(namespace: str, session_id: SessionId, error: Exception) -> EpochSummary | None:
-    try:
-        file = os.lstat(segment_path(namespace, session_id))
-    except FileNotFoundError:
-        return None  # removed since
+def of_damaged(
+    namespace: str,
+    session_id: SessionId,
+    error: Exception,
+    file: os.stat_result,
+    epoch_id: RuntimeEpochId | None = None,
+) -> EpochSummary:
+    """A summary of an epoch that cannot be read, and why not."""
     return EpochSummary(
         namespace=namespace,
         session_id=session_id,
         state=EpochState.DAMAGED,
         problem=str(error),
-        alive_at_ms=file.st_mtime_ns // 10**6,
+        alive_at_ms=max(file.st_mtime_ns // 10**6, 0),
         bytes=file.st_size,
+        epoch_id=epoch_id,
     )
