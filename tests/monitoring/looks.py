@@ -11,11 +11,12 @@ from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.segment import SharedSegment
+from shmepoch.monitoring.details import EpochDetails, describe
 from shmepoch.monitoring.epochs import EpochSummary, summarize
 
 Look: TypeAlias = Callable[[str, SessionId], EpochSummary | None]
 
-LOOKS: Final[tuple[Look, ...]] = (summarize,)
+LOOKS: Final[tuple[Look, ...]] = (summarize, describe)
 
 CONFIG: Final = OpsLifecycleConfig(
     max_operations=4, max_completed=2, feed_bytes=12 * 1024, max_participants=4
@@ -49,5 +50,11 @@ def content(segment: SharedSegment) -> bytes:
 
 def summary_of(segment: SharedSegment) -> EpochSummary:
     found = summarize(segment.namespace, segment.session_id)
+    assert found is not None
+    return found
+
+
+def details_of(segment: SharedSegment, *, entries: int = 10) -> EpochDetails:
+    found = describe(segment.namespace, segment.session_id, entries=entries)
     assert found is not None
     return found

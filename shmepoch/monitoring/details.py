@@ -1,0 +1,369 @@
+"""Everything that can be said of one epoch to people who look at it.
+
+As MONITOR-1 says: no lock is taken and nothing changes. What is damaged is left out, and the rest
+is told: of a damaged epoch above all who has it attached.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec.structs import asdict, replace
+
+from shmepoch import _native as at
+from shmepoch._native import is_locked
+from shmepoch.epoch.codec import Record
+from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.feed import SegmentFeed
+from shmepoch.epoch.operations import (
+    Count,
+    OperationKind,
+    OperationProgressUpdate,
+    OperationStatus,
+)
+from shmepoch.epoch.table import OperationTable, OperationView
+from shmepoch.errors import SegmentCorrupted
+from shmepoch.ids import OperationId, SessionId
+from shmepoch.memory.clock import wall_ms
+from shmepoch.memory.namespaces import segment_path
+from shmepoch.memory.participants import Role, number_of, slot_of
+from shmepoch.memory.segment import ObservedSegment
+from shmepoch.monitoring.epochs import (
+    DAMAGE,
+    EpochSummary,
+    counted,
+    of_damaged,
+    of_segment,
+)
+from shmepoch.monitoring.holders import Holder, holders, is_stopped
+
+T = TypeVar("T")
+
+#: How often a word has to be seen beside a free lock, so that no writer came in between each time.
+_LOOKS: Final = 5
+
+
+class Lock(StrEnum):
+    """The locks of an epoch that one process holds at a time."""
+
+    WRITER = "writer"
+    """During a transition."""
+    RUNTIME = "runtime"
+    AGENT = "agent"
+    """Agents that were built to share the epoch hold it together."""
+    LOOP = "loop"
+
+
+_BYTES: Final = {
+    Lock.WRITER: at.WRITER_BYTE,
+    Lock.RUNTIME: at.RUNTIME_BYTE,
+    Lock.AGENT: at.AGENT_BYTE,
+    Lock.LOOP: at.LOOP_BYTE,
+}
+
+
+class Process(Record, frozen=True):
+    """A process that is visible from here, with its id as seen from here."""
+
+    pid: Count
+    stopped: bool
+    """Whether it stands still, as after SIGSTOP."""
+
+
+class Attached(Record, kw_only=True, frozen=True):
+    """A participant: a process that has the epoch attached, or had it when it died."""
+
+    slot: Count
+    number: Count
+    """How many had joined the epoch, with this one."""
+    role: Role
+    pid: Count
+    """As it sees itself; in another container it has another one."""
+    alive: bool
+    joined_at_ms: Count
+    process: Process | None = None
+    """The process that it is, if that is visible from here."""
+    holds: tuple[Lock, ...] = ()
+    """The locks that are known to be its own."""
+
+
+class Unfinished(Record, kw_only=True, frozen=True):
+    """An operation that has not ended."""
+
+    id: OperationId
+    kind: OperationKind
+    display_name: str
+    source_label: str
+    status: OperationStatus
+    created_at_ms: Count
+    started_at_ms: Count | None
+    elapsed_ms: Count
+    """Since it was started, or registered if it was not."""
+    runner: Attached | None
+    """The participant that runs it; None if that has left."""
+    progress_count: Count
+    progress: OperationProgressUpdate | None
+    """What was reported last."""
+    watchers: Count
+
+
+class Use(Record, frozen=True):
+    """How much of a table or a ring is used."""
+
+    used: Count
+    capacity: Count
+
+
+class EpochDetails(EpochSummary, kw_only=True, frozen=True):
+    """One epoch at about one moment, with what its summary has.
+
+    Of a damaged epoch it has what could be read; `problem` says what could not.
+    """
+
+    path: str
+    owner_uid: Count
+    owner: str | None
+    """The owner's name; None if that user has none here."""
+    mode: str
+    """Who may open the file, in octal."""
+    processes: tuple[Process, ...] = ()
+    """Those that have it attached and are visible from here."""
+    attached: tuple[Attached, ...] = ()
+    locks: dict[Lock, tuple[Process, ...]] = msgspec.field(default_factory=dict)
+    """The locks that are held, each with those of its holders that are visible from here."""
+    broken_off: bool = False
+    """Whether a transition was broken off; the next writer repairs what it has left."""
+    unfinished: tuple[Unfinished, ...] = ()
+    """The operations that have not ended, the oldest first."""
+    retained: dict[OperationStatus, Count] = msgspec.field(default_factory=dict)
+    """How many operations have ended in each way, of those that the registry retains."""
+    entries: tuple[CompletionEntry, ...] = ()
+    """The last entries of the feed."""
+    skipped_after: CompletionSeq = 0
+    skipped_through: CompletionSeq = 0
+    """The last recovery left out the sequences above the first and up to the second."""
+    use: dict[str, Use] = msgspec.field(default_factory=dict)
+    """How full each table and ring is."""
+
+
+def describe(namespace: str, session_id: SessionId, *, entries: int = 10) -> EpochDetails | None:
+    """What can be said of the session's epoch, with so many entries of its feed; None if the
+    session has no segment."""
+    try:
+        segment = ObservedSegment.peek(namespace, session_id)
+    except FileNotFoundError:
+        return None
+    except DAMAGE as error:
+        return _unreadable(namespace, session_id, error)
+    try:
+        return _Reading(segment).details(entries)
+    finally:
+        segment.close()
+
+
+def _unreadable(namespace: str, session_id: SessionId, error: Exception) -> EpochDetails | None:
+    try:
+        file = os.lstat(segment_path(namespace, session_id))
+    except FileNotFoundError:
+        return None
+    summary = of_damaged(namespace, session_id, error, file)
+    return _with_file(summary, file, processes=_processes(holders(file)))
+
+
+def _with_file(summary: EpochSummary, file: os.stat_result, **facts: Any) -> EpochDetails:
+    try:
+        owner = pwd.getpwuid(file.st_uid).pw_name
+    except KeyError:
+        owner = None
+    return EpochDetails(
+        **asdict(summary),
+        path=str(segment_path(summary.namespace, summary.session_id)),
+        owner_uid=file.st_uid,
+        owner=owner,
+        mode=f"{stat.S_IMODE(file.st_mode):04o}",
+        **facts,
+    )
+
+
+def _processes(holding: Iterable[Holder]) -> tuple[Process, ...]:
+    return tuple(Process(pid, is_stopped(pid)) for pid in sorted({one.pid for one in holding}))
+
+
+class _Reading:
+    """One look at an epoch, which goes on where a part of its memory is damaged."""
+
+    def __init__(self, segment: ObservedSegment) -> None:
+        self._segment = segment
+        self._memory = segment.memory
+        self._file = os.fstat(segment.fd)
+        self._holders = holders(self._file)
+        self._damage: SegmentCorrupted | None = None
+
+    def details(self, entries: int) -> EpochDetails:
+        """Everything, with so many entries of the feed."""
+        summary = self._part(lambda: of_segment(self._segment), None)
+        attached: list[Attached] = self._part(lambda: list(self._attached()), [])
+        facts: dict[str, Any] = {
+            "processes": _processes(self._holders),
+            "attached": tuple(attached),
+            "locks": dict(self._locks()),
+            "broken_off": self._is_broken_off(),
+            "use": {"participants": Use(len(attached), self._segment.layout.max_participants)},
+        }
+        config = self._segment.layout.config
+        if config is not None:
+            facts |= self._of_operations(attached, entries)
+            retained = sum(facts["retained"].values())
+            facts["use"] |= {
+                "operations": Use(len(self._segment.epoch.used()), config.max_operations),
+                "feed_bytes": Use(self._feed_bytes(), config.feed_bytes),
+                "feed_entries": Use(self._feed_entries(), self._segment.layout.entries),
+                "retained": Use(retained, config.max_completed),
+            }
+        return _with_file(self._marked(summary), self._file, **facts)
+
+    def _part(self, read: Callable[[], T], otherwise: T) -> T:
+        """What is read, or that where it is damaged, which the end says then."""
+        try:
+            return read()
+        except SegmentCorrupted as error:
+            self._damage = self._damage or error
+            return otherwise
+
+    def _marked(self, summary: EpochSummary | None) -> EpochSummary:
+        """The summary, which says what is damaged if anything is."""
+        if self._damage is None:
+            assert summary is not None
+            return summary
+        segment = self._segment
+        marked = of_damaged(
+            segment.namespace, segment.session_id, self._damage, self._file, segment.epoch_id
+        )
+        if summary is None:
+            return marked
+        return replace(summary, state=marked.state, problem=marked.problem)
+
+    # --- who has it attached --------------------------------------------------------------------
+
+    def _attached(self) -> Iterator[Attached]:
+        for one in self._segment.participants.list():
+            byte = at.PARTICIPANT_BYTE + one.slot
+            # A child that was forked just now may have its parent's descriptor still.
+            own = [holder for holder in self._holders if one.alive and holder.holds(byte)]
+            own.sort(key=lambda holder: holder.pid != one.pid)
+            yield Attached(
+                slot=one.slot,
+                number=one.number,
+                role=one.role,
+                pid=one.pid,
+                alive=one.alive,
+                joined_at_ms=one.joined_at_ms,
+                process=next(iter(_processes(own[:1])), None),
+                holds=tuple(lock for lock in Lock if any(h.holds(_BYTES[lock]) for h in own)),
+            )
+
+    def _locks(self) -> Iterator[tuple[Lock, tuple[Process, ...]]]:
+        for lock, byte in _BYTES.items():
+            holding = self._holding_writer() if lock is Lock.WRITER else self._holding(byte)
+            if holding is not None:
+                yield lock, _processes(holding)
+
+    def _holding(self, byte: int) -> list[Holder] | None:
+        """Those that hold a lock and are visible; None if it is free."""
+        if not is_locked(self._segment.fd, byte):
+            return None
+        return [holder for holder in self._holders if holder.holds(byte)]
+
+    def _holding_writer(self) -> list[Holder] | None:
+        """As `_holding`, of a lock that writers take and give up many times meanwhile: only one
+        that is held at each look, by none that is visible, is held by one that is not."""
+        for _ in range(_LOOKS):
+            holding = self._holding(at.WRITER_BYTE)
+            if holding is None or holding:
+                return holding
+            self._holders = holders(self._file)
+        return []
+
+    def _is_broken_off(self) -> bool:
+        """Whether an intent stands and no writer is at work."""
+        return all(self._intent_stands_alone() for _ in range(_LOOKS))
+
+    def _intent_stands_alone(self) -> bool:
+        fd = self._segment.fd
+        return not is_locked(fd, at.WRITER_BYTE) and self._memory.load(at.INTENT_AT) != 0
+
+    # --- operations and the feed ----------------------------------------------------------------
+
+    def _of_operations(self, attached: list[Attached], entries: int) -> dict[str, Any]:
+        table = OperationTable(self._segment)
+        runners = {(one.number, one.slot): one for one in attached}
+        now_ms = wall_ms()
+        views = (
+            self._part(partial(table.in_slot, slot), None) for slot in self._segment.epoch.used()
+        )
+        live = sorted((view for view in views if view is not None), key=lambda view: view.birth)
+        statuses: list[OperationStatus] = []  # those that come before one that is damaged stay
+        self._part(lambda: statuses.extend(view.status for view in table.retained()), None)
+        skipped_after, skipped_through = self._segment.skipped
+        return {
+            "unfinished": tuple(
+                _unfinished(
+                    view,
+                    runners.get((number_of(view.participant), slot_of(view.participant))),
+                    now_ms,
+                )
+                for view in live
+            ),
+            "retained": counted(OperationStatus, statuses),
+            "entries": tuple(self._part(lambda: self._last(entries), [])),
+            "skipped_after": skipped_after,
+            "skipped_through": skipped_through,
+        }
+
+    def _last(self, count: int) -> list[CompletionEntry]:
+        feed = SegmentFeed(self._segment)
+        after = feed.watermark() - count
+        skipped_after, skipped_through = self._segment.skipped
+        if after < skipped_through:
+            after -= skipped_through - skipped_after
+        entries = list(feed.list_since(max(0, after)).entries)
+        return entries[max(0, len(entries) - count) :]
+
+    def _feed_entries(self) -> int:
+        """From the first that is not dropped, with those that a recovery skipped."""
+        dropped, watermark = self._memory.load(at.DROPPED_AT), self._memory.load(at.WATERMARK_AT)
+        return min(max(0, watermark - dropped), self._segment.layout.entries)
+
+    def _feed_bytes(self) -> int:
+        """From where the oldest record begins to where the next one will."""
+        if not self._feed_entries():
+            return 0
+        oldest = self._memory.load(at.DROPPED_AT) + 1
+        begin = self._memory.load(self._segment.layout.index_word(oldest)) & ~at.HAS_RECORD
+        used = self._memory.load(at.HEAD_AT) - begin
+        return min(max(0, used), self._segment.layout.feed_bytes)
+
+
+def _unfinished(view: OperationView, runner: Attached | None, now_ms: int) -> Unfinished:
+    since_ms = view.created_at_ms if view.started_at_ms is None else view.started_at_ms
+    return Unfinished(
+        id=view.spec.id,
+        kind=view.spec.kind,
+        display_name=view.spec.display_name,
+        source_label=view.spec.source_label,
+        status=view.status,
+        created_at_ms=view.created_at_ms,
+        started_at_ms=view.started_at_ms,
+        elapsed_ms=max(0, now_ms - since_ms),
+        runner=runner,
+        progress_count=view.detail.progress_count,
+        progress=view.detail.last_progress,
+        watchers=view.watchers,
+    )
