@@ -8,12 +8,13 @@ import typer
 
 from shmepoch.cli import streams
 from shmepoch.cli.commands.history import history
+from shmepoch.cli.commands.ls import ls
 from shmepoch.cli.commands.metrics import metrics
 from shmepoch.cli.commands.persist import persist
 from shmepoch.cli.commands.run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, metrics):
+for command in (run, persist, history, ls, metrics):
     app.command()(command)
 
 
