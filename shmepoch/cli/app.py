@@ -12,9 +12,10 @@ from shmepoch.cli.commands.ls import ls
 from shmepoch.cli.commands.metrics import metrics
 from shmepoch.cli.commands.persist import persist
 from shmepoch.cli.commands.run import run
+from shmepoch.cli.commands.show import show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, metrics):
+for command in (run, persist, history, ls, show, metrics):
     app.command()(command)
 
 
