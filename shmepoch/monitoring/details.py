@@ -321,7 +321,7 @@ class _Reading:
                 )
                 for view in live
             ),
-            "retained": counted(OperationStatus, statuses),
+            "retained": counted(statuses),
             "entries": tuple(self._part(lambda: self._last(entries), [])),
             "skipped_after": skipped_after,
             "skipped_through": skipped_through,

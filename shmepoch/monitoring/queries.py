@@ -16,6 +16,13 @@ from shmepoch.monitoring.epochs import EpochState, EpochSummary
 Value: TypeAlias = Callable[[EpochSummary, int], str | int | None]
 Condition: TypeAlias = Callable[[EpochSummary, int], bool]
 
+#: The statuses of operations that have not ended.
+UNFINISHED: Final = (
+    OperationStatus.PROVISIONING,
+    OperationStatus.RUNNING,
+    OperationStatus.RETIRING,
+)
+
 _SECOND_MS: Final = 1000
 _DURATIONS: Final = {
     "": _SECOND_MS,
@@ -99,14 +106,7 @@ FIELDS: Final = {
     "bytes": Field(lambda epoch, _: epoch.bytes, _SIZES),
     **{role.value: _of_role(role) for role in Role},
     "dead": Field(lambda epoch, _: _known(epoch, epoch.dead), _COUNTS),
-    **{
-        status.value: _of_status(status)
-        for status in (
-            OperationStatus.PROVISIONING,
-            OperationStatus.RUNNING,
-            OperationStatus.RETIRING,
-        )
-    },
+    **{status.value: _of_status(status) for status in UNFINISHED},
     "ended": Field(lambda epoch, _: _known(epoch, epoch.ended), _COUNTS),
     "watermark": Field(lambda epoch, _: _known(epoch, epoch.watermark), _COUNTS),
     "lag": Field(lambda epoch, _: _known(epoch, max(epoch.lags.values())), _COUNTS),

@@ -15,9 +15,11 @@ from shmepoch.cli.options import AllNamespaces, Json, Namespace, chosen_namespac
 from shmepoch.cli.streams import complain, counted, print_json, visible
 from shmepoch.cli.tables import print_columns, span
 from shmepoch.memory.clock import wall_ms
+from shmepoch.memory.participants import Role
 from shmepoch.monitoring.epochs import EpochState, EpochSummary, summaries
 from shmepoch.monitoring.queries import (
     FIELDS,
+    UNFINISHED,
     FilterInvalid,
     SortKeyInvalid,
     condition,
@@ -106,8 +108,9 @@ def _cells(epoch: EpochSummary, digits: int, now_ms: int) -> Iterator[str]:
     else:
         yield span(now_ms - epoch.created_at_ms)
         yield epoch.state
-        yield _numbers([*epoch.participants.items(), ("dead", epoch.dead)])
-        yield _numbers(epoch.operations.items())
+        roles = [(role, epoch.participants.get(role, 0)) for role in Role]
+        yield _numbers([*roles, ("dead", epoch.dead)])
+        yield _numbers((status, epoch.operations.get(status, 0)) for status in UNFINISHED)
         yield f"{epoch.ended:,}"
         yield f"{epoch.watermark:,}"
         lags = epoch.lags.values()

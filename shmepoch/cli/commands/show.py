@@ -15,6 +15,7 @@ from shmepoch.cli.exits import reporting
 from shmepoch.cli.options import AllNamespaces, Epoch, Json, Namespace, chosen_namespace
 from shmepoch.cli.streams import print_json, visible
 from shmepoch.cli.tables import print_table, span, table_of_entries
+from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import SessionNotFound
 from shmepoch.memory.clock import wall_ms
 from shmepoch.monitoring.details import Attached, EpochDetails, Lock, Process, Unfinished, describe
@@ -89,7 +90,11 @@ def _facts(epoch: EpochDetails, now_ms: int) -> Iterator[tuple[str, str]]:
     if epoch.skipped_through:
         skipped = f"{epoch.skipped_after + 1:,} to {epoch.skipped_through:,}"
         yield "skipped", f"{skipped}, by the last recovery"
-    ended = ", ".join(f"{status} {count:,}" for status, count in epoch.retained.items())
+    ended = ", ".join(
+        f"{status} {epoch.retained[status]:,}"
+        for status in OperationStatus
+        if status in epoch.retained
+    )
     yield "ended, retained", ended or "none"
 
 
