@@ -20,6 +20,7 @@ from bench.measures import (
     imports,
     memory,
     operations,
+    operators,
     peers,
     segments,
     streams,
@@ -59,6 +60,7 @@ GROUPS: Final = {
     "memory": Group(memory.measures, Effort(3, 1), Effort(3, 1)),
     "imports": Group(imports.measures, Effort(15, 1), Effort(5, 1)),
     "idle": Group(idle.measures, Effort(5, 20), Effort(3, 5)),
+    "operators": Group(operators.measures, Effort(7, 10_000), Effort(3, 10_000)),
 }
 
 
