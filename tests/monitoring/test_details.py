@@ -215,6 +215,7 @@ def test_how_full_it_is(namespace: str) -> None:
         assert full.use["retained"].used == 2
         record = one["feed_bytes"].used
         assert CONFIG.feed_bytes - record < full.use["feed_bytes"].used <= CONFIG.feed_bytes
+        assert full.use["feed_bytes"].used % record == 0
 
 
 def test_what_a_recovery_skipped(namespace: str, tmp_path: os.PathLike[str]) -> None:
