@@ -13,9 +13,10 @@ from shmepoch.cli.commands.metrics import metrics
 from shmepoch.cli.commands.persist import persist
 from shmepoch.cli.commands.run import run
 from shmepoch.cli.commands.show import show
+from shmepoch.cli.commands.tail import tail
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, show, metrics):
+for command in (run, persist, history, ls, show, tail, metrics):
     app.command()(command)
 
 
