@@ -7,16 +7,18 @@ import logging
 import typer
 
 from shmepoch.cli import streams
+from shmepoch.cli.commands.dump import dump
 from shmepoch.cli.commands.history import history
 from shmepoch.cli.commands.ls import ls
 from shmepoch.cli.commands.metrics import metrics
 from shmepoch.cli.commands.persist import persist
+from shmepoch.cli.commands.restore import restore
 from shmepoch.cli.commands.run import run
 from shmepoch.cli.commands.show import show
 from shmepoch.cli.commands.tail import tail
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, show, tail, metrics):
+for command in (run, persist, history, ls, show, tail, metrics, dump, restore):
     app.command()(command)
 
 

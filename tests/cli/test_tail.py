@@ -31,6 +31,12 @@ from tests.processes.children import Channel, start
 from tests.support import damage_record, eventually, held_writer, result, spec
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own way to write to a pipe, which keeps what is not flushed."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def tail(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command, run to its end."""
     return subprocess.run(
