@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import os
@@ -449,6 +450,13 @@ class SharedSegment(Segment):
             self.waiters.notify()
         self._require_not_gone()
 
+    def show_life(self) -> None:
+        """Have the file say that the epoch was attached until now (GC-1); writes to the memory do
+        not. Failures are ignored: they make the epoch look older once it is abandoned."""
+        # By its name: the descriptor's number may be another file's by the time of the call.
+        with contextlib.suppress(OSError):
+            os.utime(f"{_SHM_DIR}/{self.name}", follow_symlinks=False)
+
     def unlink(self) -> None:
         """Remove the segment's name, if it is still this segment's. Attachments stay usable."""
         unlink(self._descriptor, self.path)
@@ -461,6 +469,7 @@ class SharedSegment(Segment):
         if self.writer is not None:
             self.writer.retire(left_error)
         if self.attached and self.participant:
+            self.show_life()
             self._participants_of(self._descriptor).leave(self.participant)
         lose_claims(self)
         if self._new is not None:
@@ -556,6 +565,9 @@ class ObservedSegment(SharedSegment):
 
     def try_own(self) -> bool:
         raise ObserverReadOnly(self.epoch_id)
+
+    def show_life(self) -> None:
+        pass  # to be looked at is no life
 
     def unlink(self) -> None:
         raise ObserverReadOnly(self.epoch_id)

@@ -150,8 +150,12 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
 def last_sign_of_life(segment: ObservedSegment, attached: Iterable[Participant]) -> int:
     """When a process is known to have had the epoch attached last; `attached` are those listed.
 
-    That is the newest of the time of its file, the time at which a participant joined that is still
-    listed, dead or alive, and the end of its newest operation.
+    GC-1: a sign of life is the newest of these: the time of its file, which a participant sets that
+    leaves in good order, and the session's runtime once a minute; the time at which a participant
+    joined that is still listed, dead or alive; the end of its newest operation. So an epoch whose
+    processes were all killed looks older than it is: by a minute at most with a runtime; without
+    one, by the time since its last worker joined or ended an operation. A clock that was set back
+    makes it look younger.
     """
     at_ms = [os.fstat(segment.fd).st_mtime_ns // 10**6, *(one.joined_at_ms for one in attached)]
     if segment.layout.config is not None:

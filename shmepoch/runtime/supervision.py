@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 _INTERVAL_S: Final = 0.25
 #: The names of the segments are checked once in so many polls.
 _NAMES_EVERY: Final = 2
+#: How many polls make a minute: each epoch shows its life in one of them.
+_LIFE_EVERY: Final = round(60 / _INTERVAL_S)
 #: How many participants that ended together are named in a reason, which each operation carries.
 _NAMED: Final = 3
 #: How long `settle` tries again while a transition is in progress, and how often.
@@ -39,6 +42,8 @@ class EpochSupervisor:
         self.bindings: Final = bindings
         #: Whether the session's name was taken from this epoch's segment while the epoch was open.
         self.lost = False
+        #: At which of the polls of a minute it shows that it lives: 10,000 epochs take turns.
+        self.life_turn: Final = random.randrange(_LIFE_EVERY)
         self._memory: Final = bindings.shared_segment().memory
         self._known: object = None
         self._alone_since = -1
@@ -184,11 +189,14 @@ class Supervisor:
             if self._stop.wait(_INTERVAL_S):
                 break
             changed = turn % _NAMES_EVERY == 0 and names.may_have_changed()
+            life_turn = turn % _LIFE_EVERY
             failing: dict[EpochSupervisor, str] = {}
             for epoch in self._epochs():
                 try:
                     if changed:
                         epoch.check_name()
+                    if epoch.life_turn == life_turn:
+                        epoch.bindings.shared_segment().show_life()
                     epoch.poll()
                 # Another thread or process has just ended or left it.
                 except (EpochSealed, EpochGone, BindingsClosed) as error:

@@ -514,10 +514,34 @@ def test_bindings_that_were_closed_are_left_alone(
         assert supervisor.poll() == 0
 
 
+def test_each_epoch_shows_that_it_lives_once_in_many_polls(
+    alone: SessionRuntimeBindings,
+    bindings: SessionRuntimeBindings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervision, "_INTERVAL_S", 0.001)
+    monkeypatch.setattr(supervision, "_LIFE_EVERY", 50)
+    epochs = [EpochSupervisor(alone), EpochSupervisor(bindings)]
+    paths = [epoch.bindings.shared_segment().path for epoch in epochs]
+    for path in paths:
+        os.utime(path, (0, 0))
+    # One that is gone holds up none.
+    paths[0].rename(moved := paths[0].with_name(f"{paths[0].name}.moved"))
+    supervisor = Supervisor(lambda: epochs)
+    supervisor.start()
+    try:
+        eventually(lambda: paths[1].stat().st_mtime > 0)
+        moved.rename(paths[0])
+        eventually(lambda: paths[0].stat().st_mtime > 0)
+    finally:
+        supervisor.stop()
+
+
 class Broken:
     """An epoch whose supervision fails with an unexpected error."""
 
     looks = 0
+    life_turn = -1
 
     def check_name(self) -> None:
         pass
