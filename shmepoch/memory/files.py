@@ -78,8 +78,12 @@ class NewFile:
             token = secrets.token_hex(_TOKEN_SIZE)
             self._provisional = self._path.with_name(f"{self._path.name}.{token}.new")
             made = Descriptor.open(self._provisional, os.O_CREAT | os.O_EXCL | os.O_RDWR, _MODE)
-            if try_lock(made, PRESENCE_BYTE, True) and is_same(made, self._provisional):
-                return made
+            try:
+                if try_lock(made, PRESENCE_BYTE, True) and is_same(made, self._provisional):
+                    return made
+            except BaseException:
+                self._provisional.unlink(missing_ok=True)
+                raise
             made.close()  # it was removed as a leftover before it was locked
 
     def publish(self, *, replace: bool = False) -> None:

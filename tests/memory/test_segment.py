@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -252,6 +253,20 @@ def test_a_creator_whose_file_is_taken_for_a_leftover_makes_another(
     remove_leftovers(namespace)
     segment.publish()
     assert names_in(namespace) == [segment.name]
+
+
+def test_a_creator_on_a_kernel_without_locks_leaves_nothing(
+    namespace: str, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gVisor refuses locks of open file descriptions."""
+
+    def refuse(fd: Descriptor, byte: int, shared: bool) -> bool:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(files, "try_lock", refuse)
+    with pytest.raises(OSError, match="Invalid argument"):
+        allocate()
+    assert names_in(namespace) == []
 
 
 def test_private_memory_is_a_segment_too() -> None:
