@@ -18,7 +18,7 @@ from shmepoch.cli.commands.show import show
 from shmepoch.cli.commands.tail import tail
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, show, tail, metrics, dump, restore):
+for command in (run, persist, history, ls, show, tail, metrics, dump, restore, gc):
     app.command()(command)
 
 

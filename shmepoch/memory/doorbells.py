@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from shmepoch import _native as at
-from shmepoch._native import Descriptor, Memory, try_lock
+from shmepoch._native import Descriptor, Memory, is_locked, try_lock
 from shmepoch.forking import Part, on_fork
 from shmepoch.lazy import lazy
 from shmepoch.memory.files import (
@@ -302,10 +302,12 @@ def _retire(page: Memory | None, fd: Descriptor, path: Path) -> None:
     unlink(fd, path)
 
 
-def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> None:
+def _remove_if_unused(page: Memory | None, fd: Descriptor, path: Path) -> bool:
     # An exclusive lock replaces this description's shared one only if no other has one.
-    if try_lock(fd, _LISTENERS_BYTE, False):
+    unused = try_lock(fd, _LISTENERS_BYTE, False)
+    if unused:
         _retire(page, fd, path)
+    return unused
 
 
 def doorbells_path(namespace: str) -> Path:
@@ -313,15 +315,25 @@ def doorbells_path(namespace: str) -> Path:
     return SHM_DIR / f"{name_prefix(namespace)}{os.geteuid()}.doorbells"
 
 
-def remove_unused_doorbells(namespace: str) -> None:
-    """Remove a page that killed listeners left behind. A page of another user stays."""
+def remove_unused_doorbells(namespace: str) -> bool:
+    """Remove a page that killed listeners left behind; whether there was one. A page of another
+    user stays."""
     path = doorbells_path(namespace)
     try:
         fd = open_owned(path)
     except OSError:
-        return
+        return False
     try:
-        _remove_if_unused(_map_page(fd), fd, path)
+        return _remove_if_unused(_map_page(fd), fd, path)
+    finally:
+        fd.close()
+
+
+def has_listeners(namespace: str) -> bool:
+    """Whether a process listens on this user's page of doorbells; raises what `open_owned` does."""
+    fd = open_owned(doorbells_path(namespace))
+    try:
+        return is_locked(fd, _LISTENERS_BYTE)
     finally:
         fd.close()
 

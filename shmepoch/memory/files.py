@@ -119,8 +119,13 @@ def provisional_paths(prefix: str) -> list[Path]:
         return [
             SHM_DIR / entry.name
             for entry in entries
-            if entry.name.startswith(prefix) and _PROVISIONAL.search(entry.name)
+            if entry.name.startswith(prefix) and is_provisional(entry.name)
         ]
+
+
+def is_provisional(name: str) -> bool:
+    """Whether a file of this name is being made, or was left by a creator that was killed."""
+    return _PROVISIONAL.search(name) is not None
 
 
 def map_shared(fd: Descriptor, size: int) -> Memory:

@@ -15,6 +15,7 @@ from shmepoch.memory.files import SHM_DIR
 
 _NAMESPACE_LIMIT: Final = 64
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_FILE: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\..+", re.DOTALL)
 _NAME: Final = re.compile(r"shmepoch\.(?P<namespace>[A-Za-z0-9_-]+)\.(?P<session>[0-9a-f]{32})")
 
 
@@ -35,6 +36,22 @@ def segment_path(namespace: str, session_id: SessionId) -> Path:
 def list_sessions(namespace: str) -> Iterator[SessionId]:
     """This user's sessions of a namespace that have a segment, in no order."""
     return (session_id for _, session_id in list_segments(namespace))
+
+
+def list_files(namespace: str | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The namespace and the entry of each file that has a name of a namespace, whatever it is and
+    of whatever user, in no order; of one namespace if that is given."""
+    with os.scandir(SHM_DIR) as entries:
+        for entry in entries:
+            match = _FILE.fullmatch(entry.name)
+            if match and namespace in (None, match["namespace"]):
+                yield match["namespace"], entry
+
+
+def session_of(name: str) -> SessionId | None:
+    """The session whose segment has this name, if it is the name of one."""
+    match = _NAME.fullmatch(name)
+    return match and SessionId.from_bytes(bytes.fromhex(match["session"]))
 
 
 def list_segments(namespace: str | None = None) -> Iterator[tuple[str, SessionId]]:
