@@ -7,7 +7,9 @@ import logging
 import typer
 
 from shmepoch.cli import streams
+from shmepoch.cli.commands.doctor import doctor
 from shmepoch.cli.commands.dump import dump
+from shmepoch.cli.commands.gc import gc
 from shmepoch.cli.commands.history import history
 from shmepoch.cli.commands.ls import ls
 from shmepoch.cli.commands.metrics import metrics
@@ -18,7 +20,7 @@ from shmepoch.cli.commands.show import show
 from shmepoch.cli.commands.tail import tail
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, show, tail, metrics, dump, restore, gc):
+for command in (run, persist, history, ls, show, tail, dump, restore, gc, doctor, metrics):
     app.command()(command)
 
 

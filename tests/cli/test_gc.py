@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -212,6 +213,43 @@ def test_a_closed_pipe_ends_it(left: dict[str, Path]) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+_UNLISTED = """
+import errno, os, shmepoch.cli
+def refuse(path):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+os.scandir = refuse
+shmepoch.cli.main()
+"""
+
+
+def test_what_cannot_be_listed_cannot_be_carried_out(left: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _UNLISTED, "gc"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "shmepoch: /dev/shm: Too many open files\n"
+    assert present(left) == set(left)
+
+
+def test_what_cannot_be_printed_is_of_the_output(left: dict[str, Path]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "gc", "--dry-run"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+    assert done.returncode == 3
+    assert done.stderr == "shmepoch: standard output: No space left on device\n"
 
 
 # --- beside processes that come and go ------------------------------------------------------------

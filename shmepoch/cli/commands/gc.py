@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 import typer
@@ -68,12 +69,7 @@ def gc(
         chosen = chosen_namespace(namespace, all_namespaces)
         require_shm()
         wanted = Wanted(older_than_ms=older_than, damaged=damaged)
-        try:
-            failed = _collect(chosen, wanted, dry_run=dry_run, json=json)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            fail(NOT_CARRIED_OUT, error)
+        failed = _collect(chosen, wanted, dry_run=dry_run, json=json)
     if failed:
         sys.exit(NOT_WELL)
 
@@ -81,7 +77,7 @@ def gc(
 def _collect(namespace: str | None, wanted: Wanted, *, dry_run: bool, json: bool) -> bool:
     """Remove what is to be removed, and print what was found; whether any of it failed."""
     totals = _Totals()
-    for found in garbage.find(namespace, wanted):
+    for found in _found(namespace, wanted):
         if found.remove and not dry_run:
             found = garbage.remove(found, wanted)
         totals.add(found)
@@ -94,6 +90,13 @@ def _collect(namespace: str | None, wanted: Wanted, *, dry_run: bool, json: bool
     if not json:
         print(totals.text(dry_run=dry_run))
     return totals.failed > 0
+
+
+def _found(namespace: str | None, wanted: Wanted) -> Iterator[Found]:
+    try:
+        yield from garbage.find(namespace, wanted)
+    except OSError as error:
+        fail(NOT_CARRIED_OUT, error)
 
 
 def _line(found: Found) -> str:
