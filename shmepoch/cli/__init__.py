@@ -17,7 +17,7 @@ def main() -> None:
         try:
             from shmepoch.cli.app import app
 
-            app()
+            app(prog_name="shmepoch")
         finally:
             sys.stdout.flush()
     except ModuleNotFoundError as error:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from shmepoch.cli import streams
+from shmepoch import _native
+from shmepoch.cli import exits, logs
 from shmepoch.cli.commands.doctor import doctor
 from shmepoch.cli.commands.dump import dump
 from shmepoch.cli.commands.gc import gc
@@ -19,19 +24,59 @@ from shmepoch.cli.commands.run import run
 from shmepoch.cli.commands.show import show
 from shmepoch.cli.commands.tail import tail
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+def described(command: Callable[..., None]) -> str:
+    """What a command's help says: its docstring, with lines as long as the terminal takes.
+
+    A paragraph that is indented is an example, and keeps its lines. It comes before the one on the
+    exit status, or typer takes the indentation away.
+    """
+    text = inspect.getdoc(command) or ""
+    paragraphs = text.replace("[", r"\[").split("\n\n")  # rich takes it for markup
+    return "\n\n".join(
+        text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs
+    )
+
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 for command in (run, persist, history, ls, show, tail, dump, restore, gc, doctor, metrics):
-    app.command()(command)
+    app.command(help=described(command))(command)
 
 
-@app.callback()
-def shmepoch() -> None:
-    """One runtime epoch, shared by the processes of an agent deployment."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Visible("shmepoch: %(message)s"))
-    logging.basicConfig(level=logging.ERROR, handlers=[handler])
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(
+            f"shmepoch {importlib.metadata.version('shmepoch')}, "
+            f"segment layout {_native.VERSION}, "
+            f"{platform.python_implementation()} {platform.python_version()}"
+        )
+        raise typer.Exit
 
 
-class _Visible(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return streams.visible(super().format(record))
+def shmepoch(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show what it is."),
+    ] = False,
+    log_level: Annotated[
+        logs.Level, typer.Option(help="The least severe log records to show, on standard error.")
+    ] = logs.Level.ERROR,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log JSON lines instead of text for people.")
+    ] = False,
+) -> None:
+    """One runtime epoch, shared by the processes of an agent deployment.
+
+    Examples:
+
+        shmepoch run jobs.txt --sessions 2 --workers 4
+        shmepoch --log-level info --log-json persist --store epochs.db
+        shmepoch history --store epochs.db
+
+    Exit statuses of every command:
+    """
+    logs.configure(log_level, json=log_json)
+
+
+_statuses = "\n".join(f"{status:>7}  {meaning}" for status, meaning in exits.MEANINGS.items())
+app.callback(help=f"{described(shmepoch)}\n\n{_statuses}")(shmepoch)

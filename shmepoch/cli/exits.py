@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Final, NoReturn
@@ -16,14 +17,24 @@ from shmepoch.errors import (
 )
 from shmepoch.monitoring.selection import EpochAmbiguous, EpochUnknown
 
-#: It was done, and all is well.
 DONE: Final = 0
-#: It was done, and not all is well: a command failed, a problem was found.
 NOT_WELL: Final = 1
-#: Nothing was done: an option, a file or a name is wrong.
 REFUSED: Final = 2
-#: It could not be carried out: no shared memory, no process, no store that works.
 NOT_CARRIED_OUT: Final = 3
+#: What the status of a command that a signal ended is above.
+SIGNALLED: Final = 128
+
+#: What each status means, whatever the command is.
+MEANINGS: Final = {
+    DONE: "it was done, and all is well",
+    NOT_WELL: "it was done, and not all is well",
+    REFUSED: "nothing was done: an option, a file or a name is wrong",
+    NOT_CARRIED_OUT: "it could not be carried out",
+    SIGNALLED + signal.SIGHUP: "SIGHUP ended it",
+    SIGNALLED + signal.SIGINT: "Ctrl-C ended it",
+    SIGNALLED + signal.SIGPIPE: "the reader of its output has left",
+    SIGNALLED + signal.SIGTERM: "SIGTERM ended it",
+}
 
 _REFUSALS: Final = (
     NamespaceInvalid,

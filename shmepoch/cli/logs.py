@@ -1,0 +1,52 @@
+"""What the command logs on standard error: lines for people, or JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Final
+
+from shmepoch.cli import streams
+
+#: What every record has; the rest of a record's attributes are the fields of its event.
+_ORDINARY: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class Level(StrEnum):
+    """The least severe records that are shown. Errors always are."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def configure(level: Level, *, json: bool) -> None:
+    """Show what this process logs from now on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if json else _Text("shmepoch: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return streams.visible(super().format(record))
+
+
+class _Json(logging.Formatter):
+    """One object, in ASCII, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        fields |= {name: one for name, one in vars(record).items() if name not in _ORDINARY}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, separators=(",", ":"), default=str)
