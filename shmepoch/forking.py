@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Final, NamedTuple, TypeAlias
 
+from shmepoch.events import Event, about
+
 _log = logging.getLogger(__name__)
 
 Hook: TypeAlias = Callable[[], None]
@@ -71,8 +73,12 @@ def _call(hooks: Iterable[Hook | None]) -> None:
         if hook is not None:
             try:
                 hook()
-            except BaseException:
-                _log.exception("a fork: %s failed", hook.__qualname__)
+            except BaseException as error:
+                _log.exception(
+                    "a fork: %s failed",
+                    hook.__qualname__,
+                    extra=about(Event.FORK_FAILED, reason=str(error)),
+                )
 
 
 os.register_at_fork(

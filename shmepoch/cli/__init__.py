@@ -10,9 +10,10 @@ from shmepoch import starting
 def main() -> None:
     """Run the command line; exits with its status."""
     starting.end_on_interrupt()
-    from shmepoch.cli import exits, streams
+    from shmepoch.cli import exits, logs, streams
 
     streams.prepare()
+    logs.Log().configure()  # until the options say otherwise
     try:
         try:
             from shmepoch.cli.app import app

@@ -75,7 +75,7 @@ def shmepoch(
 
     Exit statuses of every command:
     """
-    logs.configure(log_level, json=log_json)
+    logs.Log(log_level, log_json).configure()
 
 
 _statuses = "\n".join(f"{status:>7}  {meaning}" for status, meaning in exits.MEANINGS.items())

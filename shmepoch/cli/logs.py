@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
+import msgspec
+
 from shmepoch.cli import streams
 
 #: What every record has; the rest of a record's attributes are the fields of its event.
@@ -23,11 +25,27 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-def configure(level: Level, *, json: bool) -> None:
-    """Show what this process logs from now on."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Json() if json else _Text("shmepoch: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+class Log(msgspec.Struct, frozen=True):
+    """What of the log is shown, and how."""
+
+    level: Level = Level.ERROR
+    json: bool = False
+
+    def configure(self) -> None:
+        """Show what this process logs from now on."""
+        global _configured
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Json() if self.json else _Text("shmepoch: %(message)s"))
+        logging.basicConfig(level=self.level.upper(), handlers=[handler], force=True)
+        _configured = self
+
+
+_configured = Log()
+
+
+def configured() -> Log:
+    """What was configured last, for processes that this one starts."""
+    return _configured
 
 
 class _Text(logging.Formatter):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
+import logging
 import os
 import re
 import signal
 import sys
 from typing import Final, NoReturn
+
+from shmepoch.events import Event, about
+
+_log = logging.getLogger(__name__)
 
 #: Characters that control a terminal or a text layout: the control characters of C0 and C1 except
 #: the newline, DEL, the marks that change the direction of text, and the separators of lines. Also
@@ -48,9 +52,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def complain(error: object) -> None:
-    """Write an error to standard error, if that is still open."""
-    with contextlib.suppress(OSError):
-        print(f"shmepoch: {visible(said(error))}", file=sys.stderr, flush=True)
+    """Log an error, on standard error if that is still open."""
+    _log.error("%s", said(error), extra=about(Event.COMMAND_FAILED))
 
 
 def said(error: object) -> object:

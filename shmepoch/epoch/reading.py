@@ -10,6 +10,7 @@ from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.operations import OperationLifecycleSnapshot
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.epoch.table import OperationTable, OperationView
+from shmepoch.events import Event, about
 from shmepoch.ids import OperationId, RuntimeEpochId
 from shmepoch.memory.segment import Segment
 
@@ -82,6 +83,11 @@ class OperationReader:
                 self._segment.epoch_id,
                 cursors,
                 stored,
+                extra=about(
+                    Event.CURSOR_CAPPED,
+                    session=self._segment.session_id,
+                    epoch=self._segment.epoch_id,
+                ),
             )
         return stored
 

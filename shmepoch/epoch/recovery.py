@@ -16,6 +16,7 @@ from shmepoch.epoch.encoding import Detail, encode_detail, encode_head, encode_o
 from shmepoch.epoch.operations import LAST_COUNT, OperationLifecycleSnapshot, OperationSpec
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import RecordInvalid, RecoveryNeedsRoom
+from shmepoch.events import Event, about
 from shmepoch.ids import OperationId
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import Segment
@@ -129,6 +130,9 @@ def restore_completions(segment: Segment, snapshot: PersistedOpsSnapshot, *, ski
             snapshot.epoch_id,
             snapshot.cursors,
             snapshot.recovered_cursors,
+            extra=about(
+                Event.CURSOR_CAPPED, session=segment.session_id, epoch=snapshot.epoch_id, seq=last
+            ),
         )
     assert segment.layout.config is not None
     floor = newest - segment.layout.config.max_completed

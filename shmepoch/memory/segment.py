@@ -38,6 +38,7 @@ from shmepoch.errors import (
     WitnessMismatch,
     WriterBusy,
 )
+from shmepoch.events import Event, about
 from shmepoch.forking import Part, on_fork
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
@@ -646,7 +647,11 @@ def _after_fork_in_child() -> None:
     try:
         leave_inherited()
     except OSError as error:
-        _log.warning("a forked child keeps locks of its parent: %s", error)
+        _log.warning(
+            "a forked child keeps locks of its parent: %s",
+            error,
+            extra=about(Event.FORK_FAILED, reason=str(error)),
+        )
     claims_after_fork()
     for reference in list(_every_segment):
         segment = reference()
@@ -654,7 +659,17 @@ def _after_fork_in_child() -> None:
             try:
                 segment._after_fork()
             except OSError as error:
-                _log.warning("%s: not detached from its parent's: %s", segment.name, error)
+                _log.warning(
+                    "%s: not detached from its parent's: %s",
+                    segment.name,
+                    error,
+                    extra=about(
+                        Event.FORK_FAILED,
+                        session=segment.session_id,
+                        epoch=segment.epoch_id,
+                        reason=str(error),
+                    ),
+                )
 
 
 on_fork(Part.ATTACHMENTS, after_in_child=_after_fork_in_child)

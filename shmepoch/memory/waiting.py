@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from shmepoch import _native as at
 from shmepoch._native import Memory
 from shmepoch.arguments import require_position
+from shmepoch.events import Event, about
 from shmepoch.timeouts import limit_s
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,13 @@ def report_once(what: str, error: Exception) -> None:
     cause = (what, type(error), getattr(error, "errno", None))
     if cause not in _reported:
         _reported.add(cause)
-        _log.warning("%s (%s: %s); reported once", what, type(error).__name__, error)
+        _log.warning(
+            "%s (%s: %s); reported once",
+            what,
+            type(error).__name__,
+            error,
+            extra=about(Event.WAKE_FAILED, reason=str(error)),
+        )
 
 
 class AsyncWait:

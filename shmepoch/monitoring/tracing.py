@@ -23,6 +23,7 @@ from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.operations import Failed, Terminated, status_of
 from shmepoch.errors import EpochGone, EpochSealed, ShmepochError
+from shmepoch.events import Event, about
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +168,18 @@ class OperationTracer:
             self.emit()
             return True
         except ShmepochError as error:
-            _log.error("no more spans of epoch %s: %s", self._epoch["shmepoch.epoch.id"], error)
+            _log.error(
+                "no more spans of epoch %s: %s",
+                self._epoch["shmepoch.epoch.id"],
+                error,
+                extra=about(
+                    Event.TRACING_FAILED,
+                    session=self._epoch["session.id"],
+                    epoch=self._epoch["shmepoch.epoch.id"],
+                    seq=self._position,
+                    reason=str(error),
+                ),
+            )
             return False
 
 

@@ -23,6 +23,7 @@ from shmepoch.errors import (
     SessionBusy,
     SessionNotRegistered,
 )
+from shmepoch.events import Event, about
 from shmepoch.ids import SessionId
 from shmepoch.memory.doorbells import remove_unused_doorbells
 from shmepoch.memory.namespaces import resolve_namespace
@@ -288,11 +289,22 @@ class RuntimeSessionAdapter:
             if bindings.shared_segment().attached:
                 self._left(session, "a transition of this process is in progress")
             session.owned = None
+            _log.info(
+                "session %s: given up; epoch %s is left to the next runtime",
+                session.id,
+                bindings.epoch_id,
+                extra=about(Event.SESSION_GIVEN_UP, session=session.id, epoch=bindings.epoch_id),
+            )
         self._sessions.pop(session.id, None)
 
     @staticmethod
     def _left(session: _Session, why: str) -> None:
-        _log.warning("session %s: given up later than the adapter, since %s", session.id, why)
+        _log.warning(
+            "session %s: given up later than the adapter, since %s",
+            session.id,
+            why,
+            extra=about(Event.SESSION_GIVEN_UP_LATE, session=session.id, reason=why),
+        )
 
     # --- what a call does about its session ---------------------------------------------------
 
@@ -326,13 +338,28 @@ class RuntimeSessionAdapter:
         segment.unlink()
         bindings.close()
         session.owned = None
+        _log.info(
+            "session %s: unregistered with its epoch %s",
+            session.id,
+            bindings.epoch_id,
+            extra=about(Event.SESSION_UNREGISTERED, session=session.id, epoch=bindings.epoch_id),
+        )
 
     @staticmethod
     def _end(bindings: SessionRuntimeBindings) -> None:
         try:
             bindings.ops_lifecycle.terminate_and_seal("the session was unregistered")
-        except SegmentCorrupted:
-            _log.exception("session %s: removed with its running operations", bindings.session_id)
+        except SegmentCorrupted as error:
+            _log.exception(
+                "session %s: removed with its running operations",
+                bindings.session_id,
+                extra=about(
+                    Event.OPERATIONS_LOST,
+                    session=bindings.session_id,
+                    epoch=bindings.epoch_id,
+                    reason=str(error),
+                ),
+            )
             bindings.shared_segment().seal()
 
     def _forget(self, session: _Session, old: SessionRuntimeBindings) -> None:

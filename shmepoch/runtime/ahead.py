@@ -6,6 +6,7 @@ import logging
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.completions import CompletionSeq
+from shmepoch.events import Event, about
 
 _log = logging.getLogger(__name__)
 
@@ -33,4 +34,12 @@ class CursorsAhead:
                 name,
                 cursor,
                 watermark,
+                extra=about(
+                    Event.CURSOR_AHEAD,
+                    session=self._bindings.session_id,
+                    epoch=self._bindings.epoch_id,
+                    seq=cursor,
+                    cursor=name,
+                    watermark=watermark,
+                ),
             )

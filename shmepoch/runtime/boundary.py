@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -14,8 +15,11 @@ from shmepoch.epoch.completions import CompletionEntry, CompletionFeedGap, Compl
 from shmepoch.epoch.operations import OperationKind
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
+from shmepoch.events import Event, about
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
+
+_log = logging.getLogger(__name__)
 
 Notice: TypeAlias = CompletionFeedGap | CompletionEntry
 """A notice for the agent: a completion, or before these a gap of completions that are lost."""
@@ -91,6 +95,8 @@ class AgentBoundary:
         self._feed = bindings.ops_lifecycle.completion_feed()
         self._history = history or bindings.history
         self._ahead = CursorsAhead(bindings)
+        #: How far the gaps reach that were logged: a drain that is not committed tells them again.
+        self._logged_gap: CompletionSeq = 0
         claim = bindings.claim(AGENT_BYTE, shared=sharing)
         if claim is None:
             pid = bindings.claimed_by(AGENT_BYTE, Role.AGENT)
@@ -145,15 +151,36 @@ class AgentBoundary:
                 epoch_id = self.bindings.epoch_id
                 entries += self._history.list_entries(epoch_id, gap.after_seq, gap.dropped_through)
                 skipped += self._history.list_skipped(epoch_id)
-            notices += _missing(gap, entries, skipped)
+            missing = list(_missing(gap, entries, skipped))
+            self._log_gaps(missing)
+            notices += missing
         entries += batch.entries
         notices += (entry for entry in entries if entry.kind is OperationKind.BACKGROUND_TOOL_OP)
         return Drain(self, notices, batch.watermark)
 
+    def _log_gaps(self, gaps: Sequence[CompletionFeedGap]) -> None:
+        if gaps and gaps[-1].dropped_through > self._logged_gap:
+            through = self._logged_gap = gaps[-1].dropped_through
+            count = sum(gap.missing for gap in gaps)
+            _log.warning(
+                "session %s: %d completions through %d were dropped before its agent was told of "
+                "them; it is told of a gap",
+                self.session_id,
+                count,
+                through,
+                extra=about(
+                    Event.AGENT_GAP,
+                    session=self.session_id,
+                    epoch=self.bindings.epoch_id,
+                    seq=through,
+                    completions=count,
+                ),
+            )
+
 
 def _missing(
     gap: CompletionFeedGap, found: Sequence[CompletionEntry], skipped: Sequence[SkippedRange]
-) -> Iterator[Notice]:
+) -> Iterator[CompletionFeedGap]:
     """The parts of `gap` without the found entries and the sequences that recoveries skipped."""
     after, through = gap.after_seq, gap.dropped_through
     for begin, end in sorted([*((e.seq - 1, e.seq) for e in found), *skipped, (through, through)]):

@@ -19,6 +19,7 @@ from shmepoch.errors import (
     SegmentCorrupted,
     StoreLoadFailed,
 )
+from shmepoch.events import Event, about
 from shmepoch.ids import SessionId
 from shmepoch.memory.layout import Layout
 from shmepoch.memory.segment import SharedSegment
@@ -61,18 +62,21 @@ class Durability:
     def rotates(self, error: StoreLoadFailed) -> bool:
         """Whether to start a new epoch for a session that cannot be loaded."""
         if self._rotate_if_unloadable:
-            reason = "session %s: not loadable, so its epoch is rotated"
-            _log.error(reason, error.session_id, exc_info=error)
+            _log.error(
+                "session %s: not loadable, so its epoch is rotated",
+                error.session_id,
+                exc_info=error,
+                extra=about(
+                    Event.STORED_EPOCH_ABANDONED, session=error.session_id, reason=error.reason
+                ),
+            )
         return self._rotate_if_unloadable
 
     def room_for(
         self, stored: PersistedOpsSnapshot, config: OpsLifecycleConfig
     ) -> OpsLifecycleConfig:
         """The size of an epoch that continues a stored one: `config`, or larger."""
-        needed = room_for(stored, config, unfinished=self._terminate_unfinished)
-        if needed != config:
-            _log.info("epoch %s: recovered into more room, %s", stored.epoch_id, needed)
-        return needed
+        return room_for(stored, config, unfinished=self._terminate_unfinished)
 
     def is_current(self, session_id: SessionId, stored: PersistedOpsSnapshot) -> bool:
         """Whether the store's epoch is still as it was loaded: another runtime may have continued
@@ -126,10 +130,19 @@ class Durability:
         """
         try:
             self.channel.flush(_END_TIMEOUT_S, bindings=bindings)
-        except (SegmentCorrupted, CaptureInvalid):
-            _log.exception("session %s: everything that is not stored is lost", bindings.session_id)
-            ended = PersistedOpsSnapshot(epoch_id=bindings.epoch_id)
+        except (SegmentCorrupted, CaptureInvalid) as error:
             session_id = bindings.session_id
+            _log.exception(
+                "session %s: everything that is not stored is lost",
+                session_id,
+                extra=about(
+                    Event.UNSTORED_LOST,
+                    session=session_id,
+                    epoch=bindings.epoch_id,
+                    reason=str(error),
+                ),
+            )
+            ended = PersistedOpsSnapshot(epoch_id=bindings.epoch_id)
             self.store.save([EpochCapture(session_id=session_id, snapshot=ended, sealed=True)])
         self.channel.unfollow(bindings)
 

@@ -12,6 +12,7 @@ from shmepoch.epoch.completions import CompletionFeedGap, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationLifecycleSnapshot
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
+from shmepoch.events import Event, about
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores.protocol import EpochCapture, RuntimeStore
 
@@ -145,6 +146,17 @@ class Followed:
         self._stored = reading.fingerprint
         self._position = self.durable = reading.watermark
         self._live = reading.live
+        if self.is_suspect:
+            _log.info(
+                "epoch %s is stored again",
+                self.id,
+                extra=about(
+                    Event.EPOCH_TAKEN,
+                    session=self.bindings.session_id,
+                    epoch=self.id,
+                    seq=reading.watermark,
+                ),
+            )
         self.failures, self.is_suspect = 0, False
         if reading.gap is not None:
             self._missed += reading.gap.missing
@@ -155,6 +167,13 @@ class Followed:
                 self.id,
                 reading.gap.after_seq + 1,
                 reading.gap.dropped_through,
+                extra=about(
+                    Event.STORE_GAP,
+                    session=self.bindings.session_id,
+                    epoch=self.id,
+                    seq=reading.gap.dropped_through,
+                    completions=reading.gap.missing,
+                ),
             )
         self.feed.mark_durable(reading.watermark)
 

@@ -19,6 +19,7 @@ from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationKind
 from shmepoch.errors import EpochGone, EpochSealed, LoopAlreadyActive, LoopAnswerInvalid
+from shmepoch.events import Event, about
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.claims import Claim
 from shmepoch.memory.participants import Role
@@ -267,11 +268,23 @@ class RuntimeLoop:
         except BaseException as error:
             self._failure = error
             session_id = self._bindings.session_id
-            _log.error("the loop of session %s ended: %s", session_id, error, exc_info=error)
+            _log.error(
+                "the loop of session %s ended: %s",
+                session_id,
+                error,
+                exc_info=error,
+                extra=about(
+                    Event.LOOP_FAILED,
+                    session=session_id,
+                    epoch=self._bindings.epoch_id,
+                    reason=str(error),
+                ),
+            )
         finally:
             run.claim.release()
 
     async def _drive(self, run: _Run) -> None:
+        session_id, epoch_id = self._bindings.session_id, self._bindings.epoch_id
         try:
             run.begin()
             self._retries.reset()
@@ -279,11 +292,26 @@ class RuntimeLoop:
             owed = _Owed(self._cursors.agent_applied_cursor.load())
             while not run.over:
                 await self._pause(run, await self._step(run, owed))
-            _log.debug("the loop of session %s ends", self._bindings.session_id)
+            _log.debug(
+                "the loop of session %s ends",
+                session_id,
+                extra=about(Event.LOOP_STOPPED, session=session_id, epoch=epoch_id),
+            )
         except EpochSealed:
-            _log.info("epoch %s was sealed; its loop ends", self._bindings.epoch_id)
+            _log.info(
+                "epoch %s was sealed; its loop ends",
+                epoch_id,
+                extra=about(Event.LOOP_ENDED, session=session_id, epoch=epoch_id),
+            )
         except EpochGone as error:
-            _log.error("the loop of session %s ends: %s", self._bindings.session_id, error)
+            _log.error(
+                "the loop of session %s ends: %s",
+                session_id,
+                error,
+                extra=about(
+                    Event.LOOP_FAILED, session=session_id, epoch=epoch_id, reason=str(error)
+                ),
+            )
         finally:
             run.claim.release()
 
@@ -328,9 +356,28 @@ class RuntimeLoop:
         except asyncio.CancelledError:
             if run.cancelled:
                 raise
-            _log.warning("injecting into session %s was cancelled", self._bindings.session_id)
-        except Exception:
-            _log.exception("injecting into session %s failed", self._bindings.session_id)
+            _log.warning(
+                "injecting into session %s was cancelled",
+                continuation.session_id,
+                extra=about(
+                    Event.INJECTION_CANCELLED,
+                    session=continuation.session_id,
+                    epoch=continuation.epoch_id,
+                    seq=watermark,
+                ),
+            )
+        except Exception as error:
+            _log.exception(
+                "injecting into session %s failed",
+                continuation.session_id,
+                extra=about(
+                    Event.INJECTION_FAILED,
+                    session=continuation.session_id,
+                    epoch=continuation.epoch_id,
+                    seq=watermark,
+                    reason=str(error),
+                ),
+            )
         return False
 
     async def _pause(self, run: _Run, pause: _Pause) -> None:

@@ -16,6 +16,7 @@ from shmepoch.errors import (
     SegmentExists,
     StoreLoadFailed,
 )
+from shmepoch.events import Event, about
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.participants import Role
 from shmepoch.memory.removal import abandon
@@ -60,12 +61,16 @@ class EpochOpener:
                 bindings = self._find(session_id, adopt)
             except SegmentExists:
                 continue  # another runtime was faster; the next pass names it
-            except SegmentCorrupted:
+            except SegmentCorrupted as error:
                 if abandoned or not self._rotate_if_unloadable:
                     raise
                 if not abandon(self._namespace, session_id):
                     raise
-                _log.exception("session %s: its damaged segment was removed", session_id)
+                _log.exception(
+                    "session %s: its damaged segment was removed",
+                    session_id,
+                    extra=about(Event.SEGMENT_ABANDONED, session=session_id, reason=str(error)),
+                )
                 abandoned = True
                 continue
             if bindings is not None:
@@ -110,7 +115,12 @@ class EpochOpener:
             owned.settle()  # not for a new epoch: no process has left operations in it yet
             self._hand_over(owned, adopt)
             undo.pop_all()
-        _log.info("session %s: live epoch %s", session_id, segment.epoch_id)
+        _log.info(
+            "session %s: live epoch %s",
+            session_id,
+            segment.epoch_id,
+            extra=about(Event.EPOCH_CONTINUED, session=session_id, epoch=segment.epoch_id),
+        )
         return bindings
 
     def renew(
@@ -123,7 +133,18 @@ class EpochOpener:
             session_id, RuntimeEpochId.new(), adopt, replacing=old.shared_segment()
         )
         old.close()  # last: until then its lock keeps others from replacing it
-        _log.info("session %s: new epoch %s after %s", session_id, bindings.epoch_id, old.epoch_id)
+        _log.info(
+            "session %s: new epoch %s after %s",
+            session_id,
+            bindings.epoch_id,
+            old.epoch_id,
+            extra=about(
+                Event.EPOCH_ROTATED,
+                session=session_id,
+                epoch=bindings.epoch_id,
+                before=str(old.epoch_id),
+            ),
+        )
         return bindings
 
     def _recover(self, session_id: SessionId, adopt: Adopt) -> SessionRuntimeBindings:
@@ -132,21 +153,39 @@ class EpochOpener:
         if self._durability is not None:
             stored = self._durability.load(session_id, self._config)
         if stored is None:
-            bindings = self._make(session_id, RuntimeEpochId.new(), adopt)
             why = "no store" if self._durability is None else "the store has none"
-            _log.info("session %s: new epoch %s, %s", session_id, bindings.epoch_id, why)
-            return bindings
+            return self._create(session_id, adopt, why)
         try:
             bindings = self._make(session_id, stored.epoch_id, adopt, stored=stored)
         except StoreLoadFailed as error:
             if self._durability is None or not self._durability.rotates(error):
                 raise
-            return self._make(session_id, RuntimeEpochId.new(), adopt)
+            return self._create(session_id, adopt, "the stored one cannot be continued")
         _log.info(
             "session %s: epoch %s from the store, through %d",
             session_id,
             stored.epoch_id,
             stored.last_seq,
+            extra=about(
+                Event.EPOCH_RECOVERED,
+                session=session_id,
+                epoch=stored.epoch_id,
+                seq=stored.last_seq,
+            ),
+        )
+        return bindings
+
+    def _create(self, session_id: SessionId, adopt: Adopt, why: str) -> SessionRuntimeBindings:
+        """A new epoch for a session that has none to go on with."""
+        bindings = self._make(session_id, RuntimeEpochId.new(), adopt)
+        _log.info(
+            "session %s: new epoch %s, %s",
+            session_id,
+            bindings.epoch_id,
+            why,
+            extra=about(
+                Event.EPOCH_CREATED, session=session_id, epoch=bindings.epoch_id, reason=why
+            ),
         )
         return bindings
 
@@ -164,6 +203,14 @@ class EpochOpener:
         config = self._config
         if stored is not None and self._durability is not None:
             config = self._durability.room_for(stored, config)
+            if config != self._config:
+                _log.info(
+                    "session %s: epoch %s is recovered into more room, %s",
+                    session_id,
+                    epoch_id,
+                    config,
+                    extra=about(Event.EPOCH_ENLARGED, session=session_id, epoch=epoch_id),
+                )
         segment = SharedSegment.allocate(
             self._namespace, config, session_id=session_id, epoch_id=epoch_id
         )

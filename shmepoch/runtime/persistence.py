@@ -26,6 +26,7 @@ from shmepoch.errors import (
     StoreConflict,
     StoreWriteFailed,
 )
+from shmepoch.events import Event, about
 from shmepoch.ids import RuntimeEpochId
 from shmepoch.runtime.followed import EpochPersistence, Followed
 from shmepoch.stores.protocol import RuntimeStore
@@ -134,6 +135,7 @@ class PersistenceChannel:
         self._flushes = 0
         self._entries = 0
         self._failures = 0
+        self._store_works = True
         self._failure: Exception | None = None
         self._last_error: Exception | None = None
 
@@ -311,9 +313,11 @@ class PersistenceChannel:
         requested = self._requested
         self._store_news(self._followed(), requested, thoroughly=True)
         if self._failure is not None:
+            lag = self.status().lag
             _log.error(
                 "closed while the store fails; %d completions are in shared memory only",
-                self.status().lag,
+                lag,
+                extra=about(Event.CHANNEL_CLOSED_BEHIND, completions=lag),
             )
 
     async def _keep_storing(self) -> None:
@@ -368,7 +372,17 @@ class PersistenceChannel:
         except (EpochSealed, EpochGone):
             pass
         except Exception as error:  # the next poll finds what there is, or what is wrong
-            _log.debug("epoch %s is not waited for: %s", followed.id, error)
+            _log.debug(
+                "epoch %s is not waited for: %s",
+                followed.id,
+                error,
+                extra=about(
+                    Event.EPOCH_NOT_AWAITED,
+                    session=followed.bindings.session_id,
+                    epoch=followed.id,
+                    reason=str(error),
+                ),
+            )
         self._advanced.add(followed)
         self._wake.set()
 
@@ -383,10 +397,13 @@ class PersistenceChannel:
     ) -> bool:
         """Store the news of these epochs. False if the store does not seem to work; then all is
         tried again."""
-        began = time.monotonic()
+        began, flushes = time.monotonic(), self._flushes
         due = self._due(candidates, thoroughly=thoroughly)
         left, taken, error = self._save_in_turn(due)
         works = error is None or taken
+        if not self._store_works and self._flushes > flushes:
+            self._store_works = True
+            _log.info("the store works again", extra=about(Event.STORE_WORKS))
         if error is not None:
             self._note(error, left[0], works=works)
         with self._state:
@@ -481,11 +498,26 @@ class PersistenceChannel:
     def _note(self, error: Exception, followed: Followed, *, works: bool) -> None:
         """Log the failure, unless it was logged before."""
         if not works:
-            if self._failure is None:
-                _log.error("nothing is stored until the store works again: %s", error)
+            if self._store_works:
+                self._store_works = False
+                _log.error(
+                    "nothing is stored until the store works again: %s",
+                    error,
+                    extra=about(Event.STORE_FAILED, reason=str(error)),
+                )
         elif not followed.is_suspect:
             followed.is_suspect = True
-            _log.error("epoch %s is not stored, although others are: %s", followed.id, error)
+            _log.error(
+                "epoch %s is not stored, although others are: %s",
+                followed.id,
+                error,
+                extra=about(
+                    Event.EPOCH_REFUSED,
+                    session=followed.bindings.session_id,
+                    epoch=followed.id,
+                    reason=str(error),
+                ),
+            )
         self._last_error = error
         self._failures += 1
 
@@ -498,5 +530,16 @@ def _culprit(error: Exception, group: list[Followed]) -> Followed | None:
 
 
 def _give_up(followed: Followed, error: Exception) -> None:
-    _log.error("epoch %s cannot be stored any more: %s", followed.id, error)
+    _log.error(
+        "epoch %s cannot be stored any more: %s",
+        followed.id,
+        error,
+        extra=about(
+            Event.EPOCH_GIVEN_UP,
+            session=followed.bindings.session_id,
+            epoch=followed.id,
+            seq=followed.durable,
+            reason=str(error),
+        ),
+    )
     followed.error, followed.failure = error, None

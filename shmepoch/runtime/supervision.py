@@ -15,6 +15,7 @@ from typing import Final
 from shmepoch import _native as at
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import BindingsClosed, EpochGone, EpochSealed, StoreBehind, WriterBusy
+from shmepoch.events import Event, about
 from shmepoch.memory.files import SHM_DIR
 from shmepoch.memory.participants import Participant, number_of
 
@@ -67,7 +68,17 @@ class EpochSupervisor:
         try:
             return self._poll()
         except (StoreBehind, WriterBusy) as error:
-            _log.debug("session %s: %s", self.bindings.session_id, error)
+            _log.debug(
+                "session %s: %s",
+                self.bindings.session_id,
+                error,
+                extra=about(
+                    Event.SUPERVISION_DEFERRED,
+                    session=self.bindings.session_id,
+                    epoch=self.bindings.epoch_id,
+                    reason=str(error),
+                ),
+            )
             return 0
 
     def settle(self) -> None:
@@ -99,6 +110,12 @@ class EpochSupervisor:
             segment.path,
             segment.epoch_id,
             SHM_DIR,
+            extra=about(
+                Event.NAME_LOST,
+                session=segment.session_id,
+                epoch=segment.epoch_id,
+                path=str(segment.path),
+            ),
         )
         with contextlib.suppress(EpochGone):
             segment.require_name()  # tells the others, if the file has no name at all
@@ -153,6 +170,13 @@ class EpochSupervisor:
             self.bindings.session_id,
             _names(dead) or "a participant",
             ended,
+            extra=about(
+                Event.PARTICIPANTS_ENDED,
+                session=self.bindings.session_id,
+                epoch=self.bindings.epoch_id,
+                pids=[participant.pid for participant in dead],
+                operations=ended,
+            ),
         )
 
 
@@ -200,11 +224,28 @@ class Supervisor:
                     epoch.poll()
                 # Another thread or process has just ended or left it.
                 except (EpochSealed, EpochGone, BindingsClosed) as error:
-                    _log.debug("not supervised: %s", error)
+                    _log.debug(
+                        "not supervised: %s",
+                        error,
+                        extra=about(
+                            Event.SUPERVISION_ENDED,
+                            session=epoch.bindings.session_id,
+                            epoch=epoch.bindings.epoch_id,
+                            reason=str(error),
+                        ),
+                    )
                 except Exception as error:  # of one epoch: the others go on
                     failing[epoch] = repr(error)
                     if self._failing.get(epoch) != failing[epoch]:
-                        _log.exception("an epoch cannot be supervised; it is tried again")
+                        _log.exception(
+                            "an epoch cannot be supervised; it is tried again",
+                            extra=about(
+                                Event.SUPERVISION_FAILED,
+                                session=epoch.bindings.session_id,
+                                epoch=epoch.bindings.epoch_id,
+                                reason=failing[epoch],
+                            ),
+                        )
             self._failing = failing
 
 

@@ -26,6 +26,7 @@ from shmepoch.errors import (
     StoreUnusable,
     StoreWriteFailed,
 )
+from shmepoch.events import Event, about
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores.database import Database
 from shmepoch.stores.operations import StoredOperation, assemble, stored_operations, unfinished
@@ -237,7 +238,7 @@ class SqliteRuntimeStore:
             try:
                 epoch_id = RuntimeEpochId.parse(text)
             except _DAMAGE as error:
-                self._leave_out(f"an epoch of session {session_id}", error)
+                self._leave_out(f"an epoch of session {session_id}", error, session=session_id)
                 continue
             after = to_sql(0)
             while True:
@@ -279,12 +280,29 @@ class SqliteRuntimeStore:
                     sound += _decode_entries([row])
                 except _DAMAGE as error:
                     seq = row[0] + LAST_SEQ // 2 + 1 if isinstance(row[0], int) else row[0]
-                    self._leave_out(f"completion {seq} of epoch {epoch_id}", error)
+                    what = f"completion {seq} of epoch {epoch_id}"
+                    self._leave_out(what, error, epoch=epoch_id, seq=seq)
             return sound
 
-    def _leave_out(self, what: str, error: Exception) -> None:
+    def _leave_out(
+        self,
+        what: str,
+        error: Exception,
+        *,
+        session: SessionId | None = None,
+        epoch: RuntimeEpochId | None = None,
+        seq: int | None = None,
+    ) -> None:
         self.damaged += 1
-        _log.warning("%s: %s is damaged and left out: %s", self.path, what, error)
+        _log.error(
+            "%s: %s is damaged and left out: %s",
+            self.path,
+            what,
+            error,
+            extra=about(
+                Event.ROW_DAMAGED, session=session, epoch=epoch, seq=seq, store=str(self.path)
+            ),
+        )
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shmepoch import (
+    OpsLifecycleConfig,
     Role,
     RuntimeSessionAdapter,
     SessionId,
@@ -21,7 +22,7 @@ from shmepoch import (
 )
 from shmepoch.memory.namespaces import segment_path
 from tests.cli.running import COMMAND
-from tests.runtime.completions import TOOL, end
+from tests.runtime.completions import TOOL, drop_through, end
 from tests.support import eventually
 
 
@@ -105,8 +106,30 @@ def test_at_its_end_everything_is_stored(
         end(sessions[0], *[TOOL] * 100)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, err) == (0, "")
+    assert out == f"stored 101 completions of 2 epochs in {path}\n"
     assert stored(path, sessions[0].session_id) == 101
+
+
+def test_at_its_end_it_says_what_was_dropped_before_it_was_stored(
+    namespace: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    config = OpsLifecycleConfig(max_completed=1, max_operations=1, feed_bytes=8192)
+    with RuntimeSessionAdapter.ephemeral(namespace=namespace, config=config) as adapter:
+        bindings = adapter.prepare_bindings(SessionId.new())
+        end(bindings, TOOL)
+        dropped = drop_through(bindings, 1)
+        last = bindings.ops_lifecycle.completion_feed().watermark()
+        with persisting(path) as process:
+            eventually(lambda: stored(path, bindings.session_id) == last)
+            adapter.unregister_session(bindings.session_id)  # it is left before the end
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    kept = f"stored {last - dropped} completions of 1 epoch in {path}"
+    assert out == f"{kept}; {dropped} were dropped before they were\n"
+    assert f"completions 1 to {dropped} were dropped before they were stored" in err
 
 
 def test_without_standard_streams_it_stores_all_the_same(

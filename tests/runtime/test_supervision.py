@@ -543,6 +543,9 @@ class Broken:
     looks = 0
     life_turn = -1
 
+    def __init__(self, bindings: SessionRuntimeBindings) -> None:
+        self.bindings = bindings
+
     def check_name(self) -> None:
         pass
 
@@ -558,7 +561,7 @@ def test_an_unexpected_error_does_not_end_the_supervision_of_the_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    doomed, broken = worker(), Broken()
+    doomed, broken = worker(), Broken(alone)
     id = doomed.run()
     supervisor = Supervisor(lambda: [cast(EpochSupervisor, broken), EpochSupervisor(alone)])
     supervisor.start()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any, Final
 
+from shmepoch.cli import logs
 from shmepoch.cli.run.descendants import adopt_orphans, children, kill_children
 from shmepoch.cli.run.inherited import set_for_commands, take_all_descriptors
 from shmepoch.cli.streams import complain, said
@@ -80,7 +81,7 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(
-            target=_main, args=(descriptors, role, main, theirs, *args)
+            target=_main, args=(logs.configured(), descriptors, role, main, theirs, *args)
         )
         # The child inherits the mask: until it has its own session, a Ctrl-C reaches it too.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -161,9 +162,15 @@ class Child:
 
 
 def _main(
-    descriptors: int, role: str, main: Callable[..., None], pipe: object, *args: object
+    log: logs.Log,
+    descriptors: int,
+    role: str,
+    main: Callable[..., None],
+    pipe: object,
+    *args: object,
 ) -> None:
     """The main function of every child."""
+    log.configure()
     # A new session: only the runtime handles Ctrl-C, and commands have no terminal to wait for.
     os.setsid()
     # A handler, not SIG_IGN: commands would inherit that.
