@@ -27,6 +27,7 @@ class Event(StrEnum):
     UNSTORED_LOST = "unstored_lost"
     # What a runtime sees of its epochs.
     PARTICIPANTS_ENDED = "participants_ended"
+    EPOCH_REPAIRED = "epoch_repaired"
     NAME_LOST = "name_lost"
     SUPERVISION_FAILED = "supervision_failed"
     SUPERVISION_DEFERRED = "supervision_deferred"

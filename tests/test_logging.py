@@ -23,6 +23,7 @@ from shmepoch import (
     SessionRuntimeBindings,
     StoreWriteFailed,
 )
+from shmepoch import _native as at
 from shmepoch.events import Event
 from tests.processes.children import Channel, start
 from tests.runtime.completions import TOOL, drop_through, end
@@ -230,6 +231,19 @@ def test_what_is_dropped(namespace: str, log: Log) -> None:
         ahead = log.one(Event.CURSOR_AHEAD)
         assert ahead.items() >= {**about, "seq": 2**40, "cursor": "agent_applied_cursor"}.items()
         adapter.unregister_session(bindings.session_id)
+
+
+def test_a_transition_that_was_broken_off(bindings: SessionRuntimeBindings, log: Log) -> None:
+    """As by a writer that is killed between its intent and its commit."""
+    with start(begin, bindings, method="subprocess") as worker:
+        assert worker.hear() == "begun"
+        bindings.shared_segment().memory.store(at.INTENT_AT, 1)
+        worker.kill()
+        assert log.one(Event.EPOCH_REPAIRED) == {
+            "session": str(bindings.session_id),
+            "epoch": str(bindings.epoch_id),
+            "repairs": 1,
+        }
 
 
 def test_a_name_that_is_lost(adapter: RuntimeSessionAdapter, log: Log) -> None:

@@ -48,6 +48,7 @@ class EpochSupervisor:
         self._memory: Final = bindings.shared_segment().memory
         self._known: object = None
         self._alone_since = -1
+        self._repairs = self._memory.load(at.REPAIRS_AT)
 
     @property
     def out_of_reach(self) -> bool:
@@ -158,9 +159,26 @@ class EpochSupervisor:
                 participants.clear(participant)
             if dead or ended:
                 self._tell(dead, ended)
+        self._tell_repairs()
         self._known = known
         self._alone_since = joined if alone else -1
         return ended
+
+    def _tell_repairs(self) -> None:
+        repairs = self._memory.load(at.REPAIRS_AT)
+        if repairs != self._repairs:
+            more, self._repairs = repairs - self._repairs, repairs
+            _log.warning(
+                "session %s: transitions that killed writers broke off, now undone: %d",
+                self.bindings.session_id,
+                more,
+                extra=about(
+                    Event.EPOCH_REPAIRED,
+                    session=self.bindings.session_id,
+                    epoch=self.bindings.epoch_id,
+                    repairs=more,
+                ),
+            )
 
     def _tell(self, dead: Sequence[Participant], ended: int) -> None:
         # It is unknown how they ended: a normal exit releases the same lock.
