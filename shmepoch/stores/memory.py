@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -18,7 +19,9 @@ from shmepoch.stores.operations import StoredOperation, assemble, stored_operati
 from shmepoch.stores.protocol import (
     LAST_SEQ,
     EpochCapture,
+    EpochOverview,
     HistoryEntry,
+    SessionOverview,
 )
 
 _CLOSED: Final = "it was closed"
@@ -66,6 +69,17 @@ class _Epoch:
                 raise StoreConflict(snapshot.epoch_id, f"the completion {entry.seq}", stored, entry)
         self.live.update((id, operations[id]) for id in unfinished(operations))
         self.live = {id: stored for id, stored in self.live.items() if id not in self.ended}
+
+    def overview(self, epoch_id: RuntimeEpochId) -> EpochOverview:
+        times = [entry.completed_at_ms for entry in self.entries.values()]
+        return EpochOverview(
+            epoch_id=epoch_id,
+            sealed=self.sealed,
+            ended=Counter(status_of(entry.terminal_outcome) for entry in self.entries.values()),
+            unfinished=len(self.live),
+            first_at_ms=min(times, default=None),
+            last_at_ms=max(times, default=None),
+        )
 
     def between(self, after: CompletionSeq, through: CompletionSeq) -> list[CompletionEntry]:
         return [self.entries[seq] for seq in sorted(self.entries) if after < seq <= through]
@@ -159,6 +173,14 @@ class InMemoryRuntimeStore:
 
     def sessions(self) -> Iterator[SessionId]:
         return iter(sorted({epoch.session_id for epoch in self._readable().values()}))
+
+    def overview(self) -> Iterator[SessionOverview]:
+        for session_id in self.sessions():
+            epochs = self._readable().items()
+            yield SessionOverview(
+                session_id=session_id,
+                epochs=tuple(e.overview(id) for id, e in epochs if e.session_id == session_id),
+            )
 
     def remove(self, session_id: SessionId) -> None:
         self._change(

@@ -58,6 +58,29 @@ class HistoryEntry(Record, frozen=True):
     entry: CompletionEntry
 
 
+class EpochOverview(Record, kw_only=True, frozen=True):
+    """What a store has of one epoch, summed up. Times are milliseconds since the Unix epoch."""
+
+    epoch_id: RuntimeEpochId
+    sealed: bool
+    """Whether it has ended; else it is the session's current one."""
+    ended: dict[OperationStatus, int]
+    """How many operations ended with each status."""
+    unfinished: int
+    """How many had not ended when the store last heard of them."""
+    first_at_ms: int | None = None
+    """When the first of them ended; None if none has."""
+    last_at_ms: int | None = None
+    """When the last of them ended."""
+
+
+class SessionOverview(Record, kw_only=True, frozen=True):
+    """What a store has of one session: its epochs, in the order they were recorded."""
+
+    session_id: SessionId
+    epochs: tuple[EpochOverview, ...]
+
+
 @runtime_checkable
 class RuntimeStore(Protocol):
     """Keeps epochs beyond the life of the machine's memory. All methods may be called from any
@@ -128,6 +151,11 @@ class RuntimeStore(Protocol):
 
     def sessions(self) -> Iterator[SessionId]:
         """Every session that the store knows, in order. Raises `StoreReadFailed`."""
+        ...
+
+    def overview(self) -> Iterator[SessionOverview]:
+        """What the store has of every session, summed up, in the order of `sessions`. Raises
+        `StoreReadFailed`."""
         ...
 
     def remove(self, session_id: SessionId) -> None:

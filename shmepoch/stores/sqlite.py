@@ -8,9 +8,11 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from shmepoch.epoch.codec import decode_json
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
@@ -33,7 +35,9 @@ from shmepoch.stores.operations import StoredOperation, assemble, stored_operati
 from shmepoch.stores.protocol import (
     LAST_SEQ,
     EpochCapture,
+    EpochOverview,
     HistoryEntry,
+    SessionOverview,
 )
 from shmepoch.stores.schema import from_sql, to_sql
 from shmepoch.timeouts import setting_s
@@ -104,6 +108,14 @@ _SKIPPED_OF: Final = _SKIPPED.replace("?", _KEY_OF)
 _EPOCHS_OF: Final = "SELECT key, epoch_id FROM epochs WHERE session_id = ? ORDER BY key"
 _SESSIONS: Final = """
     SELECT DISTINCT session_id FROM epochs WHERE session_id > CAST(? AS TEXT) ORDER BY 1 LIMIT ?
+"""
+# A row for each status of each epoch; one without a status for an epoch without completions.
+_OVERVIEW: Final = """
+    SELECT key, CAST(epoch_id AS BLOB), sealed,
+        (SELECT count(*) FROM operations WHERE operations.epoch = key),
+        CAST(status AS BLOB), count(entries.rowid), min(completed_at_ms), max(completed_at_ms)
+    FROM epochs LEFT JOIN entries ON entries.epoch = key
+    WHERE session_id = ? GROUP BY key, status ORDER BY key
 """
 _REMOVE: Final = "DELETE FROM epochs WHERE session_id = ?"
 
@@ -266,6 +278,46 @@ class SqliteRuntimeStore:
             if len(page) < _PAGE or not isinstance(page[-1], str):
                 break
             after = page[-1].encode(errors="surrogateescape")
+
+    def overview(self) -> Iterator[SessionOverview]:
+        for session_id in self.sessions():
+            with self._reading() as connection:
+                rows = connection.execute(_OVERVIEW, (str(session_id),)).fetchall()
+            epochs = (
+                self._overview(session_id, list(of)) for _, of in groupby(rows, itemgetter(0))
+            )
+            yield SessionOverview(
+                session_id=session_id, epochs=tuple(epoch for epoch in epochs if epoch is not None)
+            )
+
+    def _overview(
+        self, session_id: SessionId, rows: Sequence[tuple[Any, ...]]
+    ) -> EpochOverview | None:
+        """One epoch, of its rows; None if its name is damaged."""
+        _, name, sealed, unfinished, *_ = rows[0]
+        try:
+            epoch_id = RuntimeEpochId.parse(name.decode())
+        except _DAMAGE as error:
+            self._leave_out(f"an epoch of session {session_id}", error, session=session_id)
+            return None
+        ended, times = dict[OperationStatus, int](), list[int]()
+        for *_, text, count, first_ms, last_ms in rows:
+            if count == 0:
+                continue
+            try:
+                ended[OperationStatus(text.decode())] = count
+                times += map(operator.index, (first_ms, last_ms))
+            except _DAMAGE as error:
+                what = f"the status or the time of a completion of epoch {epoch_id}"
+                self._leave_out(what, error, session=session_id, epoch=epoch_id)
+        return EpochOverview(
+            epoch_id=epoch_id,
+            sealed=bool(sealed),
+            ended=ended,
+            unfinished=unfinished,
+            first_at_ms=min(times, default=None),
+            last_at_ms=max(times, default=None),
+        )
 
     def _sound(
         self, epoch_id: RuntimeEpochId, rows: Sequence[tuple[int, bytes]]

@@ -22,7 +22,7 @@ from shmepoch.epoch.operations import (
 from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.errors import StoreConflict, StoreLoadFailed, StoreReadFailed, StoreWriteFailed
 from shmepoch.ids import RuntimeEpochId, SessionId
-from shmepoch.stores import EpochCapture, RuntimeStore
+from shmepoch.stores import EpochCapture, EpochOverview, RuntimeStore, SessionOverview
 from tests.stores.samples import T0, Epoch, completion, completions, ended, failed, running
 from tests.support import spec
 
@@ -459,6 +459,49 @@ def test_many_sessions_are_listed(store: RuntimeStore) -> None:
     assert list(store.sessions()) == sorted(epoch.session_id for epoch in epochs)
 
 
+def test_sessions_are_summed_up_with_their_epochs(store: RuntimeStore) -> None:
+    first, bare = Epoch(), Epoch()
+    second = Epoch(first.session_id)
+    entries = [
+        completion(1, at_ms=T0 + 9),
+        completion(2, at_ms=T0 - 3, outcome=Failed("no")),
+        completion(3, at_ms=T0 + 5),
+    ]
+    store.save([first.capture(entries), bare.capture()])
+    works = [spec(), spec()]
+    late = completion(1, id=works[0].id)
+    store.save([second.capture(operations=[running(work) for work in works], specs=works)])
+    store.save([second.capture([late])])
+    expected = [
+        SessionOverview(
+            session_id=first.session_id,
+            epochs=(
+                EpochOverview(
+                    epoch_id=first.id,
+                    sealed=True,
+                    ended={OperationStatus.COMPLETED: 2, OperationStatus.FAILED: 1},
+                    unfinished=0,
+                    first_at_ms=T0 - 3,
+                    last_at_ms=T0 + 9,
+                ),
+                EpochOverview(
+                    epoch_id=second.id,
+                    sealed=False,
+                    ended={OperationStatus.COMPLETED: 1},
+                    unfinished=1,
+                    first_at_ms=late.completed_at_ms,
+                    last_at_ms=late.completed_at_ms,
+                ),
+            ),
+        ),
+        SessionOverview(
+            session_id=bare.session_id,
+            epochs=(EpochOverview(epoch_id=bare.id, sealed=False, ended={}, unfinished=0),),
+        ),
+    ]
+    assert list(store.overview()) == sorted(expected, key=lambda one: one.session_id)
+
+
 # --- removal and the end --------------------------------------------------------------------------
 
 
@@ -498,6 +541,7 @@ def test_a_closed_store_takes_and_gives_nothing(store: RuntimeStore) -> None:
         lambda: store.list_entries(epoch.id),
         lambda: list(store.sessions()),
         lambda: list(store.history(epoch.session_id)),
+        lambda: list(store.overview()),
     ):
         with pytest.raises(StoreReadFailed, match="closed"):
             read()

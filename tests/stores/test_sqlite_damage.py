@@ -114,6 +114,7 @@ def calls(
     store: SqliteRuntimeStore, sessions: list[SessionId], epochs: list[Epoch]
 ) -> Iterator[Callable[[], object]]:
     yield lambda: list(store.sessions())
+    yield lambda: list(store.overview())
     for session in sessions:
         yield lambda session=session: store.load(session)  # type: ignore[misc]
         yield lambda session=session: store.load(session, max_entries=1)  # type: ignore[misc]
@@ -224,6 +225,17 @@ def test_a_name_that_is_no_text_is_left_out(damaged: Path, sessions: list[Sessio
         assert store.damaged == 1
         assert [item.entry.seq for item in store.history(sessions[0])] == [1, 2, 3, 4]
         assert store.damaged == 2
+
+
+def test_what_is_damaged_is_left_out_of_the_sum(damaged: Path, sessions: list[SessionId]) -> None:
+    assert change(damaged, "UPDATE epochs SET epoch_id = CAST(? AS TEXT) WHERE key = 1", (b"\xff",))
+    assert change(damaged, "UPDATE entries SET status = 'x' WHERE rowid = 4", ())
+    assert change(damaged, "UPDATE entries SET completed_at_ms = 'x' WHERE rowid = 8", ())
+    with SqliteRuntimeStore(damaged) as store:
+        found = {one.session_id: one.epochs for one in store.overview()}
+        assert set(found) == set(sessions)
+        assert [sum(epoch.ended.values()) for epoch in found[sessions[0]]] == [3]
+        assert store.damaged == 3
 
 
 def test_a_row_of_another_completion_is_left_out(damaged: Path, sessions: list[SessionId]) -> None:
