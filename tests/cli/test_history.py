@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -30,8 +31,8 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.ids import OperationId
 from shmepoch.stores import EpochCapture
 from tests.cli.running import COMMAND, run
-from tests.stores.samples import completion
-from tests.support import eventually
+from tests.stores.samples import Epoch, completion, running
+from tests.support import eventually, spec
 
 #: Local time, as the command takes and shows it.
 NOON = datetime(2026, 3, 1, 12)
@@ -132,16 +133,76 @@ def test_filters(
 
 def test_without_a_session_they_are_listed(path: Path, session_id: SessionId) -> None:
     run("-", "--store", path, stdin="true\n")
-    listed = history("--store", path).stdout.split()
-    assert listed[0] == str(session_id)
-    assert len(listed) == 3, "what a run keeps for itself is no session to be shown"
-    assert [line["entry"]["display_name"] for line in lines(listed[2], "--store", path)] == ["true"]
+    shown = history("--store", path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    first, second, third = shown.stdout.split("session ")[1:]
+    name, old, counts, new, late = first.splitlines()
+    assert name == str(session_id)
+    assert re.fullmatch("  epoch [0-9a-f-]{36}, ended", old)
+    assert counts == "    1 completed, 1 failed, 2026-03-01 12:00:00 to 2026-03-01 12:10:00"
+    assert re.fullmatch("  epoch [0-9a-f-]{36}, current", new)
+    assert late == "    1 terminated, 2026-03-01 12:20:00"
+    assert "1 completed, 2026-03-01 12:05:00" in second
+    (line,) = lines(third.splitlines()[0], "--store", path)
+    assert line["entry"]["display_name"] == "true"
 
 
 def test_sessions_as_lines_of_json(path: Path, session_id: SessionId) -> None:
-    listed = lines("--store", path)
-    assert listed == [{"session_id": line} for line in history("--store", path).stdout.split()]
-    assert listed[0] == {"session_id": str(session_id)}
+    first, second = lines("--store", path)
+    assert first["session_id"] == str(session_id)
+    old, new = first["epochs"]
+    assert old.pop("epoch_id") != new.pop("epoch_id")
+    assert old == {
+        "sealed": True,
+        "ended": {"completed": 1, "failed": 1},
+        "unfinished": 0,
+        "first_at_ms": at(0),
+        "last_at_ms": at(10),
+    }
+    assert (new["sealed"], new["ended"]) == (False, {"terminated": 1})
+    assert [epoch["ended"] for epoch in second["epochs"]] == [{"completed": 1}]
+
+
+def test_an_epoch_with_operations_that_have_not_ended(
+    tmp_path: Path, session_id: SessionId
+) -> None:
+    work = spec()
+    with SqliteRuntimeStore(tmp_path / "store") as store:
+        store.save([Epoch(session_id).capture(operations=[running(work)], specs=[work])])
+        store.save([Epoch().capture()])
+    shown = history("--store", tmp_path / "store").stdout.splitlines()
+    assert [line for line in shown if line.startswith("    ")] == [
+        "    1 unfinished",
+        "    no operations",
+    ]
+    first, second = lines("--store", tmp_path / "store")
+    assert [one["epochs"][0]["unfinished"] for one in (first, second)] == [1, 0]
+
+
+def test_the_beginning_of_an_id_is_enough(tmp_path: Path) -> None:
+    ids = [SessionId.parse(f"0199{n}000-0000-7000-8000-000000000000") for n in "aab"[1:]]
+    path = tmp_path / "store"
+    with SqliteRuntimeStore(path) as store:
+        for id in ids:
+            save(store, id, [completion(1)])
+    for text in ("0199a", "0199A000-00", str(ids[0]), ids[0].bytes.hex()):
+        assert len(lines(text, "--store", path)) == 1
+    several = history("0199", "--store", path)
+    assert (several.returncode, several.stdout) == (2, "")
+    assert f"'0199' may be any of 2 sessions of {path}" in several.stderr
+    assert all(str(id) in several.stderr for id in ids)
+    wrong = history("0198a0000000", "--store", path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert f"no session with an id that begins with '0198a0000000'; the nearest: {ids[0]}" in wrong.stderr
+    for text in ("", " ", "-"):
+        assert "knows no session with an id that begins with" in history(text, "--store", path).stderr
+
+
+def test_the_newest_are_chosen_after_the_rest(path: Path, session_id: SessionId) -> None:
+    shown = lines(session_id, "--store", path, "--last", 2)
+    assert [line["entry"]["completed_at_ms"] for line in shown] == [at(10), at(20)]
+    shown = lines(session_id, "--store", path, "--last", 1, "--status", "completed")
+    assert [line["entry"]["completed_at_ms"] for line in shown] == [at(0)]
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
@@ -179,7 +240,7 @@ def test_what_cannot_be_shown_is_refused(path: Path, tmp_path: Path) -> None:
     unknown, text = SessionId.new(), tmp_path / "text"
     text.write_text("this is no database, " * 100)
     for arguments, why in (
-        ((unknown, "--store", path), f"knows no session {unknown}"),
+        ((unknown, "--store", path), f"knows no session with an id that begins with '{unknown}'"),
         (("session-1", "--store", path), "'session-1'"),
         ((unknown, "--store", tmp_path / "missing"), "there is no such file"),
         ((unknown, "--store", text), f"{text} cannot be used as a store"),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import difflib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, NamedTuple
 
-import msgspec
 import typer
 
+from shmepoch.cli.entries import local_time
 from shmepoch.cli.exits import reporting
 from shmepoch.cli.options import Json, Store
 from shmepoch.cli.run.plan import RUNS
@@ -21,28 +22,47 @@ from shmepoch.cli.tables import print_table, table_of_entries
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
-from shmepoch.stores import HistoryEntry, SqliteRuntimeStore
+from shmepoch.stores import EpochOverview, HistoryEntry, SqliteRuntimeStore
+
+#: How many sessions an error names that may be meant, and how many that resemble what was written.
+_NAMED: Final = 10
+_SUGGESTED: Final = 3
+#: How much they have to resemble it: any two identifiers share a quarter of their digits.
+_LIKENESS: Final = 0.75
 
 
 def history(
     store: Store,
     session: Annotated[
-        str | None, typer.Argument(help="The session's id; without one, every session is listed.")
+        str | None,
+        typer.Argument(
+            help="The session's id, or how it begins; without one, every session is listed."
+        ),
     ] = None,
     status: Annotated[
         list[OperationStatus] | None, typer.Option(help="Only these; may be given several times.")
     ] = None,
     since: Annotated[datetime | None, typer.Option(help="Ended then or later.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Ended before then.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Only so many, the newest.")] = None,
     json: Json = False,
 ) -> None:
-    """Show a session from a store: how its operations ended, epoch by epoch.
+    """Show what a store has: its sessions and their epochs, or how a session's operations ended.
 
-    Times are local. Exit status: 0, or 2 for a session or a file that cannot be read.
+    Times are local. The store is only read: a copy, a read-only mount or another user's will do.
+
+    Examples:
+
+        shmepoch history --store epochs.db
+        shmepoch history --store epochs.db 01a2149c --status failed --last 10
+        shmepoch history --store epochs.db 01a2149c --since 2026-03-01 --json
+
+    Exit status: 0, or 2 for a session or a file that cannot be read.
     """
     with reporting(ShmepochError, ValueError):
         if session is None:
-            for option, value in (("--status", status), ("--since", since), ("--until", until)):
+            chosen = {"--status": status, "--since": since, "--until": until, "--last": last}
+            for option, value in chosen.items():
                 if value:
                     raise typer.BadParameter(
                         "chooses among the operations of a session; name the session",
@@ -50,66 +70,118 @@ def history(
                     )
             _list_sessions(store, json=json)
         else:
-            _show(
-                store,
-                SessionId.parse(session),
-                statuses=status or (),
-                since=since,
-                until=until,
-                json=json,
-            )
+            filters = _Filters(status or (), since, until, last)
+            _show(store, session, filters, json=json)
+
+
+class _Filters(NamedTuple):
+    """Which operations of a session to show."""
+
+    statuses: Collection[OperationStatus]
+    since: datetime | None
+    until: datetime | None
+    last: int | None
 
 
 class SessionUnknown(ShmepochError, LookupError):
-    """The store does not have the session."""
+    """The store has no session with an id that begins so."""
 
-    session_id: SessionId
+    text: str
     store: Path
-    message = "{store} knows no session {session_id}"
+    nearest: tuple[SessionId, ...]
+
+    def _text(self) -> str:
+        meant = f"; the nearest: {', '.join(map(str, self.nearest))}" if self.nearest else ""
+        return (
+            f"{self.store} knows no session with an id that begins with {self.text!r}{meant}; "
+            "without a session, the command lists them"
+        )
+
+
+class SessionAmbiguous(ShmepochError, LookupError):
+    """The store has several sessions with ids that begin so."""
+
+    text: str
+    store: Path
+    sessions: tuple[SessionId, ...]
+
+    def _text(self) -> str:
+        named = ", ".join(map(str, self.sessions[:_NAMED]))
+        rest = len(self.sessions) - _NAMED
+        more = f" and {rest} more" if rest > 0 else ""
+        return (
+            f"{self.text!r} may be any of {len(self.sessions)} sessions of {self.store}; write "
+            f"more of the id: {named}{more}"
+        )
 
 
 def _list_sessions(store: Path, *, json: bool) -> None:
-    """Print the sessions of a store, the oldest first; `StoreError` if it is unreadable.
+    """Print the sessions of a store and their epochs, the oldest session first; `StoreError` if it
+    is unreadable.
 
     Damaged rows are left out; standard error names and counts them.
     """
     with _reading(store) as opened:
-        for session_id in opened.sessions():
-            if session_id != RUNS:
-                if json:
-                    print_json(msgspec.json.encode({"session_id": str(session_id)}))
-                else:
-                    print(session_id)
+        for session in opened.overview():
+            if session.session_id == RUNS:
+                continue
+            if json:
+                print_json(session.to_json())
+                continue
+            print(f"session {session.session_id}")
+            for epoch in session.epochs:
+                print(f"  epoch {epoch.epoch_id}, {'ended' if epoch.sealed else 'current'}")
+                print(f"    {_counts(epoch)}")
 
 
-def _show(
-    store: Path,
-    session_id: SessionId,
-    *,
-    statuses: Collection[OperationStatus],
-    since: datetime | None,
-    until: datetime | None,
-    json: bool,
-) -> None:
+def _counts(epoch: EpochOverview) -> str:
+    """How the operations of an epoch ended, and when the first and the last did."""
+    counts = [
+        f"{epoch.ended[status]} {status}" for status in OperationStatus if epoch.ended.get(status)
+    ]
+    if epoch.unfinished:
+        counts.append(f"{epoch.unfinished} unfinished")
+    if epoch.first_at_ms is not None and epoch.last_at_ms is not None:
+        times = dict.fromkeys(map(local_time, (epoch.first_at_ms, epoch.last_at_ms)))
+        counts.append(" to ".join(times))
+    return ", ".join(counts) or "no operations"
+
+
+def _show(store: Path, text: str, filters: _Filters, *, json: bool) -> None:
     """Print the completions of every epoch of a session that match.
 
-    Damaged rows are left out; standard error names and counts them. Raises
-    `SessionUnknown`, and `StoreError` if the store is not readable.
+    Damaged rows are left out; standard error names and counts them. Raises `SessionUnknown` and
+    `SessionAmbiguous`, and `StoreError` if the store is not readable.
     """
     with _reading(store) as opened:
-        if session_id not in opened.sessions():
-            raise SessionUnknown(session_id, store)
-        entries = opened.history(
-            session_id,
-            statuses=statuses or None,
-            from_ms=_milliseconds(since),
-            until_ms=_milliseconds(until),
+        entries: Iterable[HistoryEntry] = opened.history(
+            _chosen(opened, text),
+            statuses=filters.statuses or None,
+            from_ms=_milliseconds(filters.since),
+            until_ms=_milliseconds(filters.until),
         )
+        if filters.last is not None:
+            entries = deque(entries, filters.last)
         if json:
             for entry in entries:
                 print_json(entry.to_json())
         else:
             _print_tables(entries)
+
+
+def _chosen(store: SqliteRuntimeStore, text: str) -> SessionId:
+    """The session whose id is, or begins with, what was written: in hexadecimal digits, with
+    hyphens or without."""
+    digits = text.strip().replace("-", "").lower()
+    known = {one.bytes.hex(): one for one in store.sessions()}
+    found = [id for name, id in known.items() if digits and name.startswith(digits)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SessionAmbiguous(text, store.path, tuple(found))
+    beginnings = {name[: len(digits)]: id for name, id in known.items() if id != RUNS}
+    near = difflib.get_close_matches(digits, beginnings, _SUGGESTED, _LIKENESS)
+    raise SessionUnknown(text, store.path, tuple(beginnings[one] for one in near))
 
 
 @contextmanager
@@ -123,7 +195,6 @@ def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
         raise StoreUnusable(path, error.strerror or str(error)) from error
     if size == 0:
         raise StoreUnusable(path, "it is empty, and no store")
-    logging.getLogger("shmepoch.stores").setLevel(logging.WARNING)  # it names each damaged row
     with SqliteRuntimeStore(path, read_only=True) as opened:
         yield opened
         if opened.damaged:
