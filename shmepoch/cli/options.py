@@ -36,7 +36,9 @@ Store: TypeAlias = Annotated[
 ]
 Namespace: TypeAlias = Annotated[
     str | None,
-    typer.Option("--namespace", "-n", help="Whose epochs; SHMEPOCH_NAMESPACE, else default."),
+    typer.Option(
+        "--namespace", "-n", help="Whose epochs; SHMEPOCH_NAMESPACE if not given, else default."
+    ),
 ]
 AllNamespaces: TypeAlias = Annotated[
     bool, typer.Option("--all-namespaces", "-A", help="The epochs of every namespace.")

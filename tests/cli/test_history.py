@@ -193,9 +193,14 @@ def test_the_beginning_of_an_id_is_enough(tmp_path: Path) -> None:
     assert all(str(id) in several.stderr for id in ids)
     wrong = history("0198a0000000", "--store", path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert f"no session with an id that begins with '0198a0000000'; the nearest: {ids[0]}" in wrong.stderr
+    assert (
+        f"no session with an id that begins with '0198a0000000'; the nearest: {ids[0]}"
+        in wrong.stderr
+    )
     for text in ("", " ", "-"):
-        assert "knows no session with an id that begins with" in history(text, "--store", path).stderr
+        assert (
+            "knows no session with an id that begins with" in history(text, "--store", path).stderr
+        )
 
 
 def test_the_newest_are_chosen_after_the_rest(path: Path, session_id: SessionId) -> None:

@@ -402,7 +402,9 @@ def unfinished(namespace: str, tmp_path: Path) -> Path:
     return store
 
 
-def test_what_does_not_go_with_the_store_is_refused(unfinished: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_with_the_store_is_refused(
+    namespace: str, unfinished: Path, tmp_path: Path
+) -> None:
     waits_ = f"{waits(tmp_path)}; true"
     same = f"{waits_}\ntrue\n"
 
@@ -422,6 +424,8 @@ def test_what_does_not_go_with_the_store_is_refused(unfinished: Path, tmp_path: 
     more = refusal(*resume, 2, stdin=f"{same}true\n")
     assert "no further command there and line 3: 'true' here" in more
     assert "resume it with --sessions 2" in refusal(*resume, 1, stdin=same)
+    moved = refusal(*resume, 2, "--namespace", "elsewhere", stdin=same)
+    assert f"is one of namespace {namespace!r}, not of 'elsewhere'" in moved
     again = refusal("--store", unfinished, stdin=same)
     assert "unfinished run of 2 commands in 2 sessions" in again
     assert "--store" in refusal("--resume", stdin=same)

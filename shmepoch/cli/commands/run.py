@@ -14,7 +14,7 @@ import typer
 from shmepoch import starting
 from shmepoch.cli import streams
 from shmepoch.cli.exits import NOT_CARRIED_OUT, REFUSED, fail
-from shmepoch.cli.options import seconds
+from shmepoch.cli.options import Namespace, seconds
 from shmepoch.cli.run import inherited, jobs
 from shmepoch.cli.run.command import Options, execute
 from shmepoch.cli.run.plan import NothingToResume, RunRefused
@@ -27,6 +27,7 @@ def run(
     file: Annotated[
         Path, typer.Argument(help="Shell commands, one a line; # begins a comment; - reads stdin.")
     ],
+    namespace: Namespace = None,
     sessions: Annotated[
         int, typer.Option(min=1, max=1000, help="Epochs that the commands are spread over.")
     ] = 1,
@@ -80,6 +81,13 @@ def run(
     A process that a command leaves in the background is killed when the run ends, or earlier if its
     worker is killed or a command of its worker is cancelled.
 
+    Examples:
+
+        shmepoch run jobs.txt --sessions 2 --workers 4 --transcript told/
+        shmepoch run jobs.txt --store run.db
+        shmepoch run jobs.txt --store run.db --resume
+        shmepoch run - --json <jobs.txt
+
     Exit status: 0 if every command completed; 1 if one did not; 2 if nothing was run because of an
     option, the file, or a store that does not match them; 3 if the run could not be carried out,
     without shared memory, a process or a working store; 130 after Ctrl-C, 143 after SIGTERM, 129
@@ -91,6 +99,7 @@ def run(
         )
     inherited.set_for_run()
     options = Options(
+        namespace=namespace,
         sessions=sessions,
         workers=workers,
         transcript=transcript,
@@ -104,7 +113,7 @@ def run(
     with contextlib.ExitStack() as undo:
         try:
             commands = jobs.read(file)
-            resolve_namespace(None)
+            resolve_namespace(namespace)
             if resume and store is not None and not _has_content(store):
                 raise NothingToResume
             if transcript is not None:

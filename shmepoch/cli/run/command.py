@@ -64,6 +64,7 @@ _SIGNALLED: Final = 128
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """The options of the command line."""
 
+    namespace: str | None = None
     sessions: int = 1
     workers: int = 2
     transcript: Path | None = None
@@ -102,12 +103,12 @@ def execute(jobs: list[Job], options: Options) -> int:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmepoch-")))
         store, kept = None, None
-        namespace = resolve_namespace(None)
+        namespace = resolve_namespace(options.namespace)
         plan = Plan.new(jobs, options.sessions, namespace, kept=options.store is not None)
         if options.store is not None:
             store = stack.enter_context(RunStore(options.store))
             if options.resume:
-                kept = KeptPlan.resume(store, jobs, options.sessions)
+                kept = KeptPlan.resume(store, jobs, options.sessions, options.namespace)
                 plan = kept.plan
             else:
                 kept = KeptPlan.begin(store, plan)

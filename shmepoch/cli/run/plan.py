@@ -83,6 +83,15 @@ class CommandsDiffer(RunRefused):
         )
 
 
+class NamespacesDiffer(RunRefused):
+    """A run cannot be resumed in another namespace."""
+
+    begun: str
+    asked: str
+    message = """the run in the store is one of namespace {begun!r}, not of {asked!r}; resume it
+    without --namespace, or with {begun!r}"""
+
+
 def _said(job: Job | None) -> str:
     return "no further command" if job is None else f"line {job.line}: {job.command!r}"
 
@@ -108,8 +117,9 @@ class Plan(Record, frozen=True, kw_only=True):
         """The commands of a session, which get them in turn; the first session has number 1."""
         return self.jobs[number - 1 :: len(self.sessions)]
 
-    def check_same(self, jobs: Sequence[Job], sessions: int) -> None:
-        """Raise `CommandsDiffer` or `SessionsDiffer` unless these are the plan's."""
+    def check_same(self, jobs: Sequence[Job], sessions: int, namespace: str | None) -> None:
+        """Raise `CommandsDiffer`, `SessionsDiffer` or `NamespacesDiffer` unless these are the
+        plan's; None is any namespace."""
         for begun, asked in zip(self.jobs, jobs, strict=False):
             if begun != asked:
                 raise CommandsDiffer(begun, asked)
@@ -118,6 +128,8 @@ class Plan(Record, frozen=True, kw_only=True):
             raise CommandsDiffer(*(next(iter(all[both:]), None) for all in (self.jobs, jobs)))
         if len(self.sessions) != min(sessions, len(jobs)):
             raise SessionsDiffer(len(self.sessions), min(sessions, len(jobs)))
+        if namespace not in (None, self.namespace):
+            raise NamespacesDiffer(self.namespace, namespace)
 
 
 class KeptPlan:
@@ -149,15 +161,18 @@ class KeptPlan:
         return kept
 
     @classmethod
-    def resume(cls, store: RuntimeStore, jobs: Sequence[Job], sessions: int) -> Self:
+    def resume(
+        cls, store: RuntimeStore, jobs: Sequence[Job], sessions: int, namespace: str | None
+    ) -> Self:
         """The unfinished run.
 
-        Raises `NothingToResume`, `PlanUnreadable`, `CommandsDiffer` and `SessionsDiffer`.
+        Raises `NothingToResume`, `PlanUnreadable`, `CommandsDiffer`, `SessionsDiffer` and
+        `NamespacesDiffer`.
         """
         unfinished = cls._find(store)
         if unfinished is None:
             raise NothingToResume
-        unfinished.plan.check_same(jobs, sessions)
+        unfinished.plan.check_same(jobs, sessions, namespace)
         return unfinished
 
     def finish(self) -> None:
