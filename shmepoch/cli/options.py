@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
-from shmepoch.memory.namespaces import resolve_namespace
+from shmepoch.errors import ShmepochError
+from shmepoch.memory.namespaces import list_segments, resolve_namespace
 
 
 def chosen_namespace(namespace: str | None, all_namespaces: bool) -> str | None:
@@ -31,6 +33,16 @@ def seconds(least: float, most: float) -> Callable[[float | None], float | None]
     return check
 
 
+def _live_sessions(context: typer.Context, incomplete: str) -> list[str]:
+    """The sessions in shared memory that a shell may complete an id to."""
+    with contextlib.suppress(ShmepochError, OSError):
+        everywhere = context.params.get("all_namespaces", False)
+        chosen = None if everywhere else resolve_namespace(context.params.get("namespace"))
+        names = sorted(str(session_id) for _, session_id in list_segments(chosen))
+        return [name for name in names if name.startswith(incomplete)]
+    return []
+
+
 Store: TypeAlias = Annotated[
     Path, typer.Option("--store", help="SQLite file that the epochs are kept in.")
 ]
@@ -46,7 +58,9 @@ AllNamespaces: TypeAlias = Annotated[
 Epoch: TypeAlias = Annotated[
     str,
     typer.Argument(
-        metavar="SESSION|EPOCH", help="The id of a session or an epoch, or how it begins."
+        metavar="SESSION|EPOCH",
+        help="The id of a session or an epoch, or how it begins.",
+        autocompletion=_live_sessions,
     ),
 ]
 Json: TypeAlias = Annotated[

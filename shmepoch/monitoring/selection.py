@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, NamedTuple, TypeVar
 
 from shmepoch import _native as at
 from shmepoch.errors import SegmentForeign, ShmepochError
 from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.files import open_owned
 from shmepoch.memory.namespaces import list_segments, segment_path
+
+T = TypeVar("T")
 
 #: The hexadecimal digits of an identifier.
 DIGITS: Final = 2 * at.ID_SIZE
@@ -69,13 +71,26 @@ class EpochAmbiguous(ShmepochError, LookupError):
         )
 
 
+def digits_of(text: str) -> str:
+    """The digits of an id, or of its beginning, without hyphens and capitals."""
+    return text.strip().replace("-", "").lower()
+
+
+def nearest(digits: str, known: Mapping[str, T]) -> tuple[T, ...]:
+    """The values with the most similar beginnings of their keys. Of several keys with one
+    beginning, the last counts."""
+    beginnings = {name[: len(digits)]: value for name, value in known.items()}
+    near = difflib.get_close_matches(digits, beginnings, _SUGGESTED, _LIKENESS)
+    return tuple(beginnings[beginning] for beginning in near)
+
+
 def select(text: str, namespace: str | None) -> tuple[str, SessionId]:
     """The namespace and the session of the epoch that is meant, of every namespace if that is None.
 
     `text` is the id of a session or of an epoch, or how it begins; with hyphens or without, in
     capitals or not. Raises `EpochUnknown` and `EpochAmbiguous`.
     """
-    digits = text.strip().replace("-", "").lower()
+    digits = digits_of(text)
     found = list(list_segments(namespace))
     named = [one for one in found if digits and _hex(one[1]).startswith(digits)]
     if len(named) == 1 and len(digits) == DIGITS:
@@ -87,7 +102,7 @@ def select(text: str, namespace: str | None) -> tuple[str, SessionId]:
         if digits and any(id.startswith(digits) for id in _ids(candidate))
     ]
     if not meant:
-        raise EpochUnknown(text, namespace, _nearest(digits, candidates))
+        raise EpochUnknown(text, namespace, nearest(digits, _names(candidates)))
     if len(meant) > 1:
         raise EpochAmbiguous(text, tuple(sorted(meant, key=str)))
     return meant[0].namespace, meant[0].session_id
@@ -121,14 +136,11 @@ def _hex(id: SessionId | RuntimeEpochId) -> str:
     return id.bytes.hex()
 
 
-def _nearest(digits: str, candidates: Iterable[Candidate]) -> tuple[str, ...]:
-    """The ids that begin most like what was written."""
-    beginnings: dict[str, str] = {}
+def _names(candidates: Iterable[Candidate]) -> dict[str, str]:
+    """The sessions and epochs by their digits, the sessions last."""
+    sessions, epochs = dict[str, str](), dict[str, str]()
     for candidate in candidates:
-        beginnings[_hex(candidate.session_id)[: len(digits)]] = f"session {candidate.session_id}"
+        sessions[_hex(candidate.session_id)] = f"session {candidate.session_id}"
         if candidate.epoch_id is not None:
-            beginnings.setdefault(
-                _hex(candidate.epoch_id)[: len(digits)], f"epoch {candidate.epoch_id}"
-            )
-    near = difflib.get_close_matches(digits, beginnings, _SUGGESTED, _LIKENESS)
-    return tuple(beginnings[beginning] for beginning in near)
+            epochs[_hex(candidate.epoch_id)] = f"epoch {candidate.epoch_id}"
+    return epochs | sessions

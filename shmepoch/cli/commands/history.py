@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +21,11 @@ from shmepoch.cli.tables import print_table, table_of_entries
 from shmepoch.epoch.operations import OperationStatus
 from shmepoch.errors import ShmepochError, StoreUnusable
 from shmepoch.ids import SessionId
+from shmepoch.monitoring.selection import digits_of, nearest
 from shmepoch.stores import EpochOverview, HistoryEntry, SqliteRuntimeStore
 
-#: How many sessions an error names that may be meant, and how many that resemble what was written.
+#: How many sessions an error names that may be meant.
 _NAMED: Final = 10
-_SUGGESTED: Final = 3
-#: How much they have to resemble it: any two identifiers share a quarter of their digits.
-_LIKENESS: Final = 0.75
 
 
 def history(
@@ -36,7 +33,8 @@ def history(
     session: Annotated[
         str | None,
         typer.Argument(
-            help="The session's id, or how it begins; without one, every session is listed."
+            help="The session's id, or how it begins; without one, every session is listed.",
+            autocompletion=_stored_sessions,
         ),
     ] = None,
     status: Annotated[
@@ -172,19 +170,28 @@ def _show(store: Path, text: str, filters: _Filters, *, json: bool) -> None:
 def _chosen(store: SqliteRuntimeStore, text: str) -> SessionId:
     """The session whose id is, or begins with, what was written: in hexadecimal digits, with
     hyphens or without."""
-    digits = text.strip().replace("-", "").lower()
-    known = {one.bytes.hex(): one for one in store.sessions()}
+    digits = digits_of(text)
+    known = {one.bytes.hex(): one for one in store.sessions() if one != RUNS}
     found = [id for name, id in known.items() if digits and name.startswith(digits)]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if not found:
+        raise SessionUnknown(text, store.path, nearest(digits, known))
+    if len(found) > 1:
         raise SessionAmbiguous(text, store.path, tuple(found))
-    beginnings = {name[: len(digits)]: id for name, id in known.items() if id != RUNS}
-    near = difflib.get_close_matches(digits, beginnings, _SUGGESTED, _LIKENESS)
-    raise SessionUnknown(text, store.path, tuple(beginnings[one] for one in near))
+    return found[0]
 
 
-@contextmanager
+def _stored_sessions(context: typer.Context, incomplete: str) -> list[str]:
+    """The sessions that a shell may complete an id to; none where that is not known."""
+    with contextlib.suppress(ShmepochError, OSError):
+        path = context.params.get("store")
+        if path is not None:
+            with SqliteRuntimeStore(path, read_only=True) as store:
+                names = (str(id) for id in store.sessions() if id != RUNS)
+                return [name for name in names if name.startswith(incomplete)]
+    return []
+
+
+@contextlib.contextmanager
 def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
     """Open a store for reading only; at the end, report how many rows are damaged."""
     try:
