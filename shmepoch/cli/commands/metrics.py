@@ -38,9 +38,15 @@ def metrics(
 ) -> None:
     """Serve the metrics of epochs to Prometheus, until Ctrl-C, SIGTERM or SIGHUP.
 
-    It takes no lock and changes nothing. Standard error has the address once it serves. Exit
-    status: 0, 2 for a bad namespace or address, 3 if the port is taken or there is no shared memory
-    to look at.
+    It takes no lock and changes nothing. Standard error has the address once it serves.
+
+    Examples:
+
+        shmepoch metrics --namespace prod
+        shmepoch metrics --all-namespaces --port 9465 --by-session
+
+    Exit status: 0, 2 for a bad namespace or address, 3 if the port is taken or there is no shared
+    memory to look at.
     """
     with reporting():
         if all_namespaces and namespace is not None:
