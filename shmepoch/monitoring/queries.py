@@ -109,6 +109,7 @@ FIELDS: Final = {
     **{status.value: _of_status(status) for status in UNFINISHED},
     "ended": Field(lambda epoch, _: _known(epoch, epoch.ended), _COUNTS),
     "watermark": Field(lambda epoch, _: _known(epoch, epoch.watermark), _COUNTS),
+    "repairs": Field(lambda epoch, _: _known(epoch, epoch.repairs), _COUNTS),
     "lag": Field(lambda epoch, _: _known(epoch, max(epoch.lags.values())), _COUNTS),
     "applied_lag": _of_lag("agent_applied_cursor"),
     "observed_lag": _of_lag("runtime_observed_seq"),

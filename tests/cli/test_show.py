@@ -19,6 +19,7 @@ from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import SharedSegment
 from shmepoch.monitoring.details import EpochDetails
 from tests.cli.running import COMMAND, DEADLINE_S
+from tests.epoch.operations import end
 from tests.monitoring.looks import content, published, registry_of
 from tests.monitoring.test_details import stopped_in_a_transition
 from tests.support import held_writer, spec
@@ -172,6 +173,9 @@ def test_a_writer_that_is_stopped_and_then_killed(namespace: str) -> None:
         assert f"0 worker {pid} dead" in shown
         assert f"worker {pid}, dead" in shown
         assert "state abandoned" in shown.splitlines()
+        assert "repairs 1" not in shown
+        end(registry_of(segment))
+        assert "repairs 1, of what writers have left that were killed" in text(segment.session_id)
 
 
 def test_a_holder_that_is_not_visible(namespace: str) -> None:

@@ -33,6 +33,7 @@ ONE = EpochSummary(
     dead=1,
     operations={OperationStatus.RUNNING: 3},
     ended=7,
+    repairs=2,
     watermark=9,
     cursors=EpochCursorSnapshot(2, 9, 4),
 )
@@ -90,6 +91,7 @@ def passing(*filters: str) -> set[str]:
         (["running>2"], "ONE"),
         (["retiring=0"], "ONE OTHER"),
         (["ended=7"], "ONE"),
+        (["repairs>1"], "ONE"),
         (["watermark<1"], "OTHER"),
         (["lag=7"], "ONE"),
         (["applied_lag=7"], "ONE"),

@@ -84,6 +84,8 @@ def _facts(epoch: EpochDetails, now_ms: int) -> Iterator[tuple[str, str]]:
         yield f"{lock} lock", _holding(epoch, lock)
     if epoch.broken_off:
         yield "transition", "broken off; the next writer repairs what it has left"
+    if epoch.repairs:
+        yield "repairs", f"{epoch.repairs:,}, of what writers have left that were killed"
     yield "watermark", f"{epoch.watermark:,}"
     yield "dropped through", f"{epoch.dropped_through:,}"
     yield "durable through", f"{epoch.durable_through:,}"
