@@ -23,10 +23,11 @@ _LEAST_WIDTH: Final = 72
 _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000))
 
 
-def print_table(table: Table) -> None:
-    """Print a table whose texts may be long, and are folded where a terminal is narrow."""
+def print_table(table: Table, *, least: int = _LEAST_WIDTH) -> None:
+    """Print a table whose texts may be long, and are folded where a terminal is narrow, but not to
+    less than `least` columns in all."""
     console = Console()
-    console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _UNBOUNDED_WIDTH
+    console.width = max(console.width, least) if console.is_terminal else _UNBOUNDED_WIDTH
     with console.capture() as captured:  # rich itself would end the process if the reader left
         console.print(table)
     print(captured.get(), end="")

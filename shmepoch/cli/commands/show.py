@@ -24,6 +24,8 @@ from shmepoch.monitoring.selection import select
 
 #: How many entries can be asked for: no feed has more.
 _MOST_ENTRIES: Final = 2**31
+#: The least width of a table: an operation's id and status leave half of it to its texts.
+_LEAST_WIDTH: Final = 110
 
 
 def show(
@@ -59,7 +61,7 @@ def _print(epoch: EpochDetails, now_ms: int) -> None:
         print(f"{name:{width}}  {visible(fact)}")
     for table in _tables(epoch, now_ms):
         print()
-        print_table(table)
+        print_table(table, least=_LEAST_WIDTH)
 
 
 def _facts(epoch: EpochDetails, now_ms: int) -> Iterator[tuple[str, str]]:
@@ -129,12 +131,16 @@ def _tables(epoch: EpochDetails, now_ms: int) -> Iterator[Table]:
         yield _table_of_use(epoch)
 
 
-def _table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
+def _table(
+    title: str, left: Iterable[str], *, right: Iterable[str] = (), folded: Iterable[str] = ()
+) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for heading in left:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for heading in right:
         table.add_column(heading, justify="right", no_wrap=True)
+    for heading in folded:
+        table.add_column(heading, overflow="fold")
     return table
 
 
@@ -169,7 +175,8 @@ def _state(one: Attached) -> str:
 def _table_of_unfinished(operations: Iterable[Unfinished]) -> Table:
     table = _table(
         "operations that have not ended",
-        ("operation", "status", "for", "run by", "name", "progress"),
+        ("operation", "status", "for"),
+        folded=("run by", "name", "progress"),
     )
     for one in operations:
         table.add_row(
@@ -197,14 +204,14 @@ def _progress(operation: Unfinished) -> str:
 
 
 def _table_of_cursors(epoch: EpochDetails) -> Table:
-    table = _table("cursors", ("cursor",), ("position", "lag"))
+    table = _table("cursors", ("cursor",), right=("position", "lag"))
     for name, position in asdict(epoch.cursors).items():
         table.add_row(name, f"{position:,}", f"{epoch.lags[name]:,}")
     return table
 
 
 def _table_of_use(epoch: EpochDetails) -> Table:
-    table = _table("room", ("of",), ("used", "capacity", "full"))
+    table = _table("room", ("of",), right=("used", "capacity", "full"))
     for name, use in epoch.use.items():
         full = f"{100 * use.used // use.capacity}%"
         table.add_row(name.replace("_", " "), f"{use.used:,}", f"{use.capacity:,}", full)
