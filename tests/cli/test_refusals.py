@@ -81,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
         (("history", "--store", "x" * 300), "File name too long"),
         (("history", "--store", "stored", "--status", "failed"), "name the session"),
         (("history", "--store", "stored", "--last", "3"), "name the session"),
-        (("history", "--store", "stored", "0199"), "knows no session whose id begins with"),
+        (("history", "--store", "stored", "0199"), "knows no session with an id that begins with"),
         (("history", "--store", "new", "0199"), "there is no such file"),
         (("history", "--store", "stored", "0199", "--last", "0"), "--last"),
         (("persist", "--store", "no/new"), "there is no folder"),
