@@ -182,6 +182,12 @@ GOALS = (
         1.0,
     ),
     Goal("list 10,000 epochs: in less than 2 s", "list 10,000 epochs", ("2 s",), 1.0),
+    Goal(
+        "judge 10,000 epochs for removal: in less than 2 s",
+        "judge 10,000 epochs for removal",
+        ("2 s",),
+        1.0,
+    ),
 )
 
 

@@ -43,6 +43,13 @@ def measures(stack: ExitStack, count: int) -> Iterator[Measure]:
             goal("2 s", 2.0),
         ],
     )
+    yield Measure(
+        f"judge {count:,} epochs for removal",
+        [
+            Contestant(SHMEPOCH, command("gc", "--dry-run", "--json", "--namespace", little)),
+            goal("2 s", 2.0),
+        ],
+    )
 
 
 def _of_default_size(stack: ExitStack, count: int) -> Contestant | Skipped:
