@@ -26,6 +26,7 @@ from shmepoch.errors import (
 )
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.memory.participants import Participant, Role
+from shmepoch.monitoring.selection import Candidate
 
 #: Those that are only there to be caught.
 BASES = (ShmepochError, StoreError, RunRefused)
@@ -45,6 +46,9 @@ VALUES: dict[str, Any] = {
     "SessionId": SessionId.new(),
     "RuntimeEpochId": RuntimeEpochId.new(),
     "Job | None": Job(3, "echo {}"),
+    "tuple[Candidate, ...]": (Candidate("prod", SessionId.new(), None),),
+    "tuple[str, ...]": ("{a}", "b"),
+    "tuple[SessionId, ...]": (SessionId.new(),),
     "Sequence[Participant]": [
         Participant(
             slot=0, number=1, role=Role.WORKER, pid=2, joined_at_ms=3, alive=True, is_self=False

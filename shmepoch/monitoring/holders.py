@@ -32,13 +32,15 @@ class Holder(NamedTuple):
 
 
 def holders(file: os.stat_result) -> list[Holder]:
-    """Every descriptor with a lock on this file, of the processes that this user may look at."""
+    """Every descriptor with a lock on this file, of the processes that this user may look at, and
+    that have the file mapped."""
     place = os.major(file.st_dev), os.minor(file.st_dev), file.st_ino
     found: list[Holder] = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         # It has ended, or it is another user's.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            found += _of_process(int(pid), place)
+            if _has_mapped(int(pid), place):
+                found += _of_process(int(pid), place)
     return found
 
 
@@ -49,6 +51,18 @@ def is_stopped(pid: int) -> bool:
             return stat.read().rpartition(b") ")[2][:1] in (b"T", b"t")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
+
+
+def _has_mapped(pid: int, place: tuple[int, int, int]) -> bool:
+    """Whether a process has the file mapped, as each has that holds a lock of it.
+
+    To read of a descriptor takes the kernel a reference to its file. If its process is killed
+    meanwhile, its locks go that much later. So the descriptors of other processes are left alone.
+    """
+    major, minor, inode = place
+    mapped = f" {major:02x}:{minor:02x} {inode} ".encode()
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        return mapped in maps.read()
 
 
 def _of_process(pid: int, place: tuple[int, int, int]) -> Iterator[Holder]:

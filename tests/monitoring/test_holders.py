@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from shmepoch._native import Descriptor, try_lock, unlock
+from shmepoch._native import PAGE, Descriptor, Memory, try_lock, unlock
 from shmepoch.monitoring.holders import Holder, holders, is_stopped
 from tests.support import eventually
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Descriptor]:
+    """A file that this process has mapped."""
     made = Descriptor.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    os.truncate(made.fileno(), PAGE)
+    mapped = Memory(made, PAGE)
     yield made
+    assert len(mapped) == PAGE
     made.close()
 
 
@@ -54,6 +58,16 @@ def test_the_locks_of_other_files_are_theirs(file: Descriptor, tmp_path: Path) -
     assert try_lock(other, 0, False)
     assert found(file) == []
     other.close()
+
+
+def test_the_descriptors_of_a_process_that_has_not_mapped_it_are_left_alone(
+    tmp_path: Path,
+) -> None:
+    """To read of them would delay the end of the locks of a process that is killed."""
+    file = Descriptor.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    assert try_lock(file, 0, False)
+    assert found(file) == []
+    file.close()
 
 
 def test_another_process(file: Descriptor, tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ def doctor(json: Json = False) -> None:
     It looks at shared memory and what lies there, at limits, at what may remove epochs, and tries
     what it needs of the kernel. It changes nothing.
 
+    Examples:
+
+        shmepoch doctor
+        shmepoch doctor --json
+
     Exit status: 0 if there is no problem, 1 if there is one.
     """
     problems = False

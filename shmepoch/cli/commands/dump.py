@@ -40,11 +40,18 @@ def dump(
         bool, typer.Option("--force", help="Replace the file if it is there.")
     ] = False,
 ) -> None:
-    """Copy an epoch to a file: a zip archive of what it is, and of its memory as it stands.
+    """Copy an epoch to a file: a zip archive with its facts and its memory.
 
-    The file has contents: the names of operations, and what came of them. It lets no process
-    attach. No lock is taken, and nothing changes. Exit status: 0, 2 if there is no such epoch or
-    the file is there already, 3 if it cannot be written.
+    The file has contents: the names of operations, and their outcomes. It lets no process attach.
+    No lock is taken, and nothing changes.
+
+    Examples:
+
+        shmepoch dump 01a2149c case.zip
+        shmepoch dump 01a2149c - | ssh elsewhere 'cat > case.zip'
+
+    Exit status: 0, 2 if there is no such epoch or the file is there already, 3 if it cannot be
+    written.
     """
     on_interruption(lambda number, _: sys.exit(128 + number))
     with reporting(TargetRefused, SegmentForeign):

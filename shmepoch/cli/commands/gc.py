@@ -56,11 +56,16 @@ def gc(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Remove from shared memory what no process holds and nobody can want.
+    """Remove unused segments from shared memory.
 
-    That is: epochs that their runtime has ended, files that a killed process was making, and pages
-    of doorbells on which no process listens. It never removes a file that a process has attached,
-    or one of another user.
+    Unused are: epochs that their runtime has ended, files that a killed process was making, and
+    pages of doorbells on which no process listens. It never removes a file that a process has
+    attached, or one of another user.
+
+    Examples:
+
+        shmepoch gc --dry-run --all-namespaces
+        shmepoch gc --older-than 12h
 
     Exit status: 0; 1 if something could not be removed; 2 for a bad option; 3 if there is no shared
     memory.

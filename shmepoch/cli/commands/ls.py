@@ -49,10 +49,17 @@ def ls(
     ] = "session",
     json: Json = False,
 ) -> None:
-    """List the epochs in shared memory: who has them attached, what runs, who is behind.
+    """List the epochs in shared memory: their processes, operations and cursors.
 
-    It waits for no process and changes nothing. Exit status: 0, also if there is none, or 2 for a
-    filter, a key or a namespace that is none.
+    It waits for no process and changes nothing.
+
+    Examples:
+
+        shmepoch ls --sort -lag
+        shmepoch ls -A --filter state=abandoned --filter 'idle>2h'
+        shmepoch ls --json | jq .session_id
+
+    Exit status: 0, also if there is none, or 2 for a filter, a key or a namespace that is none.
     """
     with reporting(FilterInvalid, SortKeyInvalid):
         chosen = chosen_namespace(namespace, all_namespaces)

@@ -23,11 +23,16 @@ def restore(
     file: Annotated[Path, typer.Argument(help="A file that 'shmepoch dump' made.")],
     namespace: Namespace = None,
 ) -> None:
-    """Bring an epoch back into shared memory, under the session that it was dumped of.
+    """Bring an epoch back into shared memory, under the session of the dump.
 
-    No process has it attached then: it waits for a runtime, or to be looked at. Exit status: 0,
-    2 if the file is no dump that can be restored or the session has an epoch, 3 if there is no
-    room in shared memory.
+    No process has it attached then. A runtime may continue it, and every command may look at it.
+
+    Examples:
+
+        shmepoch restore case.zip --namespace support
+
+    Exit status: 0, 2 if the file is no dump that can be restored or the session has an epoch, 3 if
+    there is no room in shared memory.
     """
     on_interruption(lambda number, _: sys.exit(128 + number))
     with reporting(DumpInvalid, SegmentExists):

@@ -38,10 +38,16 @@ def show(
     all_namespaces: AllNamespaces = False,
     json: Json = False,
 ) -> None:
-    """Show one epoch: its processes, its locks, what runs, what has ended, and who is behind.
+    """Show one epoch: its processes, its locks, its operations, its feed and its cursors.
 
-    It waits for no process and changes nothing. Exit status: 0, or 2 if no epoch or more than one
-    is meant.
+    It waits for no process and changes nothing.
+
+    Examples:
+
+        shmepoch show 01a2149c
+        shmepoch show 01a2149c --entries 50 --json
+
+    Exit status: 0, or 2 if no epoch or more than one is meant.
     """
     with reporting():
         chosen, session_id = select(epoch, chosen_namespace(namespace, all_namespaces))

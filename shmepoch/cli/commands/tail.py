@@ -58,6 +58,11 @@ def tail(
 ) -> None:
     """Show how the operations of an epoch ended, and then how each one ends, until it is sealed.
 
+    Examples:
+
+        shmepoch tail 01a2149c
+        shmepoch tail 01a2149c --since 1200 --json
+
     Exit status: 0 once it is sealed, 1 if its name is gone before, 2 if there is no such epoch,
     3 if it is damaged.
     """
