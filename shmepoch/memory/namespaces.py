@@ -57,10 +57,13 @@ def session_of(name: str) -> SessionId | None:
 def list_segments(namespace: str | None = None) -> Iterator[tuple[str, SessionId]]:
     """The namespace and the session of each of this user's segments, in no order; of one namespace
     if that is given."""
+    prefix = "shmepoch." if namespace is None else name_prefix(namespace)
     with os.scandir(SHM_DIR) as entries:
         for entry in entries:
+            if not entry.name.startswith(prefix):
+                continue  # most of them, where there are many namespaces
             match = _NAME.fullmatch(entry.name)
-            if match and namespace in (None, match["namespace"]) and _is_mine(entry):
+            if match and _is_mine(entry):
                 yield match["namespace"], SessionId.from_bytes(bytes.fromhex(match["session"]))
 
 
