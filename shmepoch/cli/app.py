@@ -23,6 +23,7 @@ from shmepoch.cli.commands.restore import restore
 from shmepoch.cli.commands.run import run
 from shmepoch.cli.commands.show import show
 from shmepoch.cli.commands.tail import tail
+from shmepoch.cli.commands.watch import watch
 
 
 def described(command: Callable[..., None]) -> str:
@@ -39,7 +40,7 @@ def described(command: Callable[..., None]) -> str:
 
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for command in (run, persist, history, ls, show, tail, dump, restore, gc, doctor, metrics):
+for command in (run, persist, history, ls, show, watch, tail, dump, restore, gc, doctor, metrics):
     app.command(help=described(command))(command)
 
 

@@ -1,0 +1,69 @@
+"""`shmepoch watch`: a live view of epochs in a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from shmepoch.cli.exits import NOT_CARRIED_OUT, fail, reporting
+from shmepoch.cli.options import AllNamespaces, Namespace, seconds
+from shmepoch.errors import ShmepochError
+from shmepoch.memory.files import require_shm
+from shmepoch.memory.namespaces import resolve_namespace
+
+
+class NoTerminal(ShmepochError):
+    """There is no terminal to show a live view in."""
+
+    reason: str
+    message = """{reason}, and a live view needs a terminal; shmepoch ls prints the epochs"""
+
+
+class ExtraMissing(ShmepochError):
+    """A package of an extra is not installed."""
+
+    extra: str
+    message = """this command needs the extra {extra!r}: pip install 'shmepoch[{extra}]'"""
+
+
+def watch(
+    namespace: Namespace = None,
+    all_namespaces: AllNamespaces = False,
+    interval: Annotated[
+        float,
+        typer.Option(callback=seconds(0.1, 3600), help="Seconds from one look to the next."),
+    ] = 1.0,
+) -> None:
+    """Show epochs, and one of them more closely, as they change; ? shows the keys.
+
+    It takes no lock and changes nothing. Exit status: 0 after q, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP; 2 without a terminal or for a bad namespace; 3 without the extra or
+    if there is no shared memory to look at.
+    """
+    if all_namespaces and namespace is not None:
+        raise typer.BadParameter("not with --all-namespaces", param_hint="--namespace")
+    with reporting(NoTerminal):
+        chosen = None if all_namespaces else resolve_namespace(namespace)
+        _require_terminal()
+        require_shm()
+        try:
+            from shmepoch.cli.watch.app import watch
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "textual":
+                raise
+            fail(NOT_CARRIED_OUT, ExtraMissing("watch"))
+        status = watch(chosen, interval)
+    sys.exit(status)
+
+
+def _require_terminal() -> None:
+    # textual shows on standard error, so that all three have to be one.
+    for name, stream in (("input", sys.stdin), ("output", sys.stdout), ("error", sys.stderr)):
+        if not stream.isatty():
+            raise NoTerminal(f"standard {name} is not a terminal")
+    term = os.environ.get("TERM", "")
+    if term in ("", "dumb", "unknown"):
+        raise NoTerminal(f"the terminal cannot move its cursor (TERM={term})")
