@@ -61,6 +61,24 @@ def reporting(*refusals: type[Exception]) -> Iterator[None]:
         fail(NOT_CARRIED_OUT, error)
 
 
+class ExtraMissing(ShmepochError):
+    """A command needs packages that are not installed."""
+
+    extra: str
+    message = "this command needs the extra {extra!r}: pip install 'shmepoch[{extra}]'"
+
+
+@contextlib.contextmanager
+def needing_extra(extra: str, package: str) -> Iterator[None]:
+    """Raise `ExtraMissing` if the package of an extra cannot be imported inside."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ExtraMissing(extra) from None
+
+
 def fail(status: int, error: Exception) -> NoReturn:
     """Print an error, and exit with this status."""
     streams.complain(error)

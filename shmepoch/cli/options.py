@@ -18,7 +18,7 @@ def chosen_namespace(namespace: str | None, all_namespaces: bool) -> str | None:
     if not all_namespaces:
         return resolve_namespace(namespace)
     if namespace is not None:
-        raise typer.BadParameter("names one namespace", param_hint="--namespace with -A")
+        raise typer.BadParameter("not together with --all-namespaces", param_hint="--namespace")
     return None
 
 

@@ -214,7 +214,7 @@ class _Reading:
             "processes": _processes(self._holders),
             "attached": tuple(attached),
             "locks": dict(self._locks()),
-            "broken_off": self._is_broken_off(),
+            "broken_off": is_broken_off(self._segment),
             "use": {"participants": Use(len(attached), self._segment.layout.max_participants)},
         }
         config = self._segment.layout.config
@@ -223,8 +223,8 @@ class _Reading:
             retained = sum(facts["retained"].values())
             facts["use"] |= {
                 "operations": Use(len(self._segment.epoch.used()), config.max_operations),
-                "feed_bytes": Use(self._feed_bytes(), config.feed_bytes),
-                "feed_entries": Use(self._feed_entries(), self._segment.layout.entries),
+                "feed_bytes": Use(used_feed_bytes(self._segment), config.feed_bytes),
+                "feed_entries": Use(_feed_entries(self._segment), self._segment.layout.entries),
                 "retained": Use(retained, config.max_completed),
             }
         return _with_file(self._marked(summary), self._file, **facts)
@@ -291,14 +291,6 @@ class _Reading:
             self._holders = holders(self._file)
         return []
 
-    def _is_broken_off(self) -> bool:
-        """Whether an intent stands and no writer is at work."""
-        return all(self._intent_stands_alone() for _ in range(_LOOKS))
-
-    def _intent_stands_alone(self) -> bool:
-        fd = self._segment.fd
-        return not is_locked(fd, at.WRITER_BYTE) and self._memory.load(at.INTENT_AT) != 0
-
     # --- operations and the feed ----------------------------------------------------------------
 
     def _of_operations(self, attached: list[Attached], entries: int) -> dict[str, Any]:
@@ -336,19 +328,30 @@ class _Reading:
         entries = list(feed.list_since(max(0, after)).entries)
         return entries[max(0, len(entries) - count) :]
 
-    def _feed_entries(self) -> int:
-        """From the first that is not dropped, with those that a recovery skipped."""
-        dropped, watermark = self._memory.load(at.DROPPED_AT), self._memory.load(at.WATERMARK_AT)
-        return min(max(0, watermark - dropped), self._segment.layout.entries)
 
-    def _feed_bytes(self) -> int:
-        """From where the oldest record begins to where the next one will."""
-        if not self._feed_entries():
-            return 0
-        oldest = self._memory.load(at.DROPPED_AT) + 1
-        begin = self._memory.load(self._segment.layout.index_word(oldest)) & ~at.HAS_RECORD
-        used = self._memory.load(at.HEAD_AT) - begin
-        return min(max(0, used), self._segment.layout.feed_bytes)
+def is_broken_off(segment: ObservedSegment) -> bool:
+    """Whether an intent stands and no writer is at work: its transition was broken off."""
+    return all(
+        not is_locked(segment.fd, at.WRITER_BYTE) and segment.memory.load(at.INTENT_AT) != 0
+        for _ in range(_LOOKS)
+    )
+
+
+def used_feed_bytes(segment: ObservedSegment) -> int:
+    """How much of the byte ring is used: from where the oldest record begins to where the next one
+    will."""
+    if not _feed_entries(segment):
+        return 0
+    memory, layout = segment.memory, segment.layout
+    oldest = memory.load(at.DROPPED_AT) + 1
+    begin = memory.load(layout.index_word(oldest)) & ~at.HAS_RECORD
+    return min(max(0, memory.load(at.HEAD_AT) - begin), layout.feed_bytes)
+
+
+def _feed_entries(segment: ObservedSegment) -> int:
+    """From the first that is not dropped, with those that a recovery skipped."""
+    dropped, watermark = segment.memory.load(at.DROPPED_AT), segment.memory.load(at.WATERMARK_AT)
+    return min(max(0, watermark - dropped), segment.layout.entries)
 
 
 def _unfinished(view: OperationView, runner: Attached | None, now_ms: int) -> Unfinished:

@@ -114,7 +114,11 @@ def summarize(namespace: str, session_id: SessionId) -> EpochSummary | None:
 
 
 def of_segment(segment: ObservedSegment) -> EpochSummary:
-    """A summary of an epoch; raises `SegmentCorrupted` where its memory is damaged."""
+    """A summary of an epoch.
+
+    Raises `SegmentCorrupted` where its memory is damaged. If that is its newest record alone, it is
+    the summary of a damaged epoch that has all the rest.
+    """
     attached = segment.participants.list()
     alive = [one.role for one in attached if one.alive]
     if segment.sealed:
@@ -123,6 +127,12 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         state = EpochState.OPEN
     else:
         state = EpochState.ABANDONED
+    problem = None
+    try:
+        alive_at_ms = last_sign_of_life(segment, attached)
+    except SegmentCorrupted as error:
+        state, problem = EpochState.DAMAGED, str(error)
+        alive_at_ms = os.fstat(segment.fd).st_mtime_ns // 10**6
     memory = segment.memory
     # The cursors first: one that is read later may be ahead of the watermark.
     cursors = EpochCursorSnapshot(*memory.load_column(at.CURSORS_AT, at.CURSORS, at.LINE))
@@ -131,7 +141,8 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         namespace=segment.namespace,
         session_id=segment.session_id,
         state=state,
-        alive_at_ms=last_sign_of_life(segment, attached),
+        problem=problem,
+        alive_at_ms=alive_at_ms,
         bytes=segment.layout.size,
         epoch_id=segment.epoch_id,
         created_at_ms=memory.load(at.CREATED_AT),

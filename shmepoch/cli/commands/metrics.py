@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from shmepoch.cli.exits import NOT_CARRIED_OUT, fail, reporting
-from shmepoch.cli.options import AllNamespaces, Namespace
+from shmepoch.cli.exits import needing_extra, reporting
+from shmepoch.cli.options import AllNamespaces, Namespace, chosen_namespace
 from shmepoch.cli.run.interruptions import End
 from shmepoch.cli.streams import complain, said
 from shmepoch.errors import ShmepochError
 from shmepoch.memory.files import require_shm
-from shmepoch.memory.namespaces import resolve_namespace
 
 if TYPE_CHECKING:
     from shmepoch.monitoring.metrics import EpochCollector
@@ -49,14 +48,10 @@ def metrics(
     memory to look at.
     """
     with reporting():
-        if all_namespaces and namespace is not None:
-            raise typer.BadParameter("not with --all-namespaces", param_hint="--namespace")
-        chosen = None if all_namespaces else resolve_namespace(namespace)
+        chosen = chosen_namespace(namespace, all_namespaces)
         require_shm()
-        try:
+        with needing_extra("metrics", "prometheus_client"):
             from shmepoch.monitoring.metrics import EpochCollector
-        except ModuleNotFoundError as error:
-            fail(NOT_CARRIED_OUT, error)
         end = End()
         collector = EpochCollector(chosen, by_session=by_session)
         with _serving(collector, address, port) as url:

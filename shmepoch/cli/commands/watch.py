@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from shmepoch.cli.exits import NOT_CARRIED_OUT, fail, reporting
-from shmepoch.cli.options import AllNamespaces, Namespace, seconds
+from shmepoch.cli.exits import needing_extra, reporting
+from shmepoch.cli.options import AllNamespaces, Namespace, chosen_namespace, seconds
 from shmepoch.errors import ShmepochError
 from shmepoch.memory.files import require_shm
-from shmepoch.memory.namespaces import resolve_namespace
 
 
 class NoTerminal(ShmepochError):
@@ -20,13 +19,6 @@ class NoTerminal(ShmepochError):
 
     reason: str
     message = """{reason}, and a live view needs a terminal; shmepoch ls prints the epochs"""
-
-
-class ExtraMissing(ShmepochError):
-    """A package of an extra is not installed."""
-
-    extra: str
-    message = """this command needs the extra {extra!r}: pip install 'shmepoch[{extra}]'"""
 
 
 def watch(
@@ -39,22 +31,23 @@ def watch(
 ) -> None:
     """Show epochs, and one of them more closely, as they change; ? shows the keys.
 
-    It takes no lock and changes nothing. Exit status: 0 after q, 130 after Ctrl-C, 143 after
+    It takes no lock and changes nothing.
+
+    Examples:
+
+        shmepoch watch
+        shmepoch watch --all-namespaces --interval 5
+
+    Exit status: 0 after q, 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP; 2 without a terminal or for a bad namespace; 3 without the extra or
     if there is no shared memory to look at.
     """
-    if all_namespaces and namespace is not None:
-        raise typer.BadParameter("not with --all-namespaces", param_hint="--namespace")
     with reporting(NoTerminal):
-        chosen = None if all_namespaces else resolve_namespace(namespace)
+        chosen = chosen_namespace(namespace, all_namespaces)
         _require_terminal()
         require_shm()
-        try:
+        with needing_extra("watch", "textual"):
             from shmepoch.cli.watch.app import watch
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] != "textual":
-                raise
-            fail(NOT_CARRIED_OUT, ExtraMissing("watch"))
         status = watch(chosen, interval)
     sys.exit(status)
 

@@ -20,12 +20,12 @@ from shmepoch.cli.streams import said
 from shmepoch.cli.watch.columns import Key
 from shmepoch.cli.watch.epochs import Epochs
 from shmepoch.cli.watch.page import FEED_LINES
-from shmepoch.cli.watch.reading import UNREADABLE, EpochReader, Reader, Seen
+from shmepoch.cli.watch.reading import EpochReader, Reader, Seen
 from shmepoch.cli.watch.screens import STYLE, EpochScreen, EpochsScreen, KeysScreen
 from shmepoch.cli.watch.widgets import EpochTable
 from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.memory.clock import wall_ms
-from shmepoch.monitoring.epochs import EpochSummary
+from shmepoch.monitoring.epochs import DAMAGE, EpochSummary
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 def _found(read: Callable[[], T]) -> T | Problem:
     try:
         return read()
-    except (*UNREADABLE, OSError) as error:
+    except (*DAMAGE, OSError) as error:
         return Problem(str(said(error)))
 
 

@@ -13,18 +13,16 @@ from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.completions import CompletionBatch, CompletionSeq
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.table import OperationTable, OperationView
-from shmepoch.errors import LayoutUnsupported, SegmentCorrupted, SegmentForeign
+from shmepoch.errors import SegmentCorrupted
 from shmepoch.memory.namespaces import list_segments
 from shmepoch.memory.participants import Participant
 from shmepoch.memory.segment import ObservedSegment
-from shmepoch.monitoring.epochs import EpochSummary, of_segment, summarize
+from shmepoch.monitoring.details import is_broken_off, used_feed_bytes
+from shmepoch.monitoring.epochs import DAMAGE, EpochSummary, of_segment, summarize
 
-UNREADABLE: Final = (SegmentCorrupted, SegmentForeign, LayoutUnsupported)
 #: Each takes a descriptor, of which a process has 1,024 unless it is told otherwise. What is not
 #: kept open is opened each time, which takes longer.
 _MOST_OPEN: Final = 512
-#: An intent has to be seen so often beside a free lock: a writer may come in between.
-_LOOKS: Final = 5
 
 
 class Reader:
@@ -48,7 +46,7 @@ class Reader:
                 return of_segment(segment)
         except FileNotFoundError:
             return None
-        except UNREADABLE:
+        except DAMAGE:
             pass
         return summarize(*key)  # what is damaged, too
 
@@ -112,7 +110,7 @@ class EpochReader:
                 self._segment = ObservedSegment.peek(*self.key)
             except FileNotFoundError:
                 return None
-            except UNREADABLE:
+            except DAMAGE:
                 summary = summarize(*self.key)
                 return None if summary is None else Seen(Place.NAMED, summary, None)
         segment = self._segment
@@ -124,7 +122,7 @@ class EpochReader:
             config,
             participants=segment.participants.list(),
             writer_held=is_locked(segment.fd, at.WRITER_BYTE),
-            broken_off=_is_broken_off(segment),
+            broken_off=is_broken_off(segment),
         )
         if config is None:
             return seen
@@ -134,7 +132,7 @@ class EpochReader:
                 batch = SegmentFeed(segment).list_since(max(after_seq, summary.watermark - most))
             return seen._replace(
                 operations=list(OperationTable(segment).live()),
-                feed_bytes=_feed_bytes(segment),
+                feed_bytes=used_feed_bytes(segment),
                 batch=batch,
             )
         except SegmentCorrupted as error:
@@ -150,19 +148,3 @@ class EpochReader:
         if self._segment is not None:
             self._segment.close()
             self._segment = None
-
-
-def _is_broken_off(segment: ObservedSegment) -> bool:
-    return all(
-        not is_locked(segment.fd, at.WRITER_BYTE) and segment.memory.load(at.INTENT_AT) != 0
-        for _ in range(_LOOKS)
-    )
-
-
-def _feed_bytes(segment: ObservedSegment) -> int:
-    memory, layout = segment.memory, segment.layout
-    dropped, watermark = memory.load(at.DROPPED_AT), memory.load(at.WATERMARK_AT)
-    if watermark <= dropped:
-        return 0
-    oldest = memory.load(layout.index_word(dropped + 1)) & ~at.HAS_RECORD
-    return min(layout.feed_bytes, max(0, memory.load(at.HEAD_AT) - oldest))

@@ -189,7 +189,8 @@ def test_a_page_of_what_is_damaged(adapter: RuntimeSessionAdapter, namespace: st
     damage_record(segment_of(bindings), 1)
     with reading_one(bindings, namespace) as reader:
         seen = look(reader)
-        assert seen.summary.state is EpochState.OPEN
+        assert seen.summary.state is EpochState.DAMAGED
+        assert seen.summary.watermark == 1
         assert seen.problem is not None
         assert "feed" in seen.problem
     adapter.unregister_session(bindings.session_id)
