@@ -80,7 +80,7 @@ def alone(namespace: str, config: OpsLifecycleConfig) -> Iterator[SessionRuntime
     segment.publish()
     bindings = SessionRuntimeBindings.of_segment(segment)
     yield bindings
-    if segment.attached:
+    if segment.attached and segment.named:  # a change of one that is not raises EpochGone
         bindings.ops_lifecycle.check()
     segment.path.unlink(missing_ok=True)
     bindings.close()
