@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import platform
 from collections.abc import Callable
@@ -46,6 +45,8 @@ for command in (run, persist, history, ls, show, watch, tail, dump, restore, gc,
 
 def _print_version(asked: bool) -> None:
     if asked:
+        import importlib.metadata  # no other command reads it
+
         print(
             f"shmepoch {importlib.metadata.version('shmepoch')}, "
             f"segment layout {_native.VERSION}, "

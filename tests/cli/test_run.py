@@ -226,8 +226,8 @@ def test_a_run_that_cannot_be_carried_out_has_a_status_of_its_own(
 
 def test_a_fault_of_the_program_is_not_taken_for_a_failed_command(namespace: str) -> None:
     faulty = (
-        "from shmepoch.cli import main; from shmepoch.cli.commands import run; "
-        "run.execute = lambda *_: {}[0]; main()"
+        "from shmepoch.cli import main; from shmepoch.cli.run import command; "
+        "command.execute = lambda *_: {}[0]; main()"
     )
     done = run("-", stdin="true\n", command=(sys.executable, "-c", faulty))
     assert done.returncode == 3

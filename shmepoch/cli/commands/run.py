@@ -16,7 +16,6 @@ from shmepoch.cli import streams
 from shmepoch.cli.exits import NOT_CARRIED_OUT, REFUSED, fail
 from shmepoch.cli.options import Namespace, seconds
 from shmepoch.cli.run import inherited, jobs
-from shmepoch.cli.run.command import Options, execute
 from shmepoch.cli.run.plan import NothingToResume, RunRefused
 from shmepoch.errors import SharedMemoryUnusable, ShmepochError, StoreUnusable
 from shmepoch.memory.files import require_shm
@@ -93,6 +92,8 @@ def run(
     without shared memory, a process or a working store; 130 after Ctrl-C, 143 after SIGTERM, 129
     after SIGHUP, 141 if the reader of its output has left.
     """
+    from shmepoch.cli.run.command import Options, execute  # what no other command needs
+
     if resume and store is None:
         raise typer.BadParameter(
             "needs --store, the file that the run is in", param_hint="--resume"
