@@ -20,7 +20,7 @@ from msgspec.structs import asdict, replace
 from shmepoch import _native as at
 from shmepoch._native import is_locked
 from shmepoch.epoch.codec import Record
-from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
+from shmepoch.epoch.completions import CompletionEntry
 from shmepoch.epoch.feed import SegmentFeed
 from shmepoch.epoch.operations import (
     Count,
@@ -146,9 +146,6 @@ class EpochDetails(EpochSummary, kw_only=True, frozen=True):
     """How many operations have ended in each way, of those that the registry retains."""
     entries: tuple[CompletionEntry, ...] = ()
     """The last entries of the feed."""
-    skipped_after: CompletionSeq = 0
-    skipped_through: CompletionSeq = 0
-    """The last recovery left out the sequences above the first and up to the second."""
     use: dict[str, Use] = msgspec.field(default_factory=dict)
     """How full each table and ring is."""
 
@@ -303,7 +300,6 @@ class _Reading:
         live = sorted((view for view in views if view is not None), key=lambda view: view.birth)
         statuses: list[OperationStatus] = []  # those that come before one that is damaged stay
         self._part(lambda: statuses.extend(view.status for view in table.retained()), None)
-        skipped_after, skipped_through = self._segment.skipped
         return {
             "unfinished": tuple(
                 _unfinished(
@@ -315,8 +311,6 @@ class _Reading:
             ),
             "retained": counted(statuses),
             "entries": tuple(self._part(lambda: self._last(entries), [])),
-            "skipped_after": skipped_after,
-            "skipped_through": skipped_through,
         }
 
     def _last(self, count: int) -> list[CompletionEntry]:

@@ -77,12 +77,27 @@ class EpochSummary(Record, kw_only=True, frozen=True):
     repairs: Count = 0
     """How often a writer found, and undid, what one that was killed had begun."""
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
+    skipped_after: CompletionSeq = 0
+    skipped_through: CompletionSeq = 0
+    """The last recovery left out the sequences above the first and up to the second."""
 
     @property
     def lags(self) -> dict[str, int]:
-        """For each cursor, how many sequences of the feed are above it."""
+        """For each cursor, how many completions of the feed are above it."""
+        skipped = self.skipped_after, self.skipped_through
         positions = msgspec.structs.asdict(self.cursors).items()
-        return {name: max(0, self.watermark - position) for name, position in positions}
+        return {
+            name: completions_between(position, self.watermark, skipped)
+            for name, position in positions
+        }
+
+
+def completions_between(
+    after: CompletionSeq, through: CompletionSeq, skipped: tuple[CompletionSeq, CompletionSeq]
+) -> int:
+    """How many completions have a sequence above one and up to another; recovery skipped some."""
+    left_out = min(through, skipped[1]) - max(after, skipped[0])
+    return max(0, through - after - max(0, left_out))
 
 
 def summaries(namespace: str | None = None) -> Iterator[EpochSummary]:
@@ -137,6 +152,7 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
     # The cursors first: one that is read later may be ahead of the watermark.
     cursors = EpochCursorSnapshot(*memory.load_column(at.CURSORS_AT, at.CURSORS, at.LINE))
     operations, ended = _operations(segment)
+    skipped_after, skipped_through = segment.skipped
     return EpochSummary(
         namespace=segment.namespace,
         session_id=segment.session_id,
@@ -155,6 +171,8 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         dropped_through=memory.load(at.DROPPED_AT),
         durable_through=memory.load(at.DURABLE_AT),
         repairs=memory.load(at.REPAIRS_AT),
+        skipped_after=skipped_after,
+        skipped_through=skipped_through,
     )
 
 

@@ -35,7 +35,12 @@ from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.namespaces import list_segments, resolve_namespace
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import ObservedSegment
-from shmepoch.monitoring.epochs import EpochState, EpochSummary, summaries
+from shmepoch.monitoring.epochs import (
+    EpochState,
+    EpochSummary,
+    completions_between,
+    summaries,
+)
 
 #: How long operations take: from what is done at once to a night's work.
 _OPERATION_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400, 43200)
@@ -301,15 +306,17 @@ def _count(
     segment: ObservedSegment, words: Words, before: _Place, place: _Place, counts: _Counts
 ) -> None:
     """Count what has happened between two places."""
-    namespace = segment.namespace
+    namespace, skipped = segment.namespace, (words.skipped_after, words.skipped_through)
     counts.repairs.labels(namespace).inc(place.repairs - before.repairs)
-    counts.completions.labels(namespace).inc(_completions(words, before.watermark, place.watermark))
+    counts.completions.labels(namespace).inc(
+        completions_between(before.watermark, place.watermark, skipped)
+    )
     counts.dropped_before_applied.labels(namespace).inc(
-        _completions(words, max(before.dropped, place.applied), place.dropped)
+        completions_between(max(before.dropped, place.applied), place.dropped, skipped)
     )
     if place.durable:  # else nothing persists it
         counts.dropped_before_durable.labels(namespace).inc(
-            _completions(words, max(before.dropped, place.durable), place.dropped)
+            completions_between(max(before.dropped, place.durable), place.dropped, skipped)
         )
     table = OperationTable(segment)
     for seq, record in _records(table, max(before.watermark, place.dropped), place.watermark):
@@ -321,12 +328,6 @@ def _count(
         if not record.head.startswith(_WAKES_NO_AGENT):
             waited_ms = max(0, now_ms - record.completed_at_ms)
             counts.applied.labels(namespace).observe(waited_ms / 1000)
-
-
-def _completions(words: Words, after: CompletionSeq, through: CompletionSeq) -> int:
-    """How many completions have a sequence above one and up to another; recovery skips some."""
-    skipped = min(through, words.skipped_through) - max(after, words.skipped_after)
-    return max(0, through - after - max(0, skipped))
 
 
 def _records(

@@ -239,6 +239,7 @@ def test_what_a_recovery_skipped(namespace: str, tmp_path: os.PathLike[str]) -> 
     assert found.skipped_after == 3 < found.skipped_through < found.watermark
     assert [entry.seq for entry in found.entries] == [2, 3, found.watermark]
     assert found.retained == {OperationStatus.CANCELLED: 4}
+    assert set(found.lags.values()) == {4}  # what was skipped is no completion
 
 
 def test_the_rest_of_a_damaged_epoch_is_told(namespace: str) -> None:
