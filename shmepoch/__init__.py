@@ -1,4 +1,18 @@
-"""shmepoch: one runtime epoch, shared by the processes of an agent deployment."""
+"""shmepoch: one runtime epoch, shared by the processes of an agent deployment.
+
+In the order in which a program needs them:
+
+- a runtime: `RuntimeSessionAdapter.ephemeral` or `.persistent(SqliteRuntimeStore(path))`, and its
+  `prepare_bindings`, which gives `SessionRuntimeBindings`
+- a child process: `bindings.env()` and there `SessionRuntimeBindings.from_env()`, or pickle, or a
+  token
+- a worker: `with bindings.operation(name)`, or each step with `bindings.ops_lifecycle`
+- an agent: `AgentFactory().build(session_id, SessionOwned(bindings))`, and its `wait` and `drain`
+- what wakes the agent: `RuntimeLoop`
+- people who look: `list_sessions`, `observe_session`, `remove_unused`, and the `shmepoch` command
+
+What can go wrong is a `ShmepochError`.
+"""
 
 from shmepoch import starting  # first: it handles a Ctrl-C during the other imports
 from shmepoch.config import OpsLifecycleConfig
@@ -229,5 +243,14 @@ __all__ = [
     "observe_session",
     "remove_unused",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # reads files, which most programs never need
+
+        return version("shmepoch")
+    raise AttributeError(f"module 'shmepoch' has no attribute {name!r}")
+
 
 starting.imported()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import uuid
 from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import (
@@ -10,14 +12,19 @@ from typing import (
     Any,
     Final,
     SupportsIndex,
+    TypeAlias,
     TypeVar,
     get_args,
     get_origin,
 )
 
 from shmepoch.errors import ArgumentInvalid
+from shmepoch.ids import SessionId
 
 T = TypeVar("T")
+
+#: How a session is named in a call: `uuid.UUID` and text are for programs that keep ids of theirs.
+SessionIdLike: TypeAlias = SessionId | uuid.UUID | str
 
 #: A longer value is not shown: it is not more useful, and a token is a secret.
 _SHOWN: Final = 40
@@ -44,6 +51,19 @@ def require_each(kind: type[T], values: Iterable[T], call: str, argument: str) -
         if not isinstance(value, kind):
             raise ArgumentInvalid(call, argument, f"several {named(kind)}", described(value))
     return listed
+
+
+def session_id_of(value: object, call: str) -> SessionId:
+    """The session that a call was given: a `SessionId`, or its `uuid.UUID` or text."""
+    if isinstance(value, SessionId):
+        return value
+    if isinstance(value, uuid.UUID):
+        return SessionId.from_uuid(value)
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str):
+            return SessionId.parse(value)
+    expected = "a SessionId, or its uuid.UUID or text,"
+    raise ArgumentInvalid(call, "session_id", expected, described(value))
 
 
 def require_callable(value: Callable[..., object], call: str, argument: str) -> None:

@@ -41,6 +41,8 @@ class Event(StrEnum):
     LOOP_FAILED = "loop_failed"
     INJECTION_CANCELLED = "injection_cancelled"
     INJECTION_FAILED = "injection_failed"
+    # Operations.
+    OPERATION_NOT_ENDED = "operation_not_ended"
     # Stores, and the channel that fills them.
     STORE_FAILED = "store_failed"
     STORE_WORKS = "store_works"

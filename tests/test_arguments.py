@@ -214,6 +214,26 @@ def test_a_wrong_argument_is_refused_in_words(
     assert given.registry.list_operations() == before
 
 
+def test_a_session_is_named_by_its_uuid_or_text_too(
+    adapter: RuntimeSessionAdapter, bindings: SessionRuntimeBindings
+) -> None:
+    id = bindings.session_id
+    for named in (id.uuid, str(id)):
+        assert adapter.contains_session(named)
+        assert adapter.prepare_bindings(named) is bindings
+        assert adapter.ops_lifecycle_registry(named) is bindings.ops_lifecycle
+        observed = observe_session(named)
+        assert observed.session_id == id
+        observed.close()
+        AgentFactory().build(named, SessionOwned(bindings)).close()
+        assert not remove_unused(named)
+    other = SessionId.new()
+    adapter.register_session(str(other))
+    adapter.reset_session(str(other))
+    adapter.unregister_session(other.uuid)
+    assert not adapter.contains_session(other)
+
+
 def test_a_build_mode_that_is_none_says_what_to_write(bindings: SessionRuntimeBindings) -> None:
     """A build with raw bindings once made a separate registry, which received no completions."""
     token = bindings.to_token()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol, Self, TypeAlias, runtime_checkable
 
@@ -17,15 +17,20 @@ from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorState
 from shmepoch.epoch.handle import EpochHandle
+from shmepoch.epoch.operations import OperationKind, OperationSpec
 from shmepoch.epoch.persisted import SkippedRange
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
-from shmepoch.errors import BindingsClosed, BindingsNotTransferable
+from shmepoch.epoch.scope import OperationScope
+from shmepoch.errors import BindingsClosed, BindingsNotTransferable, TokenInvalid
 from shmepoch.forking import Part, on_fork
-from shmepoch.ids import RuntimeEpochId, SessionId
+from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.lazy import lazy
 from shmepoch.memory.claims import Claim
 from shmepoch.memory.participants import Participant, Role
 from shmepoch.memory.segment import Segment, SharedSegment
+
+#: The environment variable that carries a token to child processes.
+VARIABLE: Final = "SHMEPOCH_BINDINGS"
 
 
 @runtime_checkable
@@ -193,6 +198,53 @@ class SessionRuntimeBindings:
         attached: Segment = mine["_segment"]
         return attached
 
+    def operation(
+        self,
+        name: str,
+        *,
+        source: str = "",
+        kind: OperationKind = OperationKind.BACKGROUND_TOOL_OP,
+        id: OperationId | None = None,
+    ) -> OperationScope:
+        """One piece of background work of this process, as a block of code or a decorator:
+
+            with bindings.operation("index the repository") as operation:
+                operation.progress("half way", percent=50)
+                operation.complete("1,204 files")
+
+        `name` and `source` are the operation's `display_name` and `source_label`. Raises
+        `RecordInvalid`; entering it raises what `register_operation` does.
+        """
+        return OperationScope(
+            self.ops_lifecycle,
+            OperationSpec(
+                id=id or OperationId.new(), kind=kind, display_name=name, source_label=source
+            ),
+        )
+
+    def env(self, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+        """An environment for a child process, which attaches with `from_env`: this process's, or
+        the one given, with the token as `SHMEPOCH_BINDINGS`.
+
+        The token is a capability, and processes of the same user can read it there. Raises
+        `BindingsNotTransferable`.
+        """
+        before = os.environ if environment is None else environment
+        return {**before, VARIABLE: self.to_token()}
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] | None = None) -> SessionRuntimeBindings:
+        """Attach to the epoch whose token is in `SHMEPOCH_BINDINGS`, as `env` put it there.
+
+        Raises `TokenInvalid`, also where there is none, and what `attach` raises.
+        """
+        token = (os.environ if environment is None else environment).get(VARIABLE)
+        if token is None:
+            raise TokenInvalid(
+                f"the environment has no {VARIABLE}; start this process with env=bindings.env()"
+            )
+        return cls.from_token(token)
+
     def to_token(self) -> str:
         """The bindings as text, for an environment variable or a command line.
 
@@ -304,6 +356,12 @@ class SessionRuntimeBindings:
                 del _attached[shared.witness]
         if isinstance(segment, SharedSegment):
             segment.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def __copy__(self) -> Self:
         return self

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import operator
+from datetime import datetime
 from typing import Annotated, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Meta
 
 from shmepoch.epoch.codec import Record
-from shmepoch.epoch.operations import Count, OperationKind, OperationTerminalOutcome
+from shmepoch.epoch.operations import (
+    Completed,
+    Count,
+    OperationKind,
+    OperationTerminalOutcome,
+    status_of,
+)
 from shmepoch.ids import OperationId
+from shmepoch.memory.clock import moment
 
 CompletionSeq: TypeAlias = int
 """A position in the completion feed: unsigned 64 bit, the first completion is 1."""
@@ -25,6 +33,20 @@ class CompletionEntry(Record, kw_only=True, frozen=True):
     terminal_outcome: OperationTerminalOutcome
     completed_at_ms: Count
 
+    @property
+    def completed_at(self) -> datetime:
+        """When it ended, in UTC; `OverflowError` for no year of a calendar."""
+        return moment(self.completed_at_ms)
+
+    @property
+    def text(self) -> str:
+        """A sentence for an agent: the name, how it ended, and what there is to read of that."""
+        outcome = self.terminal_outcome
+        status = str(status_of(outcome))
+        if isinstance(outcome, Completed) and not outcome.ok:
+            status = "completed with an error"
+        return f"{self.display_name} {status}" + (f": {outcome.text}" if outcome.text else "")
+
 
 class CompletionFeedGap(Record, frozen=True):
     """Completions that retention dropped before this consumer read them.
@@ -39,6 +61,11 @@ class CompletionFeedGap(Record, frozen=True):
     def missing(self) -> int:
         """How many completions are lost to this consumer."""
         return self.dropped_through - self.after_seq
+
+    @property
+    def text(self) -> str:
+        """A sentence for an agent."""
+        return f"completions {self.after_seq + 1} to {self.dropped_through} cannot be had any more"
 
 
 class CompletionBatch(Record, kw_only=True, frozen=True):

@@ -12,6 +12,7 @@ from shmepoch.arguments import require_position
 from shmepoch.epoch.codec import wire_decoder
 from shmepoch.epoch.completions import CompletionBatch, CompletionEntry, CompletionSeq
 from shmepoch.epoch.encoding import ENTRY_TEMPLATE
+from shmepoch.epoch.following import FeedFollower
 from shmepoch.errors import EpochGone, EpochSealed
 from shmepoch.memory.segment import Segment
 from shmepoch.timeouts import pauses
@@ -65,6 +66,14 @@ class SegmentFeed:
     async def advanced(self, after_seq: CompletionSeq) -> CompletionSeq:
         """Like `wait_for_advance`, without blocking the event loop."""
         return await self._segment.waiters.above(after_seq)
+
+    def follow(self, after_seq: CompletionSeq = 0) -> FeedFollower:
+        """The completions above `after_seq`, and then those that come, until the epoch is sealed:
+        for `for` and for `async for`."""
+        return FeedFollower(self, require_position(after_seq, "follow", "after_seq"))
+
+    def __repr__(self) -> str:
+        return f"SegmentFeed(epoch_id={self._segment.epoch_id!r}, watermark={self.watermark()})"
 
     # --- the progress of a store --------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Final, TypeAlias
 
@@ -9,6 +10,7 @@ import msgspec
 
 from shmepoch.epoch.codec import Record
 from shmepoch.ids import OperationId, RunId, SessionId, WaitRequestId
+from shmepoch.memory.clock import moment
 
 #: How many terminal operations a registry retains unless told otherwise.
 DEFAULT_MAX_COMPLETED: Final = 256
@@ -99,38 +101,72 @@ class OperationPeerHandle(Record, frozen=True):
     trusted_peer: TrustedPeerSpec
 
 
-class Completed(Record, frozen=True, tag_field="outcome_type", tag="completed"):
+class _Outcome(Record, frozen=True, tag_field="outcome_type"):
+    """What every kind of outcome answers."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the operation completed, and its result is no error of the tool's own."""
+        return False
+
+    @property
+    def text(self) -> str:
+        """What there is to read of it: the content, the error or the reason; else empty."""
+        return ""
+
+
+class Completed(_Outcome, frozen=True, tag="completed"):
     """The operation ran to its end and returned `result`."""
 
     result: OperationResult
 
+    @property
+    def ok(self) -> bool:
+        return not self.result.is_error
 
-class Failed(Record, frozen=True, tag_field="outcome_type", tag="failed"):
+    @property
+    def text(self) -> str:
+        return self.result.content
+
+
+class Failed(_Outcome, frozen=True, tag="failed"):
     """The operation could not be started, or stopped with `error`."""
 
     error: str
 
+    @property
+    def text(self) -> str:
+        return self.error
 
-class Aborted(Record, frozen=True, tag_field="outcome_type", tag="aborted"):
+
+class _Reasoned(_Outcome, frozen=True):
+    reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.reason or ""
+
+
+class Aborted(_Reasoned, frozen=True, tag="aborted"):
     """The operation was given up while it was still being provisioned."""
 
-    reason: str | None = None
 
-
-class Cancelled(Record, frozen=True, tag_field="outcome_type", tag="cancelled"):
+class Cancelled(_Reasoned, frozen=True, tag="cancelled"):
     """The operation was no longer wanted."""
 
-    reason: str | None = None
 
-
-class Retired(Record, frozen=True, tag_field="outcome_type", tag="retired"):
+class Retired(_Outcome, frozen=True, tag="retired"):
     """The operation finished early on request."""
 
 
-class Terminated(Record, frozen=True, tag_field="outcome_type", tag="terminated"):
+class Terminated(_Outcome, frozen=True, tag="terminated"):
     """The operation's owner or process ended before it; `reason` says why."""
 
     reason: str
+
+    @property
+    def text(self) -> str:
+        return self.reason
 
 
 OperationTerminalOutcome: TypeAlias = (
@@ -167,6 +203,21 @@ class OperationLifecycleSnapshot(Record, kw_only=True, frozen=True):
     started_at_ms: Count | None = None
     completed_at_ms: Count | None = None
     elapsed_ms: Count | None = None
+
+    @property
+    def created_at(self) -> datetime:
+        """When it was registered, in UTC; `OverflowError` for no year of a calendar, as below."""
+        return moment(self.created_at_ms)
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When it started, in UTC."""
+        return None if self.started_at_ms is None else moment(self.started_at_ms)
+
+    @property
+    def completed_at(self) -> datetime | None:
+        """When it ended, in UTC."""
+        return None if self.completed_at_ms is None else moment(self.completed_at_ms)
 
 
 class WaitAllSatisfied(Record, kw_only=True, frozen=True):

@@ -627,6 +627,12 @@ class RuntimeOpsLifecycleRegistry(OpsLifecycleRegistry):
             detail = encode_detail(Detail.of(operation))
             self._epoch.change(spec.id, statuses, _RUNNING, view.word, detail)
 
+    def __repr__(self) -> str:
+        return (
+            f"RuntimeOpsLifecycleRegistry(epoch_id={self._segment.epoch_id!r}, "
+            f"active={self._epoch.active()}, watermark={self._feed.watermark()})"
+        )
+
     # --- audit --------------------------------------------------------------------------------
 
     def check(self) -> tuple[CursorAhead, ...]:

@@ -9,6 +9,7 @@ from earlier ones.
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
@@ -17,7 +18,7 @@ import msgspec
 from shmepoch import _native as at
 from shmepoch._native import Descriptor, Memory, is_locked, try_lock, unlock
 from shmepoch.errors import ParticipantsExhausted, SegmentCorrupted
-from shmepoch.memory.clock import wall_ms
+from shmepoch.memory.clock import moment, wall_ms
 from shmepoch.memory.layout import Layout
 
 _SLOT_BITS: Final = 8
@@ -51,6 +52,11 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     joined_at_ms: int
     alive: bool
     is_self: bool
+
+    @property
+    def joined_at(self) -> datetime:
+        """When it attached, in UTC; `OverflowError` for no year of a calendar."""
+        return moment(self.joined_at_ms)
 
     @property
     def key(self) -> int:

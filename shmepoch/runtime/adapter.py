@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, Self, TypeVar
 
-from shmepoch.arguments import require
+from shmepoch.arguments import SessionIdLike, require, session_id_of
 from shmepoch.config import OpsLifecycleConfig
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.registry import RuntimeOpsLifecycleRegistry
@@ -144,7 +144,7 @@ class RuntimeSessionAdapter:
 
     # --- sessions -----------------------------------------------------------------------------
 
-    def register_session(self, session_id: SessionId) -> None:
+    def register_session(self, session_id: SessionIdLike) -> None:
         """Own a session: continue its live epoch, or make one.
 
         Does nothing if this adapter owns it already. Raises `RuntimeAlreadyActive` while another
@@ -153,37 +153,37 @@ class RuntimeSessionAdapter:
         finalizer that interrupted a call about the same session gets `SessionBusy`, from this and
         every other method that changes a session.
         """
-        require(SessionId, session_id, "register_session", "session_id")
+        session_id = session_id_of(session_id, "register_session")
         self.prepare_bindings(session_id)
 
-    def prepare_bindings(self, session_id: SessionId) -> SessionRuntimeBindings:
+    def prepare_bindings(self, session_id: SessionIdLike) -> SessionRuntimeBindings:
         """The bindings of a session; registers it first if necessary. The same object every time.
 
         New bindings after the epoch has ended, the session's name was removed or they were closed.
         Raises the errors of `register_session`.
         """
-        require(SessionId, session_id, "prepare_bindings", "session_id")
+        session_id = session_id_of(session_id, "prepare_bindings")
         self._check_open()
         owned = self._owned(session_id)
         if owned is not None and not owned.bindings.ended:
             return owned.bindings
         return self._alone(session_id, self._prepare)
 
-    def ops_lifecycle_registry(self, session_id: SessionId) -> RuntimeOpsLifecycleRegistry:
+    def ops_lifecycle_registry(self, session_id: SessionIdLike) -> RuntimeOpsLifecycleRegistry:
         """The registry of a session's epoch; `SessionNotRegistered`."""
-        require(SessionId, session_id, "ops_lifecycle_registry", "session_id")
+        session_id = session_id_of(session_id, "ops_lifecycle_registry")
         self._check_open()
         owned = self._owned(session_id)
         if owned is None:
             raise SessionNotRegistered(session_id)
         return owned.bindings.ops_lifecycle
 
-    def contains_session(self, session_id: SessionId) -> bool:
+    def contains_session(self, session_id: SessionIdLike) -> bool:
         """Whether this adapter owns the session; false in a forked child."""
-        require(SessionId, session_id, "contains_session", "session_id")
+        session_id = session_id_of(session_id, "contains_session")
         return self._pid == os.getpid() and self._owned(session_id) is not None
 
-    def observe_session(self, session_id: SessionId) -> SessionRuntimeBindings:
+    def observe_session(self, session_id: SessionIdLike) -> SessionRuntimeBindings:
         """Observe a session of this adapter's namespace, owned by any process, like
         `shmepoch.observe_session`. Completions that the feed has dropped are read from the
         adapter's store."""
@@ -193,24 +193,24 @@ class RuntimeSessionAdapter:
             bindings.history = self._durability.store
         return bindings
 
-    def reset_session(self, session_id: SessionId) -> SessionRuntimeBindings:
+    def reset_session(self, session_id: SessionIdLike) -> SessionRuntimeBindings:
         """Seal the session's epoch and start a new one with fresh cursors; its bindings.
 
         Waits on the old epoch end with `EpochSealed`. Raises `SessionNotRegistered`. If the store
         does not take the old epoch's end, it raises `StoreWriteFailed` and starts no new epoch;
         call it again, or call `prepare_bindings`, which completes the reset.
         """
-        require(SessionId, session_id, "reset_session", "session_id")
+        session_id = session_id_of(session_id, "reset_session")
         return self._alone(session_id, self._reset)
 
-    def unregister_session(self, session_id: SessionId) -> None:
+    def unregister_session(self, session_id: SessionIdLike) -> None:
         """End the session: its operations end as `Terminated`, its epoch is sealed and its segment
         removed.
 
         Raises `SessionNotRegistered`. If the store does not take the epoch's end, it raises
         `StoreWriteFailed`, or `StoreBehind` before that, and the segment stays; call it again.
         """
-        require(SessionId, session_id, "unregister_session", "session_id")
+        session_id = session_id_of(session_id, "unregister_session")
         self._alone(session_id, self._unregister)
 
     def close(self) -> None:
@@ -237,6 +237,19 @@ class RuntimeSessionAdapter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        import asyncio
+
+        # In a thread: it waits for the store, and for calls of other threads.
+        await asyncio.to_thread(self.close)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._sessions)} sessions"
+        return f"RuntimeSessionAdapter(namespace={self._namespace!r}, {state})"
 
     # --- one call about a session at a time ---------------------------------------------------
 

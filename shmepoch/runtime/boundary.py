@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from shmepoch.errors import AgentAlreadyActive, BoundaryClosed, EpochSealed
 from shmepoch.events import Event, about
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
+from shmepoch.timeouts import deadline_after
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +121,10 @@ class AgentBoundary:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        agent = f"applied={self._cursor.load()}" if self._claim.held else "closed"
+        return f"AgentBoundary(session_id={self.session_id!r}, {agent})"
+
     def apply(self, watermark: CompletionSeq) -> None:
         """Move the agent's cursor to `watermark`; for `Drain.commit`."""
         self._require_agent()
@@ -129,6 +135,28 @@ class AgentBoundary:
             if self.bindings.sealed:
                 raise EpochSealed(self.bindings.epoch_id)
             raise BoundaryClosed(self.session_id)
+
+    def wait(self, timeout: float | None = None) -> Drain:
+        """Block until there are notices, and drain them.
+
+        Raises `TimeoutError` after `timeout` seconds, what `drain` does, and `EpochSealed` or
+        `EpochGone` when the epoch ends.
+        """
+        deadline = deadline_after(timeout, "wait")
+        drained = self.drain()
+        while not drained:
+            left = None if deadline is None else deadline - time.monotonic()
+            self._feed.wait_for_advance(drained.watermark, left)
+            drained = self.drain()
+        return drained
+
+    async def notified(self) -> Drain:
+        """Like `wait`, without blocking the event loop."""
+        drained = self.drain()
+        while not drained:
+            await self._feed.advanced(drained.watermark)
+            drained = self.drain()
+        return drained
 
     def drain(self) -> Drain:
         """The new notices for the agent: the `background_tool_op` completions since its cursor.

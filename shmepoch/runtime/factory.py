@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shmepoch.arguments import require
+from shmepoch.arguments import SessionIdLike, require, session_id_of
 from shmepoch.epoch.bindings import (
     History,
     RuntimeBuildMode,
@@ -12,7 +12,6 @@ from shmepoch.epoch.bindings import (
     StandaloneEphemeral,
 )
 from shmepoch.errors import BindingsMismatch
-from shmepoch.ids import SessionId
 from shmepoch.runtime.boundary import AgentBoundary
 
 _HINT: Final = (
@@ -33,7 +32,7 @@ class AgentFactory:
         self._history = history
 
     def build(
-        self, session_id: SessionId, build_mode: RuntimeBuildMode, *, sharing: bool = False
+        self, session_id: SessionIdLike, build_mode: RuntimeBuildMode, *, sharing: bool = False
     ) -> AgentBoundary:
         """The boundary of the agent of `session_id`.
 
@@ -50,7 +49,7 @@ class AgentFactory:
         `EpochGone` for an epoch that has ended, `BindingsClosed` for bindings that this process has
         closed, and `AgentAlreadyActive`.
         """
-        require(SessionId, session_id, "AgentFactory.build", "session_id")
+        session_id = session_id_of(session_id, "AgentFactory.build")
         require(RuntimeBuildMode, build_mode, "AgentFactory.build", "build_mode", hint=_HINT)
         if isinstance(build_mode, StandaloneEphemeral):
             bindings = SessionRuntimeBindings.standalone(session_id)

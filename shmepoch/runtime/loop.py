@@ -195,6 +195,7 @@ class RuntimeLoop:
         self._ahead = CursorsAhead(bindings)
         self._run: _Run | None = None
         self._thread: threading.Thread | None = None
+        self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
 
     # --- driving it ---------------------------------------------------------------------------
@@ -261,6 +262,23 @@ class RuntimeLoop:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Run as a task of this event loop; what ends it is raised on exit."""
+        import asyncio
+
+        self._task = asyncio.create_task(self._drive(self._begin()))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.stop()
+        if self._task is not None:
+            await self._task
+
+    def __repr__(self) -> str:
+        running = self._run is not None and self._run.claim.held
+        state = "running" if running else "not running"
+        return f"RuntimeLoop(session_id={self._bindings.session_id!r}, {state})"
 
     def _begin(self) -> _Run:
         claim = self._bindings.claim(LOOP_BYTE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shmepoch.arguments import require
+from shmepoch.arguments import SessionIdLike, session_id_of
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.errors import SessionNotFound
 from shmepoch.ids import SessionId
@@ -13,7 +13,7 @@ from shmepoch.memory.segment import ObservedSegment
 
 
 def observe_session(
-    session_id: SessionId, *, namespace: str | None = None
+    session_id: SessionIdLike, *, namespace: str | None = None
 ) -> SessionRuntimeBindings:
     """Bindings that observe a session's epoch, sealed or not, and change nothing.
 
@@ -25,7 +25,7 @@ def observe_session(
 
     Raises `SessionNotFound`, `NamespaceInvalid`, and the errors of a segment that is not valid.
     """
-    require(SessionId, session_id, "observe_session", "session_id")
+    session_id = session_id_of(session_id, "observe_session")
     chosen = resolve_namespace(namespace)
     try:
         segment = ObservedSegment.attach(chosen, session_id)
@@ -47,12 +47,12 @@ def list_sessions(*, namespace: str | None = None) -> list[SessionId]:
     return sorted(namespaces.list_sessions(resolve_namespace(namespace)))
 
 
-def remove_unused(session_id: SessionId, *, namespace: str | None = None) -> bool:
+def remove_unused(session_id: SessionIdLike, *, namespace: str | None = None) -> bool:
     """Remove a session's epoch from shared memory if no process has it attached; whether it was.
 
     Never disturbs a process that uses it, or is just attaching. Anything of the epoch that is not
     in a store is lost. A segment that is damaged, or of another release, is removed as well. Raises
     `SegmentForeign` for a segment of another user, and `NamespaceInvalid`.
     """
-    require(SessionId, session_id, "remove_unused", "session_id")
+    session_id = session_id_of(session_id, "remove_unused")
     return removal.remove_unused(resolve_namespace(namespace), session_id)

@@ -107,6 +107,35 @@ def test_elsewhere_they_attach_to_the_same_epoch(bindings: SessionRuntimeBinding
     assert bindings.cursor_state.runtime_observed_seq.load() == 3
 
 
+def test_in_the_environment_of_another_process(bindings: SessionRuntimeBindings) -> None:
+    program = (
+        "from shmepoch import SessionRuntimeBindings\n"
+        "with SessionRuntimeBindings.from_env() as bindings:\n"
+        "    with bindings.operation('work') as operation:\n"
+        "        operation.complete('there')\n"
+    )
+    environment = bindings.env()
+    assert {**environment, **os.environ} == environment
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    (entry,) = bindings.ops_lifecycle.completion_feed().list_since(0).entries
+    assert (entry.display_name, entry.terminal_outcome.text) == ("work", "there")
+    assert [one.role for one in bindings.participants()] == [Role.RUNTIME]  # it has left
+
+
+def test_an_environment_of_ones_own(bindings: SessionRuntimeBindings) -> None:
+    environment = bindings.env({"PATH": "/bin"})
+    assert environment.keys() == {"PATH", "SHMEPOCH_BINDINGS"}
+    assert SessionRuntimeBindings.from_env(environment) is bindings
+
+
+def test_an_environment_without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHMEPOCH_BINDINGS", raising=False)
+    with pytest.raises(TokenInvalid, match="no SHMEPOCH_BINDINGS"):
+        SessionRuntimeBindings.from_env()
+    with pytest.raises(TokenInvalid):
+        SessionRuntimeBindings.from_env({"SHMEPOCH_BINDINGS": "nonsense"})
+
+
 def test_pickled_into_another_process(bindings: SessionRuntimeBindings) -> None:
     data = pickle.dumps({"bindings": bindings, "same": bindings}).hex()
     said = elsewhere(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -259,3 +261,82 @@ def test_sequences_that_recovery_skipped_are_no_gap() -> None:
     after = told(boundary.drain())
     # No completion has a skipped sequence; the dropped sequences on both sides had completions.
     assert after[:2] == [(0, 2), (12, dropped)]
+
+
+# --- waiting for notices --------------------------------------------------------------------------
+
+
+async def notified(boundary: AgentBoundary, timeout: float | None = None) -> Drain:
+    async with asyncio.timeout(timeout):
+        return await boundary.notified()
+
+
+Wait = Callable[..., Drain]
+
+
+@pytest.fixture(params=["wait", "notified"])
+def wait(request: pytest.FixtureRequest) -> Wait:
+    """Both forms of waiting, with the boundary and a timeout."""
+    if request.param == "wait":
+        return AgentBoundary.wait
+    return lambda boundary, timeout=None: asyncio.run(notified(boundary, timeout))
+
+
+def test_waiting_gives_what_there_is(
+    boundary: AgentBoundary, bindings: SessionRuntimeBindings, wait: Wait
+) -> None:
+    end(bindings, TOOL, CHILD, TOOL)
+    with wait(boundary, 0) as notices:
+        assert told(notices) == [1, 3]
+    with pytest.raises(TimeoutError):
+        wait(boundary, 0)
+
+
+def test_waiting_passes_over_what_wakes_no_agent(
+    boundary: AgentBoundary, bindings: SessionRuntimeBindings, wait: Wait
+) -> None:
+    end(bindings, CHILD)
+    found: list[Drain] = []
+    thread = threading.Thread(target=lambda: found.append(wait(boundary)))
+    thread.start()
+    end(bindings, CHILD)
+    end(bindings, TOOL)
+    thread.join(20)
+    assert [told(drain) for drain in found] == [[3]]
+
+
+def test_waiting_ends_with_the_epoch(
+    boundary: AgentBoundary, bindings: SessionRuntimeBindings, wait: Wait
+) -> None:
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            wait(boundary)
+        except EpochSealed as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    bindings._segment.seal()
+    thread.join(20)
+    assert [type(error) for error in raised] == [EpochSealed]
+
+
+def test_a_notice_has_a_sentence_for_the_agent(
+    boundary: AgentBoundary, bindings: SessionRuntimeBindings
+) -> None:
+    with bindings.operation("index") as operation:
+        operation.complete("1,204 files")
+    with bindings.operation("index") as operation:
+        operation.complete("no such folder", is_error=True)
+    with bindings.operation("index"):
+        pass
+    end(bindings, TOOL, reason="too late")
+    assert [notice.text for notice in boundary.drain()] == [
+        "index completed: 1,204 files",
+        "index completed with an error: no such folder",
+        "index completed",
+        "work cancelled: too late",
+    ]
+    assert CompletionFeedGap(3, 5).text == "completions 4 to 5 cannot be had any more"

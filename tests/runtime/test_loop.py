@@ -16,6 +16,7 @@ from shmepoch import (
     CompletionEntry,
     Continuation,
     EpochCursorSnapshot,
+    LoopAnswerInvalid,
     OperationId,
     OperationKind,
     OpsLifecycleConfig,
@@ -119,6 +120,35 @@ def test_a_completion_is_injected(session: Session, running: RuntimeLoop) -> Non
     end(session.bindings, TOOL)
     session.observed(2)
     assert session.taken == [1, 2]
+
+
+def test_it_runs_as_a_task_of_an_event_loop(session: Session) -> None:
+    loop = session.loop()
+
+    async def main() -> None:
+        async with loop:
+            end(session.bindings, TOOL)
+            while session.taken != [1]:
+                await asyncio.sleep(0.001)
+            assert "running" in repr(loop)
+        assert "not running" in repr(loop)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    session.loop().start().stop()  # it has given the epoch up
+
+
+def test_what_ends_its_task_is_raised_at_the_end(session: Session) -> None:
+    session.inject = lambda _: None  # type: ignore[assignment,method-assign,return-value]
+
+    async def main() -> None:
+        loop = session.loop()
+        async with loop:
+            end(session.bindings, TOOL)
+            while "not running" not in repr(loop):
+                await asyncio.sleep(0.001)
+
+    with pytest.raises(LoopAnswerInvalid):
+        asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_many_completions_are_one_continuation(session: Session) -> None:
