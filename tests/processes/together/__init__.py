@@ -1,0 +1,1 @@
+"""A test run of its own, whose pytest-xdist workers share one epoch."""
