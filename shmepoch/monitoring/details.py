@@ -1,7 +1,7 @@
 """Everything that can be said of one epoch to people who look at it.
 
 As MONITOR-1 says: no lock is taken and nothing changes. What is damaged is left out, and the rest
-is told: of a damaged epoch above all who has it attached.
+is told, above all the processes that have a damaged epoch attached.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class _Reading:
             return marked
         return replace(summary, state=marked.state, problem=marked.problem)
 
-    # --- who has it attached --------------------------------------------------------------------
+    # --- the attached processes --------------------------------------------------------------
 
     def _attached(self) -> Iterator[Attached]:
         for one in self._segment.participants.list():

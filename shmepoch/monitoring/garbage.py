@@ -64,7 +64,7 @@ class What(StrEnum):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """The files that a user wants to be removed besides those that nobody can want."""
+    """The files that a user wants to be removed besides those that no process can need."""
 
     older_than_ms: int | None = None
     """Epochs without a sign of life for this long; None: no epoch because of its age."""

@@ -67,7 +67,7 @@ class EpochCollector:
         self._began_ms: Final = wall_ms()
         self._counts: Final = _Counts()
         self._followed: dict[tuple[str, SessionId], _Followed] = {}
-        #: Whether somebody looks between scrapes, and often.
+        #: Whether `poll` is called between scrapes, and often.
         self._is_polled = False
         self._lock = threading.Lock()
         if self._namespace is not None:

@@ -1,6 +1,7 @@
 """OpenTelemetry spans of operations, made of the completion feed once they have ended.
 
-Operations are run as if nobody traced them: a tracer reads the feed like any other consumer.
+A trace costs the processes that run operations nothing: a tracer reads the feed like any other
+consumer.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ PyMethodDef lock_functions[] = {
 
 /* --- WriterLock -------------------------------------------------------------------------------
  *
- * A wait for it ends within a bounded time of a signal or of the lock's retirement, whoever holds
+ * A wait for it ends within a bounded time of a signal or of the lock's retirement, whatever process holds
  * it. So no wait is a blocking system call without a limit: fcntl(2) has no timed wait for a lock,
  * and only a signal interrupts F_OFD_SETLKW. The lock is polled instead. The pauses are a part of
  * the time waited: at least about as long as a transition, at most so long that polling costs

@@ -1,4 +1,4 @@
-"""`shmepoch gc`: removes from shared memory what no process holds and nobody can want."""
+"""`shmepoch gc`: removes unused files from shared memory."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class History:
         last = self._steps[-1] if self._steps else None
         if last is None or number > self._number:
             missed = number - self._number - 1 if last is not None else 0
-            self._steps.extend([None] * min(STEPS, missed))  # nobody looked then
+            self._steps.extend([None] * min(STEPS, missed))  # there was no look then
             last = _Step()
             self._steps.append(last)
             self._number = number
@@ -55,7 +55,7 @@ class History:
 
     @property
     def lags(self) -> list[float | None]:
-        """The largest lag of each step; None for one that nobody looked in."""
+        """The largest lag of each step; None for one without a look."""
         return [None if step is None else step.lag for step in self._steps]
 
     @property
