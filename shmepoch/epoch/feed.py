@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import msgspec
@@ -101,8 +102,6 @@ class SegmentFeed:
 
     async def durable(self, seq: CompletionSeq) -> None:
         """Like `wait_durable`, without blocking the event loop."""
-        import asyncio
-
         seq = require_position(seq, "durable", "seq")
         # A store advances a few times a second, and rings no doorbell.
         for pause in pauses(*_PAUSES_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -113,8 +114,6 @@ class OperationScope:
             self._end()
 
     async def __aenter__(self) -> Self:
-        import asyncio
-
         try:
             return await _in_thread(self.__enter__)
         except asyncio.CancelledError as error:
@@ -194,8 +193,6 @@ def _content(returned: object) -> str:
 async def _in_thread(call: Callable[[], T]) -> T:
     """Make a call in a thread. A cancellation is raised once the call is over, which cannot be
     taken back."""
-    import asyncio
-
     future = asyncio.get_running_loop().run_in_executor(None, call)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
@@ -203,8 +204,6 @@ class WaitAll:
     async def wait_async(
         self, source: Source, run_id: RunId, ids: Sequence[OperationId]
     ) -> WaitAllResult:
-        import asyncio
-
         turn = _Turn()
         try:
             self._begin(turn)

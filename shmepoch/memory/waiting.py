@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from shmepoch import _native as at
 from shmepoch._native import Memory
 from shmepoch.arguments import require_position
 from shmepoch.events import Event, about
 from shmepoch.timeouts import limit_s
-
-if TYPE_CHECKING:
-    import asyncio
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +43,6 @@ class AsyncWait:
     """One coroutine that waits for the watermark of `memory` to be above `after`."""
 
     def __init__(self, memory: Memory, after: int) -> None:
-        import asyncio
-
         self.memory: Final = memory
         self._after: Final = require_position(after, "advanced", "after_seq")
         self._loop: Final = asyncio.get_running_loop()

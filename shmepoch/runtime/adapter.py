@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -242,8 +243,6 @@ class RuntimeSessionAdapter:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        import asyncio
-
         # In a thread: it waits for the store, and for calls of other threads.
         await asyncio.to_thread(self.close)
 

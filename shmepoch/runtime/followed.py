@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from shmepoch.epoch.bindings import SessionRuntimeBindings
 from shmepoch.epoch.codec import Record
@@ -14,9 +15,6 @@ from shmepoch.epoch.persisted import PersistedOpsSnapshot
 from shmepoch.events import Event, about
 from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 from shmepoch.stores.protocol import EpochCapture, RuntimeStore
-
-if TYPE_CHECKING:
-    import asyncio
 
 _log = logging.getLogger(__name__)
 

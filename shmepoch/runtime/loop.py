@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from shmepoch._native import LOOP_BYTE
 from shmepoch.arguments import require, require_callable
@@ -23,9 +24,6 @@ from shmepoch.ids import RuntimeEpochId, SessionId
 from shmepoch.memory.claims import Claim
 from shmepoch.memory.participants import Role
 from shmepoch.runtime.ahead import CursorsAhead
-
-if TYPE_CHECKING:
-    import asyncio
 
 _log = logging.getLogger(__name__)
 
@@ -116,8 +114,6 @@ class _Run:
     """One run of a loop, which any thread and any signal handler may wake or stop."""
 
     def __init__(self, claim: Claim) -> None:
-        import asyncio
-
         self.claim: Final = claim
         self._stopping = False
         self._wake: Final = asyncio.Event()
@@ -127,8 +123,6 @@ class _Run:
 
     def begin(self) -> None:
         """Make the running task the one to wake, in its event loop."""
-        import asyncio
-
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._cancellations = self._task.cancelling() if self._task else 0
@@ -210,8 +204,6 @@ class RuntimeLoop:
 
     def run(self) -> None:
         """Run in this thread; otherwise like `run_async`."""
-        import asyncio
-
         asyncio.run(self.run_async())
 
     def start(self) -> Self:
@@ -265,8 +257,6 @@ class RuntimeLoop:
 
     async def __aenter__(self) -> Self:
         """Run as a task of this event loop; what ends it is raised on exit."""
-        import asyncio
-
         self._task = asyncio.create_task(self._drive(self._begin()))
         return self
 
@@ -289,8 +279,6 @@ class RuntimeLoop:
         return self._run
 
     def _run_in_thread(self, run: _Run) -> None:
-        import asyncio
-
         try:
             asyncio.run(self._drive(run))
         except BaseException as error:
@@ -369,8 +357,6 @@ class RuntimeLoop:
 
     async def _offer(self, run: _Run, watermark: CompletionSeq) -> bool | None:
         """Whether the session took the continuation; None if the session is not quiescent."""
-        import asyncio
-
         continuation = Continuation(
             session_id=self._bindings.session_id,
             epoch_id=self._bindings.epoch_id,
@@ -411,8 +397,6 @@ class RuntimeLoop:
         return False
 
     async def _pause(self, run: _Run, pause: _Pause) -> None:
-        import asyncio
-
         waits: set[asyncio.Future[object]] = {
             asyncio.ensure_future(run.woken()),
             asyncio.ensure_future(self._feed.advanced(pause.after)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterable
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from shmepoch.arguments import require
 from shmepoch.epoch.bindings import SessionRuntimeBindings
@@ -30,9 +31,6 @@ from shmepoch.ids import RuntimeEpochId
 from shmepoch.runtime.followed import EpochPersistence, Followed
 from shmepoch.stores.protocol import RuntimeStore
 from shmepoch.timeouts import limit_s, setting_s
-
-if TYPE_CHECKING:
-    import asyncio
 
 __all__ = ["ChannelStatus", "EpochPersistence", "PersistenceChannel"]
 
@@ -105,8 +103,6 @@ class PersistenceChannel:
     def __init__(
         self, store: RuntimeStore, *, max_delay: float = 0.05, max_entries: int = 512
     ) -> None:
-        import asyncio
-
         require(RuntimeStore, store, "PersistenceChannel", "store")
         delay = setting_s(max_delay, "max_delay")
         if delay is None or not 0 <= max_delay <= MOST_DELAY_S:
@@ -284,8 +280,6 @@ class PersistenceChannel:
 
     def _start(self) -> None:
         """Start the thread. A failure leaves nothing behind, so the next call may try again."""
-        import asyncio
-
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._main, args=[loop], name="shmepoch-persistence", daemon=True
@@ -299,8 +293,6 @@ class PersistenceChannel:
             raise
 
     def _main(self, loop: asyncio.AbstractEventLoop) -> None:
-        import asyncio
-
         with self._state:
             if self._thread is not threading.current_thread():
                 return  # a handler raised while it was started
@@ -355,8 +347,6 @@ class PersistenceChannel:
                 retry_at = time.monotonic() + pause
 
     async def _woken(self, timeout: float) -> None:
-        import asyncio
-
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, timeout))
         self._wake.clear()
@@ -502,8 +492,6 @@ class PersistenceChannel:
                 self._state.notify_all()
 
     def _listen(self, followed: Followed) -> None:
-        import asyncio
-
         if followed.waiting is None or followed.waiting.done():
             followed.waiting = asyncio.create_task(self._watch(followed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -55,8 +56,6 @@ class Interruptions:
 
     def pass_to(self, interrupt: Callable[[int], None]) -> None:
         """Make the running loop call `interrupt` with each signal, earlier ones included."""
-        import asyncio
-
         loop = asyncio.get_running_loop()
 
         def pass_on(number: int) -> None:
