@@ -1,4 +1,4 @@
-"""What people see of epochs that other processes run: read without a lock, and left as it is."""
+"""Monitoring: reads the epochs of other processes without a lock, and changes nothing in them."""
 
 from shmepoch.monitoring.details import EpochDetails, describe
 from shmepoch.monitoring.epochs import EpochState, EpochSummary, summaries, summarize

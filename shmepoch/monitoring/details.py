@@ -1,7 +1,7 @@
-"""Everything that can be said of one epoch to people who look at it.
+"""The details of one epoch, for people who inspect it.
 
-As MONITOR-1 says: no lock is taken and nothing changes. What is damaged is left out, and the rest
-is told, above all the processes that have a damaged epoch attached.
+MONITOR-1: reading them takes no lock and changes nothing. Damaged parts are left out and the rest
+is reported, above all the processes that have a damaged epoch attached.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from shmepoch.monitoring.holders import Holder, holders, is_stopped
 
 T = TypeVar("T")
 
-#: How often a word has to be seen beside a free lock, so that no writer came in between each time.
+#: The number of reads in a row that must find a word beside a free lock. A writer may come in
+#: between two of them, but not between each two.
 _LOOKS: Final = 5
 
 
@@ -82,14 +83,14 @@ class Attached(Record, kw_only=True, frozen=True):
 
     slot: Count
     number: Count
-    """How many had joined the epoch, with this one."""
+    """The number of participants that had joined the epoch, this one included."""
     role: Role
     pid: Count
-    """As it sees itself; in another container it has another one."""
+    """Its process id as it sees it itself; this differs from ours in another container."""
     alive: bool
     joined_at_ms: Count
     process: Process | None = None
-    """The process that it is, if that is visible from here."""
+    """Its process, if that is visible from here."""
     holds: tuple[Lock, ...] = ()
     """The locks that are known to be its own."""
 
@@ -105,12 +106,12 @@ class Unfinished(Record, kw_only=True, frozen=True):
     created_at_ms: Count
     started_at_ms: Count | None
     elapsed_ms: Count
-    """Since it was started, or registered if it was not."""
+    """The time since its start, or since its registration if it was not started."""
     runner: Attached | None
-    """The participant that runs it; None if that has left."""
+    """The participant that runs it; None if that participant has left."""
     progress_count: Count
     progress: OperationProgressUpdate | None
-    """What was reported last."""
+    """The last report of its progress."""
     watchers: Count
 
 
@@ -124,7 +125,7 @@ class Use(Record, frozen=True):
 class EpochDetails(EpochSummary, kw_only=True, frozen=True):
     """One epoch at about one moment, with what its summary has.
 
-    Of a damaged epoch it has what could be read; `problem` says what could not.
+    The details of a damaged epoch are its readable parts; `problem` names the part that is not.
     """
 
     path: str
@@ -132,14 +133,14 @@ class EpochDetails(EpochSummary, kw_only=True, frozen=True):
     owner: str | None
     """The owner's name; None if that user has none here."""
     mode: str
-    """Who may open the file, in octal."""
+    """The permissions of the file, in octal."""
     processes: tuple[Process, ...] = ()
-    """Those that have it attached and are visible from here."""
+    """The processes that have it attached and are visible from here."""
     attached: tuple[Attached, ...] = ()
     locks: dict[Lock, tuple[Process, ...]] = msgspec.field(default_factory=dict)
-    """The locks that are held, each with those of its holders that are visible from here."""
+    """The locks that are held, each with its holders that are visible from here."""
     broken_off: bool = False
-    """Whether a transition was broken off; the next writer repairs what it has left."""
+    """Whether a transition was broken off. The next writer repairs it."""
     unfinished: tuple[Unfinished, ...] = ()
     """The operations that have not ended, the oldest first."""
     retained: dict[OperationStatus, Count] = msgspec.field(default_factory=dict)
@@ -151,7 +152,7 @@ class EpochDetails(EpochSummary, kw_only=True, frozen=True):
 
 
 def describe(namespace: str, session_id: SessionId, *, entries: int = 10) -> EpochDetails | None:
-    """What can be said of the session's epoch, with so many entries of its feed; None if the
+    """The details of the session's epoch, with the last `entries` entries of its feed; None if the
     session has no segment."""
     try:
         segment = ObservedSegment.peek(namespace, session_id)
@@ -194,7 +195,7 @@ def _processes(holding: Iterable[Holder]) -> tuple[Process, ...]:
 
 
 class _Reading:
-    """One look at an epoch, which goes on where a part of its memory is damaged."""
+    """One reading of an epoch. It goes on where a part of the memory is damaged."""
 
     def __init__(self, segment: ObservedSegment) -> None:
         self._segment = segment
@@ -204,7 +205,7 @@ class _Reading:
         self._damage: SegmentCorrupted | None = None
 
     def details(self, entries: int) -> EpochDetails:
-        """Everything, with so many entries of the feed."""
+        """All details, with the last `entries` entries of the feed."""
         summary = self._part(lambda: of_segment(self._segment), None)
         attached: list[Attached] = self._part(lambda: list(self._attached()), [])
         facts: dict[str, Any] = {
@@ -227,7 +228,7 @@ class _Reading:
         return _with_file(self._marked(summary), self._file, **facts)
 
     def _part(self, read: Callable[[], T], otherwise: T) -> T:
-        """What is read, or that where it is damaged, which the end says then."""
+        """The result of `read`; `otherwise` if it finds damage, which is kept for the end."""
         try:
             return read()
         except SegmentCorrupted as error:
@@ -235,7 +236,7 @@ class _Reading:
             return otherwise
 
     def _marked(self, summary: EpochSummary | None) -> EpochSummary:
-        """The summary, which says what is damaged if anything is."""
+        """The summary. It says what is damaged, if anything is."""
         if self._damage is None:
             assert summary is not None
             return summary
@@ -252,7 +253,7 @@ class _Reading:
     def _attached(self) -> Iterator[Attached]:
         for one in self._segment.participants.list():
             byte = at.PARTICIPANT_BYTE + one.slot
-            # A child that was forked just now may have its parent's descriptor still.
+            # A child that was forked just now may still have its parent's descriptor.
             own = [holder for holder in self._holders if one.alive and holder.holds(byte)]
             own.sort(key=lambda holder: holder.pid != one.pid)
             yield Attached(
@@ -273,14 +274,14 @@ class _Reading:
                 yield lock, _processes(holding)
 
     def _holding(self, byte: int) -> list[Holder] | None:
-        """Those that hold a lock and are visible; None if it is free."""
+        """The visible processes that hold a lock; None if it is free."""
         if not is_locked(self._segment.fd, byte):
             return None
         return [holder for holder in self._holders if holder.holds(byte)]
 
     def _holding_writer(self) -> list[Holder] | None:
-        """As `_holding`, of a lock that writers take and give up many times meanwhile: only one
-        that is held at each look, by none that is visible, is held by one that is not."""
+        """Like `_holding`, for the writer lock. Writers take and release it many times meanwhile.
+        So an invisible process holds it only if each read finds it held and no visible holder."""
         for _ in range(_LOOKS):
             holding = self._holding(at.WRITER_BYTE)
             if holding is None or holding:
@@ -298,7 +299,7 @@ class _Reading:
             self._part(partial(table.in_slot, slot), None) for slot in self._segment.epoch.used()
         )
         live = sorted((view for view in views if view is not None), key=lambda view: view.birth)
-        statuses: list[OperationStatus] = []  # those that come before one that is damaged stay
+        statuses: list[OperationStatus] = []  # those before a damaged one stay
         self._part(lambda: statuses.extend(view.status for view in table.retained()), None)
         return {
             "unfinished": tuple(
@@ -324,7 +325,7 @@ class _Reading:
 
 
 def is_broken_off(segment: ObservedSegment) -> bool:
-    """Whether an intent stands and no writer is at work: its transition was broken off."""
+    """Whether a transition was broken off: its intent stands, and no writer is at work."""
     return all(
         not is_locked(segment.fd, at.WRITER_BYTE) and segment.memory.load(at.INTENT_AT) != 0
         for _ in range(_LOOKS)
@@ -332,8 +333,8 @@ def is_broken_off(segment: ObservedSegment) -> bool:
 
 
 def used_feed_bytes(segment: ObservedSegment) -> int:
-    """How much of the byte ring is used: from where the oldest record begins to where the next one
-    will."""
+    """The used bytes of the byte ring: from the start of the oldest record to the start of the next
+    one."""
     if not _feed_entries(segment):
         return 0
     memory, layout = segment.memory, segment.layout
@@ -343,7 +344,7 @@ def used_feed_bytes(segment: ObservedSegment) -> int:
 
 
 def _feed_entries(segment: ObservedSegment) -> int:
-    """From the first that is not dropped, with those that a recovery skipped."""
+    """The number of entries that are not dropped, with the sequences that a recovery skipped."""
     dropped, watermark = segment.memory.load(at.DROPPED_AT), segment.memory.load(at.WATERMARK_AT)
     return min(max(0, watermark - dropped), segment.layout.entries)
 

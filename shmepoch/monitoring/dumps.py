@@ -1,4 +1,4 @@
-"""Dumps: one epoch as a file, for people who look at it elsewhere, or go on with it.
+"""Dumps: one epoch as a file, to be inspected or continued on another machine.
 
 A dump is a zip archive of two members: `epoch.json` says what it is, and `memory.bin` is the
 segment as it was, but for its witness key, which is zeros: a dump lets no process attach.
@@ -38,24 +38,24 @@ from shmepoch.memory.participants import Participant
 from shmepoch.memory.segment import ObservedSegment, SharedSegment
 from shmepoch.monitoring.epochs import DAMAGE, EpochSummary, of_damaged, of_segment
 
-#: What this release writes, and the only one that it reads.
+#: The format that this release writes, and the only one that it reads.
 FORMAT: Final = 1
 
 _FACTS: Final = "epoch.json"
 _MEMORY: Final = "memory.bin"
-#: No `epoch.json` is that long, with as many participants as a segment can have.
+#: No `epoch.json` is this long, even with as many participants as a segment can have.
 _FACTS_LIMIT: Final = 2**20
-#: How long the memory is copied again and again until two copies in a row are equal.
+#: The time for which the memory is copied again, until two copies in a row are equal.
 _PATIENCE_S: Final = 1.0
 _CHUNK: Final = 2**20
 
 
 class EpochDump(Record, kw_only=True, frozen=True):
-    """What a dump says of its epoch, in `epoch.json`."""
+    """The facts of a dump about its epoch, in `epoch.json`."""
 
     format: int = FORMAT
     release: str
-    """Of shmepoch, which made the dump."""
+    """The release of shmepoch that made the dump."""
     layout: int = at.VERSION
     """The layout version of that release."""
     taken_at_ms: Count
@@ -63,13 +63,13 @@ class EpochDump(Record, kw_only=True, frozen=True):
     size: Count
     """Bytes of the memory."""
     moving: bool
-    """Whether the memory changed all the time that it was copied. Then its parts are of slightly
-    different moments, and may contradict each other."""
+    """Whether the memory changed during every copy. Then its parts are of slightly different
+    moments, and may contradict each other."""
     summary: EpochSummary
     limits: OpsLifecycleConfig | None = None
-    """None of a damaged epoch, and of one that has cursors only."""
+    """None for a damaged epoch, and for one that has cursors only."""
     participants: tuple[Participant, ...] = ()
-    """The processes that had the epoch attached, and those that had died so."""
+    """The processes that had the epoch attached, and those that had died attached."""
 
 
 class _Format(Record, frozen=True):
@@ -83,8 +83,8 @@ class _Summary(Record, frozen=True):
 
 
 class DumpFacts(Record, frozen=True):
-    """What a restoration needs of `epoch.json`. The rest is for people, and of a damaged epoch it
-    may be out of every range."""
+    """The facts of `epoch.json` that a restoration needs. The others are for people; those of a
+    damaged epoch may be out of every range."""
 
     size: int
     moving: bool
@@ -92,7 +92,7 @@ class DumpFacts(Record, frozen=True):
 
 
 class DumpInvalid(ShmepochError, ValueError):
-    """A file is no dump that can be restored; nothing was made of it."""
+    """A file is no dump that can be restored; no epoch was made."""
 
     path: Path
     reason: str
@@ -104,7 +104,7 @@ class DumpInvalid(ShmepochError, ValueError):
 
 
 def take(namespace: str, session_id: SessionId) -> tuple[EpochDump, bytes]:
-    """A session's epoch as it is, and its memory; without a lock, and of a damaged one as well.
+    """A session's epoch as it is, and its memory. It takes no lock, and reads damaged epochs too.
 
     Raises `SessionNotFound`, and `SegmentForeign` for what is no regular file of this user's.
     """
@@ -166,13 +166,14 @@ def _described(
 
 
 def _copied(fd: int) -> tuple[bytes, bool]:
-    """The file as it stands at one moment, and False; or True if it did not stand still.
+    """The file as it is at one moment, and False; or True if it kept changing.
 
-    Between two copies that are equal there was a moment at which all of it was so. A transition
-    that came between them shows: the words that commit only grow, and a slot's has a version.
+    If two copies are equal, then the whole file was so at a moment between them. A transition
+    between them makes the copies differ: the words that commit only grow, and a slot's word has
+    a version.
     """
     size = os.fstat(fd).st_size
-    before, copy = bytearray(size), bytearray(size)  # made once: the faster, the sooner it is still
+    before, copy = bytearray(size), bytearray(size)  # made once: a fast copy meets fewer changes
     _copy(fd, copy)
     deadline, moving = time.monotonic() + _PATIENCE_S, True
     while moving:
@@ -187,8 +188,8 @@ def _copied(fd: int) -> tuple[bytes, bool]:
 
 
 def _copy(fd: int, copy: bytearray) -> None:
-    """Copy as much of the file as there is; read and not mapped, since what is damaged may be cut
-    short meanwhile."""
+    """Copy as much of the file as there is. It is read and not mapped, because a damaged file may
+    be cut short meanwhile."""
     offset = 0
     with memoryview(copy) as view:
         while count := os.preadv(fd, [view[offset:]], offset):
@@ -203,7 +204,7 @@ def write(dump: EpochDump, memory: bytes, file: IO[bytes]) -> None:
             (_FACTS, msgspec.json.format(dump.to_json(), indent=2)),
             (_MEMORY, memory),
         ):
-            member = zipfile.ZipInfo(name)  # dated 1980: when it was taken is in it
+            member = zipfile.ZipInfo(name)  # dated 1980: its contents have the date
             member.external_attr = (stat.S_IFREG | 0o600) << 16
             archive.writestr(member, data, zipfile.ZIP_DEFLATED)
 
@@ -212,11 +213,12 @@ def write(dump: EpochDump, memory: bytes, file: IO[bytes]) -> None:
 
 
 def restore(path: Path, namespace: str) -> DumpFacts:
-    """Give the session of a dump its epoch back, in this namespace; what the dump says of it.
+    """Give the session of a dump its epoch back, in this namespace. Returns the dump's facts.
 
-    It has a witness key of its own, so that tokens from before are refused, and those that had it
-    attached count as dead: the next runtime ends what they ran. Raises `DumpInvalid`,
-    `SegmentExists`, `SharedMemoryExhausted`, and `OSError` if the file cannot be read.
+    The epoch has a new witness key, so that old tokens are refused. The processes that had it
+    attached count as dead: the next runtime ends the operations that they ran. Raises
+    `DumpInvalid`, `SegmentExists`, `SharedMemoryExhausted`, and `OSError` if the file cannot be
+    read.
     """
     with _reading(path), zipfile.ZipFile(path) as archive:
         dump = _facts(path, archive)
@@ -238,13 +240,13 @@ def restore(path: Path, namespace: str) -> DumpFacts:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raise `DumpInvalid` for what reading an archive raises, of which there is no end."""
+    """Raise `DumpInvalid` for any of the many errors that reading an archive raises."""
     try:
         yield
     except (ShmepochError, MemoryError):
         raise
     except Exception as error:
-        # EINVAL: it was told of a place before the file's beginning.
+        # EINVAL: the archive names a place before the file's beginning.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DumpInvalid(path, f"it is no whole zip file ({error})") from error
@@ -274,7 +276,7 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _header(path: Path, dump: DumpFacts, head: bytes, size: int, namespace: str) -> Header:
-    """The header of the memory, which agrees with all else that is known before it is read."""
+    """The header of the memory. It agrees with all that is known before the memory is read."""
     session_id = dump.summary.session_id
     if len(head) < HEADER_SIZE or size != dump.size:
         raise DumpInvalid(path, f"its {_MEMORY} has {size} bytes, not {dump.size}")
@@ -307,6 +309,6 @@ def _fill(
     if offset != size:
         raise DumpInvalid(path, f"its {_MEMORY} has {offset} bytes, not {size}")
     memory.store(at.STATE_AT, at.SEALED if header.sealed else at.OPEN)
-    # Those that slept are of another memory, perhaps on another machine.
+    # Its sleepers are of another memory, perhaps on another machine.
     memory.store(at.EVENT_AT, 0)
     memory.store(at.DOORBELLS_AT, 0)

@@ -1,7 +1,7 @@
-"""Every epoch in shared memory, summed up for the people who run it.
+"""A summary of every epoch in shared memory, for the people who run them.
 
-MONITOR-1: a summary takes no lock and changes nothing. It is made as well of an epoch whose
-processes are all dead, or whose writer is stopped in the middle of a transition.
+MONITOR-1: a summary takes no lock and changes nothing. It also works for an epoch whose processes
+are all dead, or whose writer is stopped in the middle of a transition.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from shmepoch.memory.segment import ObservedSegment
 
 T = TypeVar("T")
 
-#: How the segment is refused of an epoch that cannot be read.
+#: The errors for a segment that cannot be read.
 DAMAGE: Final = (SegmentCorrupted, SegmentForeign, LayoutUnsupported)
 
 
 class EpochState(StrEnum):
-    """What has become of an epoch, as far as its segment tells."""
+    """The state of an epoch, as far as its segment tells."""
 
     OPEN = "open"
     """Processes have it attached, and it takes changes."""
     SEALED = "sealed"
     """Its runtime has ended it."""
     ABANDONED = "abandoned"
-    """It takes changes, and no process but observers has it attached; a runtime may continue it."""
+    """It takes changes, and no process except observers has it attached. A runtime may continue
+    it."""
     DAMAGED = "damaged"
     """Its segment cannot be read: damaged, of another release, or open to other users."""
 
@@ -48,7 +49,7 @@ class EpochState(StrEnum):
 class EpochSummary(Record, kw_only=True, frozen=True):
     """One epoch at about one moment. Times are wall-clock milliseconds since the Unix epoch.
 
-    Of a damaged one only `namespace`, `session_id`, `state`, `problem`, `alive_at_ms` and `bytes`
+    For a damaged one only `namespace`, `session_id`, `state`, `problem`, `alive_at_ms` and `bytes`
     are known, and mostly `epoch_id`.
     """
 
@@ -56,26 +57,27 @@ class EpochSummary(Record, kw_only=True, frozen=True):
     session_id: SessionId
     state: EpochState
     alive_at_ms: Count
-    """When a process is known to have had it attached last."""
+    """The last time at which a process is known to have had it attached."""
     bytes: Count
     """The shared memory that it takes."""
     problem: str | None = None
-    """What is wrong with a damaged one."""
+    """The damage of a damaged one."""
     epoch_id: RuntimeEpochId | None = None
     created_at_ms: Count = 0
     participants: dict[Role, Count] = msgspec.field(default_factory=dict)
-    """How many live processes have each role."""
+    """The number of live processes of each role."""
     dead: Count = 0
     """Participants that died and that no runtime has cleared yet."""
     operations: dict[OperationStatus, Count] = msgspec.field(default_factory=dict)
-    """How many operations have each status, of those that have not ended."""
+    """The number of operations of each status, of those that have not ended."""
     ended: Count = 0
-    """How many operations have ended; of a recovered epoch, of those that it held then or since."""
+    """The number of operations that have ended. A recovered epoch counts those that it held at its
+    recovery, and later ones."""
     watermark: CompletionSeq = 0
     dropped_through: CompletionSeq = 0
     durable_through: CompletionSeq = 0
     repairs: Count = 0
-    """How often a writer found, and undid, what one that was killed had begun."""
+    """How often a writer found and undid the unfinished transition of a writer that was killed."""
     cursors: EpochCursorSnapshot = EpochCursorSnapshot()
     skipped_after: CompletionSeq = 0
     skipped_through: CompletionSeq = 0
@@ -83,7 +85,7 @@ class EpochSummary(Record, kw_only=True, frozen=True):
 
     @property
     def lags(self) -> dict[str, int]:
-        """For each cursor, how many completions of the feed are above it."""
+        """The number of completions of the feed above each cursor."""
         skipped = self.skipped_after, self.skipped_through
         positions = msgspec.structs.asdict(self.cursors).items()
         return {
@@ -95,13 +97,14 @@ class EpochSummary(Record, kw_only=True, frozen=True):
 def completions_between(
     after: CompletionSeq, through: CompletionSeq, skipped: tuple[CompletionSeq, CompletionSeq]
 ) -> int:
-    """How many completions have a sequence above one and up to another; recovery skipped some."""
+    """The number of completions with a sequence above one and up to another, without the sequences
+    that the recovery skipped."""
     left_out = min(through, skipped[1]) - max(after, skipped[0])
     return max(0, through - after - max(0, left_out))
 
 
 def summaries(namespace: str | None = None) -> Iterator[EpochSummary]:
-    """A summary of each of this user's epochs, of one namespace if that is given, in no order."""
+    """A summary of each of this user's epochs, in no order; of one namespace if that is given."""
     for found, session_id in list_segments(namespace):
         summary = summarize(found, session_id)
         if summary is not None:
@@ -131,8 +134,8 @@ def summarize(namespace: str, session_id: SessionId) -> EpochSummary | None:
 def of_segment(segment: ObservedSegment) -> EpochSummary:
     """A summary of an epoch.
 
-    Raises `SegmentCorrupted` where its memory is damaged. If that is its newest record alone, it is
-    the summary of a damaged epoch that has all the rest.
+    Raises `SegmentCorrupted` where its memory is damaged. If only its newest record is damaged, it
+    returns the summary of a damaged epoch with all the rest.
     """
     attached = segment.participants.list()
     alive = [one.role for one in attached if one.alive]
@@ -149,7 +152,7 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
         state, problem = EpochState.DAMAGED, str(error)
         alive_at_ms = os.fstat(segment.fd).st_mtime_ns // 10**6
     memory = segment.memory
-    # The cursors first: one that is read later may be ahead of the watermark.
+    # The cursors are read first: a cursor that is read later may be ahead of the watermark.
     cursors = EpochCursorSnapshot(*memory.load_column(at.CURSORS_AT, at.CURSORS, at.LINE))
     operations, ended = _operations(segment)
     skipped_after, skipped_through = segment.skipped
@@ -177,14 +180,19 @@ def of_segment(segment: ObservedSegment) -> EpochSummary:
 
 
 def last_sign_of_life(segment: ObservedSegment, attached: Iterable[Participant]) -> int:
-    """When a process is known to have had the epoch attached last; `attached` are those listed.
+    """The last time at which a process is known to have had the epoch attached.
 
-    GC-1: a sign of life is the newest of these: the time of its file, which a participant sets that
-    leaves in good order, and the session's runtime once a minute; the time at which a participant
-    joined that is still listed, dead or alive; the end of its newest operation. So an epoch whose
-    processes were all killed looks older than it is: by a minute at most with a runtime; without
-    one, by the time since its last worker joined or ended an operation. A clock that was set back
-    makes it look younger.
+    `attached` are the participants that are listed, dead or alive. GC-1: the last sign of life is
+    the newest of these times:
+
+    - the time of the epoch's file. A participant that leaves in good order sets it, and the
+      session's runtime does once a minute
+    - the time at which a listed participant joined
+    - the end of the newest operation
+
+    So an epoch whose processes were all killed looks older than it is. With a runtime the
+    difference is a minute at most. Without one it is the time since the last worker joined or ended
+    an operation. A clock that was set back makes the epoch look younger.
     """
     at_ms = [os.fstat(segment.fd).st_mtime_ns // 10**6, *(one.joined_at_ms for one in attached)]
     if segment.layout.config is not None:
@@ -195,7 +203,7 @@ def last_sign_of_life(segment: ObservedSegment, attached: Iterable[Participant])
 
 
 def _operations(segment: ObservedSegment) -> tuple[dict[OperationStatus, int], int]:
-    """How many have each status, of those that have not ended; and how many have ended."""
+    """The number of operations of each status, of those that have not ended; and of ended ones."""
     if segment.layout.config is None:
         return {}, 0
     table = OperationTable(segment)
@@ -203,13 +211,13 @@ def _operations(segment: ObservedSegment) -> tuple[dict[OperationStatus, int], i
     ended = words.watermark - words.origin
     if words.registrations == ended:
         return {}, ended
-    # Their specs are not decoded, which would take longer than all the rest.
+    # Specs are not decoded: that would take longer than all the rest.
     live = (slot.word & at.STATUS_MASK for slot in table.slots() if not slot.terminal_seq)
     return counted(STATUSES[status] for status in live), ended
 
 
 def counted(found: Iterable[T]) -> dict[T, int]:
-    """How often each was found; a Counter takes longer to make than these few to count."""
+    """The number of each. Making a Counter takes longer than counting these few."""
     counts: dict[T, int] = {}
     for one in found:
         counts[one] = counts.get(one, 0) + 1
@@ -223,7 +231,7 @@ def of_damaged(
     file: os.stat_result,
     epoch_id: RuntimeEpochId | None = None,
 ) -> EpochSummary:
-    """A summary of an epoch that cannot be read, and why not."""
+    """A summary of an epoch that cannot be read, with the reason."""
     return EpochSummary(
         namespace=namespace,
         session_id=session_id,

@@ -1,9 +1,9 @@
 """Garbage in shared memory: files that no process holds, the rules for them, and their removal.
 
-GC-2: nothing is removed that a process has attached or is making, nor anything of another user's;
-and without a user's word nothing that a runtime may go on with. A file is judged by a look without
-a lock. It is judged once more before it goes, while the removal keeps every process from attaching
-it: a process may have used it in between.
+GC-2: a file that a process has attached or is making is never removed, nor a file of another user.
+A segment that a runtime may continue is removed only if the user says so. A file is judged without
+a lock. A process may use it after that, so it is judged once more before it is removed; meanwhile
+the removal keeps every process from attaching it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from shmepoch.memory.removal import is_held, remove_leftover, remove_unused
 from shmepoch.memory.segment import ObservedSegment
 from shmepoch.monitoring.epochs import last_sign_of_life
 
-#: pathlib would take longer to join a path than the kernel to open it.
+#: A string: pathlib takes longer to join a path than the kernel takes to open it.
 _SHM_DIR: Final = str(SHM_DIR)
 _BLOCK: Final = 512  # what stat(2) counts a file's memory in
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s"))
 
 
-#: The options that say what is wanted.
+#: The options that choose more files.
 OLDER_THAN: Final = "--older-than"
 DAMAGED: Final = "--damaged"
 
 
 class What(StrEnum):
-    """The kinds of files in shared memory, for the user who looks."""
+    """The kinds of files in shared memory, as the user sees them."""
 
     IN_USE = "in use"
     """A process has it attached, listens on it or makes it."""
@@ -56,24 +56,24 @@ class What(StrEnum):
     DAMAGED = "damaged"
     """A segment that this release cannot read."""
     UNSAFE = "unsafe"
-    """It is this user's, and no file that this user alone may open."""
+    """A file of this user that is not regular, or that others may open too."""
     OTHERS = "another user's"
-    """It is another user's."""
+    """A file of another user."""
     UNKNOWN = "unknown"
-    """It has a name that this release gives to no file."""
+    """A file with a name that this release gives to no file."""
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """The files that a user wants to be removed besides those that no process can need."""
+    """The files that a user wants removed, besides those that no process can need."""
 
     older_than_ms: int | None = None
-    """Epochs without a sign of life for this long; None: no epoch because of its age."""
+    """Epochs without a sign of life for this long; None: no epoch is removed because of its age."""
     damaged: bool = False
     """Segments that this release cannot read."""
 
 
 class Found(Record, kw_only=True, frozen=True):
-    """A file in shared memory, and what is to become of it."""
+    """A file in shared memory, and the judgement of it."""
 
     namespace: str
     name: str
@@ -81,19 +81,19 @@ class Found(Record, kw_only=True, frozen=True):
     remove: bool
     """Whether it is to be removed."""
     why: str
-    """The rule that says so, for people."""
+    """The rule for that, for people."""
     hint: str | None = None
     """The option of `shmepoch gc` with which it would be removed."""
     bytes: Count
     """The shared memory that it takes."""
     session_id: SessionId | None = None
-    """Of a segment."""
+    """The session of a segment."""
     alive_at_ms: Count | None = None
     """The last sign of life of a segment that no process has attached, in wall-clock milliseconds
     since the Unix epoch."""
     removed: bool = False
     problem: str | None = None
-    """Why it could not be removed."""
+    """The reason why it could not be removed."""
 
 
 class _Judgement(msgspec.Struct, frozen=True):
@@ -105,7 +105,7 @@ class _Judgement(msgspec.Struct, frozen=True):
 
 
 def find(namespace: str | None, wanted: Wanted) -> Iterator[Found]:
-    """Every file of one namespace, or of all, in the order of their names. Changes nothing.
+    """Every file of one namespace, or of all, in the order of their names. It changes nothing.
 
     Raises `OSError` where there is no shared memory, or no descriptor to be had."""
     files = sorted((found, entry.name) for found, entry in list_files(namespace))
@@ -129,7 +129,8 @@ def find(namespace: str | None, wanted: Wanted) -> Iterator[Found]:
 
 
 def remove(found: Found, wanted: Wanted) -> Found:
-    """Remove what is to be removed, unless a process came for it meanwhile; what became of it."""
+    """Remove the files that are to be removed, unless a process has used one meanwhile. Returns
+    the results."""
     try:
         removed = _remove(found, wanted)
     except OSError as error:
@@ -216,8 +217,8 @@ def _judge_epoch(segment: ObservedSegment, wanted: Wanted) -> _Judgement:
 
 
 def _lacking(segment: ObservedSegment) -> int:
-    """How many completions the epoch's store lacks, if it is known to have a store: the next
-    runtime takes them there. A store that never took one is not known."""
+    """The number of completions that the epoch's store lacks, if a store is known. The next runtime
+    takes them there. A store that never took a completion is not known."""
     memory, config = segment.memory, segment.layout.config
     durable = memory.load(at.DURABLE_AT)
     has_store = durable > 0 or (config is not None and config.store_wait_ms > 0)

@@ -1,8 +1,8 @@
-"""Which processes hold the locks of a file, as /proc tells this user.
+"""The processes that hold the locks of a file, as /proc tells this user.
 
-The locks of a segment belong to open file descriptions, so that fcntl(2) cannot say whose they are.
-The kernel lists them with each descriptor (proc_pid_fdinfo(5)). Processes of other users, and of
-containers that this one does not see, are left out.
+The locks of a segment belong to open file descriptions, so fcntl(2) cannot name their holders.
+The kernel lists the locks with each descriptor (proc_pid_fdinfo(5)). Processes of other users are
+left out, and so are those of containers that this one does not see.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-#: Such as `lock:	1: OFDLCK  ADVISORY  WRITE -1 00:1a:1234 0 0`; neighbours are one range.
+#: A lock, such as `lock:	1: OFDLCK  ADVISORY  WRITE -1 00:1a:1234 0 0`; neighbours are one range.
 _LOCK: Final = re.compile(
     rb"^lock:\s+\d+: OFDLCK .* ([0-9a-f]+):([0-9a-f]+):(\d+) (\d+) (\d+|EOF)$", re.MULTILINE
 )
@@ -32,8 +32,8 @@ class Holder(NamedTuple):
 
 
 def holders(file: os.stat_result) -> list[Holder]:
-    """Every descriptor with a lock on this file, of the processes that this user may look at, and
-    that have the file mapped."""
+    """Every descriptor with a lock on this file. It covers the processes that this user may inspect
+    and that have the file mapped."""
     place = os.major(file.st_dev), os.minor(file.st_dev), file.st_ino
     found: list[Holder] = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
@@ -54,10 +54,10 @@ def is_stopped(pid: int) -> bool:
 
 
 def _has_mapped(pid: int, place: tuple[int, int, int]) -> bool:
-    """Whether a process has the file mapped, as each has that holds a lock of it.
+    """Whether a process has the file mapped. Each process that holds a lock of the file has.
 
-    To read of a descriptor takes the kernel a reference to its file. If its process is killed
-    meanwhile, its locks go that much later. So the descriptors of other processes are left alone.
+    While a descriptor is read, the kernel holds a reference to its file. If the process is killed
+    meanwhile, its locks end later. So the descriptors of other processes are not read.
     """
     major, minor, inode = place
     mapped = f" {major:02x}:{minor:02x} {inode} ".encode()

@@ -1,7 +1,7 @@
 """The effect of logind on shared memory: RemoveIPC, as configured (logind.conf(5)).
 
-With RemoveIPC=yes, its default, the last logout of a user removes everything of that user's in
-/dev/shm, whatever still uses it. System users, and users that linger, are left alone.
+RemoveIPC=yes is the default. Then the last logout of a user removes all files of that user in
+/dev/shm, even files in use. System users, and users that linger, are left alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-#: Where its configuration lies, the first to be looked at first.
+#: The folders of its configuration, in the order in which they are searched.
 FOLDERS: Final = tuple(
     map(Path, ("/etc/systemd", "/run/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd"))
 )
@@ -32,9 +32,9 @@ def removes_ipc(folders: Sequence[Path] = FOLDERS) -> tuple[bool, Path | None]:
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
-    """The files that are read, in order: the last one to say something is right.
+    """The files that are read, in order: the last one with a value decides.
 
-    Of files of one name only that of the first folder counts, in whatever order they are read.
+    If several folders have a file of one name, only the file in the first folder counts.
     """
     main = [folder / _NAME for folder in folders if (folder / _NAME).is_file()]
     drop_ins: dict[str, Path] = {}

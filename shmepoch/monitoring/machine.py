@@ -1,4 +1,4 @@
-"""Whether a machine is fit for shmepoch: one check for each thing that epochs depend on."""
+"""Checks whether a machine is fit for shmepoch: one check for each thing that epochs depend on."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _MOUNT: Final = "mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
 _FEW_EPOCHS: Final = 128
 _FEW_DESCRIPTORS: Final = 1024
 _FEW_PROCESSES: Final = 64
-#: Limits that are as good as none are numbers, too, in some places.
+#: A limit of this size is no limit: in some places an unlimited value is a large number.
 _NO_LIMIT: Final = 2**60
 #: The last id of a system user, on nearly every distribution.
 _SYSTEM_USERS: Final = 999
-#: How many of a kind are named.
+#: The number of files of a kind that are named.
 _NAMED: Final = 3
 _HINTS: Final = {
     What.SEALED: "{gc}",
@@ -53,22 +53,22 @@ _HINTS: Final = {
     What.UNSAFE: "see who made it (ls -l /dev/shm), and remove it",
     What.UNKNOWN: "see who made it (ls -l /dev/shm)",
 }
-#: These kinds are no fault.
+#: The kinds that are no fault.
 _FINE: Final = (What.IN_USE, What.OTHERS, What.ABANDONED)
 
 
 class Level(StrEnum):
-    """How much a finding matters."""
+    """The weight of a finding."""
 
     OK = "ok"
     WARNING = "warning"
-    """It works, and may not always."""
+    """It works now, but may fail later."""
     PROBLEM = "problem"
-    """Epochs cannot be used, or not safely."""
+    """Epochs cannot be used, or cannot be used safely."""
 
 
 class Finding(Record, kw_only=True, frozen=True):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     level: Level
@@ -79,7 +79,7 @@ class Finding(Record, kw_only=True, frozen=True):
 
 
 class Places(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the facts are read from."""
+    """The places from which the facts are read."""
 
     proc: Path = Path("/proc")
     cgroups: Path = Path("/sys/fs/cgroup")
@@ -89,7 +89,7 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine(places: Places | None = None) -> Iterator[Finding]:
-    """Every check in turn. One that fails is a finding of its own, and stops no other."""
+    """Every check in turn. A check that raises an error is a finding, and the others still run."""
     for name, check in _CHECKS.items():
         try:
             yield from check(name, places or Places())
@@ -123,12 +123,12 @@ def shared_memory(name: str, places: Places) -> Iterator[Finding]:
 
 
 def _mount_of(path: Path, places: Places) -> tuple[str, set[str]]:
-    """The type and the options of what is mounted where `path` is."""
+    """The type and the options of the file system that is mounted where `path` is."""
     depth, kind, flags = -1, "file system that is not known", set[str]()
     for line in (places.proc / "self/mountinfo").read_text().splitlines():
         mount, _, source = line.partition(" - ")
         point, own = Path(mount.split()[4]), mount.split()[5]
-        # Of two at one point the later one hides the earlier one.
+        # A later mount hides an earlier one at the same point.
         if path.is_relative_to(point) and len(point.parts) >= depth:
             kind, _, options = source.split(maxsplit=2)
             depth, flags = len(point.parts), {*own.split(","), *options.split(",")}
@@ -198,7 +198,7 @@ def processes(name: str, places: Places) -> Iterator[Finding]:
 
 
 def _tasks(places: Places) -> int:
-    """How many threads this user has."""
+    """The number of threads of this user."""
     count = 0
     for process in places.proc.glob("[0-9]*"):
         try:
@@ -230,7 +230,7 @@ def memory(name: str, places: Places) -> Iterator[Finding]:
 
 
 def address_space(name: str, _: Places) -> Iterator[Finding]:
-    """Limits of a process that few have set: silent unless they are set."""
+    """Limits of a process that are rarely set: a limit that is not set is not reported."""
     for limit, what, flag in (
         (resource.RLIMIT_AS, "address space", "-v"),
         (resource.RLIMIT_FSIZE, "size of a file", "-f"),
@@ -253,7 +253,7 @@ def _control_groups(
 ) -> Iterator[tuple[int, int]]:
     """The use and the limit of this process's control group and of those above it, if limited.
 
-    `names` are the files that say so; those of the two versions differ.
+    `names` are the files of the use and the limit; the two versions have different ones.
     """
     for line in (places.proc / "self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -262,7 +262,7 @@ def _control_groups(
         root = places.cgroups / (controllers if controllers else "")
         group = root / path.lstrip("/")
         if not group.is_dir():
-            group = root  # a container that sees its own part of the tree only
+            group = root  # a container that sees only its own part of the tree
         while group.is_relative_to(root):
             current, most = (_number(group / name) for name in names)
             if current is not None and most is not None and most < _NO_LIMIT:
@@ -282,7 +282,7 @@ def _number(path: Path) -> int | None:
 
 
 def removal_at_logout(name: str, places: Places) -> Iterator[Finding]:
-    """systemd leaves a user's epochs alone when that user logs out."""
+    """systemd does not remove a user's epochs when that user logs out."""
     uid = os.geteuid()
     if not places.systemd.is_dir():
         yield _ok(name, "systemd does not run here, and removes nothing at a logout")

@@ -1,7 +1,7 @@
-"""Prometheus metrics of epochs: sums of what they hold, and counts of what happens in them.
+"""Prometheus metrics of epochs: sums of their contents, and counts of their events.
 
-METRICS-1: a scrape takes no lock of an epoch and changes nothing in it. What it counts is monotonic
-across epochs that vanish, and so are the labels: a namespace stays, an epoch is forgotten.
+METRICS-1: a scrape takes no lock of an epoch and changes nothing in it. Counters never decrease
+when an epoch vanishes. The labels of a namespace stay; an epoch is forgotten.
 """
 
 from __future__ import annotations
@@ -42,23 +42,26 @@ from shmepoch.monitoring.epochs import (
     summaries,
 )
 
-#: How long operations take: from what is done at once to a night's work.
+#: The durations of operations: from an instant to a night's work.
 _OPERATION_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400, 43200)
-#: How soon an agent applies them: finer than a look every quarter of a second tells nothing.
+#: The times until an agent applies a completion. A poll comes every quarter of a second, so finer
+#: buckets would tell nothing.
 _APPLIED_BUCKETS: Final = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
 
 class EpochCollector:
     """A collector for a `CollectorRegistry` of prometheus_client, of this user's epochs.
 
-    It counts what happens from its making on: of an epoch that was there already, what comes after
-    the first look. It looks at each scrape, and whenever `poll` is called. Scrapes may be
-    concurrent.
+    It counts events from its making on. In an epoch that was there already, it counts the events
+    after the first poll. It polls the epochs at each scrape, and whenever `poll` is called. Scrapes
+    may be concurrent.
     """
 
     def __init__(self, namespace: str | None = None, *, by_session: bool = False) -> None:
-        """Of one namespace, or of every one. With `by_session` the gauges have the label `session`,
-        which is a series for each session and value; counters and histograms never have it.
+        """Collect from one namespace, or from all if it is None.
+
+        With `by_session` the gauges have the label `session`, which makes a series for each session
+        and value. Counters and histograms never have it.
 
         Raises `NamespaceInvalid`.
         """
@@ -74,20 +77,20 @@ class EpochCollector:
             self._counts.know(self._namespace)
 
     def poll(self) -> None:
-        """Look once more, between scrapes; best several times a second.
+        """Read the epochs once more, between scrapes; best several times a second.
 
-        The latency until a completion is applied is found too long by up to the time between two
-        looks. From the first call on, what an epoch completed before it was removed is not lost to
-        the counts: until the next call this process has its memory mapped.
+        The latency until a completion is applied comes out too long, by up to the time between two
+        polls. From the first call on, the last completions of a removed epoch are counted too: this
+        process has the memory of each epoch mapped until the next call.
 
-        Raises `OSError` where shared memory cannot be looked at.
+        Raises `OSError` where shared memory cannot be read.
         """
         with self._lock:
             self._is_polled = True
             self._look()
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics as they stand. Raises `OSError` where shared memory cannot be looked at."""
+        """The metrics as they are now. Raises `OSError` where shared memory cannot be read."""
         with self._lock:
             began = time.perf_counter()
             self._look()
@@ -99,7 +102,7 @@ class EpochCollector:
         """The names of the metrics, for the registry."""
         return [*self._gauges(()), *self._counts.describe(), GaugeMetricFamily(*_SCRAPE)]
 
-    # --- what epochs hold now ---------------------------------------------------------------------
+    # --- gauges: the contents of epochs now -------------------------------------------------------
 
     def _summaries(self) -> list[EpochSummary]:
         found = []
@@ -130,10 +133,10 @@ class EpochCollector:
                     family.add_metric([*group, key] if label else group, value)
             yield family
 
-    # --- what happens in them ---------------------------------------------------------------------
+    # --- counts: the events in epochs -------------------------------------------------------------
 
     def _look(self) -> None:
-        """Count what has happened since the last look."""
+        """Count the events since the last poll."""
         listed = set(list_segments(self._namespace))
         for namespace, _ in listed:
             self._counts.know(namespace)
@@ -145,7 +148,7 @@ class EpochCollector:
             except FileNotFoundError:
                 self._leave((namespace, session_id))
             except (SegmentCorrupted, SegmentForeign, LayoutUnsupported):
-                pass  # its summary says so, and what was counted of it stays so
+                pass  # its summary says so, and its counts stay
             else:
                 segment.close()  # its memory stays mapped, and there is no descriptor to keep
                 self._follow((namespace, session_id), segment)
@@ -159,14 +162,14 @@ class EpochCollector:
         followed.mapped = segment if self._is_polled else None
 
     def _leave(self, key: tuple[str, SessionId]) -> None:
-        """Count the last of an epoch whose name is gone, or another's, and forget it."""
+        """Count the last events of an epoch that has lost its name, and forget the epoch."""
         followed = self._followed.pop(key, None)
         if followed is not None and followed.mapped is not None:
             followed.count(followed.mapped, self._began_ms, self._counts)
 
 
 class _Counts:
-    """What is counted, for each namespace that was ever seen: they stay, as counters have to."""
+    """The counters, for each namespace that was ever seen. They stay, as counters have to."""
 
     def __init__(self) -> None:
         self.namespaces: Final[set[str]] = set()
@@ -219,7 +222,7 @@ class _Counts:
         )
 
     def know(self, namespace: str) -> None:
-        """Have a series of 0 for the namespace, so that its first increase is seen as one."""
+        """Start a series at 0 for the namespace, so that its first increase shows as one."""
         if namespace not in self.namespaces:
             self.namespaces.add(namespace)
             for metric in self._all:
@@ -237,7 +240,7 @@ class _Counts:
 
 
 class _Place(NamedTuple):
-    """Up to where each thing that is counted has come in one epoch."""
+    """The positions in one epoch up to which its events are counted."""
 
     watermark: CompletionSeq
     applied: CompletionSeq
@@ -248,27 +251,27 @@ class _Place(NamedTuple):
     @classmethod
     def of(cls, segment: ObservedSegment) -> Self:
         memory = segment.memory
-        # In this order: what is read later may be further, and nothing is taken for missing that
-        # was only read earlier.
+        # The order matters: a value that is read later may be further. So no completion counts as
+        # missing only because its cursor was read earlier.
         applied, durable = memory.load(at.CURSORS_AT), memory.load(at.DURABLE_AT)
         watermark, dropped = memory.load(at.WATERMARK_AT), memory.load(at.DROPPED_AT)
         return cls(watermark, min(applied, watermark), durable, dropped, memory.load(at.REPAIRS_AT))
 
 
 class _Followed:
-    """One epoch, and how far it has been counted."""
+    """One epoch, and the place up to which it has been counted."""
 
     def __init__(self, witness: bytes) -> None:
         self.witness: Final = witness
-        #: Whether something was found damaged that was to be counted.
+        #: Whether a value that was to be counted was found damaged.
         self.is_damaged = False
-        #: Its memory, where that is to be looked at once more when its name is gone.
+        #: Its memory, if that is to be read once more when its name is gone.
         self.mapped: ObservedSegment | None = None
         self._place: _Place | None = None
 
     def count(self, segment: ObservedSegment, began_ms: int, counts: _Counts) -> None:
-        """Count what has happened since the last time or, of an epoch that was there before the
-        count began, since the first time."""
+        """Count the events since the last call. If the epoch is older than the collector, the first
+        call counts nothing."""
         if segment.layout.config is None:
             return  # there is nothing but cursors
         try:
@@ -278,7 +281,7 @@ class _Followed:
                 is_new = segment.memory.load(at.CREATED_AT) >= began_ms
                 before = _beginning(words, place) if is_new else place
             _require_sound(segment, before, place)
-            # Now: if a record is damaged below, what was counted is not counted again.
+            # Set first: if a record below is damaged, no event is counted twice.
             self._place = place
             _count(segment, words, before, place, counts)
         except SegmentCorrupted:
@@ -286,13 +289,13 @@ class _Followed:
 
 
 def _beginning(words: Words, place: _Place) -> _Place:
-    """The place of an epoch before anything happened in it; if it was recovered, since then."""
+    """The place of an epoch before its first event; if it was recovered, since the recovery."""
     begin = words.skipped_through
     return _Place(begin, begin, begin, min(begin, place.dropped), 0)
 
 
 def _require_sound(segment: ObservedSegment, before: _Place, place: _Place) -> None:
-    """Raise `SegmentCorrupted` if this cannot have become of what was before."""
+    """Raise `SegmentCorrupted` if `place` cannot follow `before`."""
     for name in ("watermark", "dropped", "repairs"):
         least, actual = getattr(before, name), getattr(place, name)
         if actual < least:
@@ -305,7 +308,7 @@ def _require_sound(segment: ObservedSegment, before: _Place, place: _Place) -> N
 def _count(
     segment: ObservedSegment, words: Words, before: _Place, place: _Place, counts: _Counts
 ) -> None:
-    """Count what has happened between two places."""
+    """Count the events between two places."""
     namespace, skipped = segment.namespace, (words.skipped_after, words.skipped_through)
     counts.repairs.labels(namespace).inc(place.repairs - before.repairs)
     counts.completions.labels(namespace).inc(
@@ -333,7 +336,7 @@ def _count(
 def _records(
     table: OperationTable, after: CompletionSeq, through: CompletionSeq
 ) -> Iterator[tuple[CompletionSeq, RawRecord]]:
-    """The records above one sequence and up to another, but for those that are dropped."""
+    """The records above one sequence and up to another, without the dropped ones."""
     for seq in range(after + 1, through + 1):
         record = table.record(seq)
         if record is not None:
@@ -341,27 +344,27 @@ def _records(
 
 
 class _Ending(msgspec.Struct):
-    """What is read of an outcome: it may be long."""
+    """The part of an outcome that is read: the whole may be long."""
 
     outcome_type: OperationStatus
 
 
 _ending_decoder: Final = wire_decoder(_Ending)
 
-#: How the head of an operation begins whose end wakes no agent.
+#: The first bytes of the head of an operation whose end wakes no agent.
 _WAKES_NO_AGENT: Final = to_wire(OperationKind.MOB_MEMBER_CHILD)
 
 
 class _Gauge(NamedTuple):
-    """A metric that is made of summaries."""
+    """A metric that is computed from summaries."""
 
     name: str
     help: str
-    #: The label that it has besides those that say of what it is, and the values that are always
-    #: there; None and one value for none.
+    #: Its own label, besides the namespace and the session, and the values of that label that are
+    #: always there. Without a label: None, and one value.
     label: str | None
     always: Collection[str]
-    #: What one epoch has for each value of the label, and how that of several becomes one.
+    #: The figure of one epoch for each value of the label, and the way to combine those of several.
     of: Callable[[EpochSummary], Mapping[Any, int]]
     combine: Callable[[int, int], int] = operator.add
 
@@ -371,7 +374,7 @@ def _plain(name: str, help: str, of: Callable[[EpochSummary], int], **more: Any)
 
 
 def _persistence_lag(summary: EpochSummary) -> int:
-    """How many completions a store does not have, of an epoch that something persists."""
+    """The number of completions that are not in the store, of an epoch that something persists."""
     if summary.durable_through or summary.participants.get(Role.PERSISTENCE):
         return max(0, summary.watermark - summary.durable_through)
     return 0

@@ -1,4 +1,4 @@
-"""Which epochs people want to see, and in which order: what `--filter` and `--sort` mean."""
+"""Filters and sort keys of epochs: the meaning of `--filter` and `--sort`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NUMBER: Final = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[A-Za-z]?)
 
 
 class FilterInvalid(ShmepochError, ValueError):
-    """A filter names no field, or its value is none of the field's."""
+    """A filter names an unknown field, or its value is not valid for the field."""
 
     text: str
     reason: str
@@ -47,7 +47,7 @@ class FilterInvalid(ShmepochError, ValueError):
 
 
 class SortKeyInvalid(ShmepochError, ValueError):
-    """Epochs are to be sorted by what is no field of theirs."""
+    """A sort key is not a field of an epoch."""
 
     key: str
     keys: tuple[str, ...]
@@ -60,15 +60,15 @@ class SortKeyInvalid(ShmepochError, ValueError):
 
 
 class Field(NamedTuple):
-    """What epochs are filtered and sorted by."""
+    """A field by which epochs are filtered and sorted."""
 
     value: Value
     units: dict[str, int] | None = None
     """The units in which a number is written; None if the value is text."""
     prefix: bool = False
-    """Whether a text stands for those that begin so, with hyphens or without."""
+    """Whether a text matches all values that begin with it, with hyphens or without."""
     choices: tuple[str, ...] = ()
-    """The texts there are, if these are few."""
+    """The possible texts, if they are few."""
 
 
 def _of_role(role: Role) -> Field:
@@ -88,7 +88,7 @@ def _known(epoch: EpochSummary, value: int) -> int | None:
 
 
 def _idle(epoch: EpochSummary, now_ms: int) -> int:
-    """How long ago a process had it attached: not at all, as long as one has."""
+    """The time since a process had it attached; 0 while one has."""
     return 0 if epoch.state is EpochState.OPEN else now_ms - epoch.alive_at_ms
 
 
@@ -118,9 +118,9 @@ FIELDS: Final = {
 
 
 def condition(text: str) -> Condition:
-    """What a filter asks of an epoch, at a time in milliseconds; `FilterInvalid`.
+    """The condition that a filter means, at a time in milliseconds; `FilterInvalid`.
 
-    An epoch of which the field is not known does not pass.
+    An epoch whose field is not known does not pass.
     """
     found = _FILTER.fullmatch(text)
     if found is None:
@@ -167,9 +167,9 @@ def _textual(field: Field, wanted: str) -> Condition:
 
 
 def order(text: str) -> Callable[[Iterable[EpochSummary], int], list[EpochSummary]]:
-    """How to sort by a key, or from the largest with a hyphen in front; `SortKeyInvalid`.
+    """The order for a key, from the largest if a hyphen is in front; `SortKeyInvalid`.
 
-    Epochs of which it is not known come last, and equal ones in the order of their sessions.
+    Epochs whose field is not known come last. Equal ones are in the order of their sessions.
     """
     field = FIELDS.get(text.removeprefix("-"))
     if field is None:
@@ -190,5 +190,5 @@ def order(text: str) -> Callable[[Iterable[EpochSummary], int], list[EpochSummar
 def matching(
     epochs: Iterable[EpochSummary], conditions: Sequence[Condition], now_ms: int
 ) -> list[EpochSummary]:
-    """Those that every condition holds of."""
+    """The epochs that meet every condition."""
     return [epoch for epoch in epochs if all(holds(epoch, now_ms) for holds in conditions)]

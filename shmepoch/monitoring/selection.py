@@ -1,4 +1,4 @@
-"""Which epoch people mean: by the id of its session or its own, or by how one of them begins."""
+"""Finds the epoch that people mean: by its id or its session's id, or the beginning of one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 #: The hexadecimal digits of an identifier.
 DIGITS: Final = 2 * at.ID_SIZE
-#: How many others an error names.
+#: The number of other ids that an error names.
 _NAMED: Final = 10
 _SUGGESTED: Final = 3
-#: How much of what was written an identifier has to resemble; any two share a quarter of their
-#: digits.
+#: The least similarity of an identifier to the written text. Any two identifiers share a quarter
+#: of their digits.
 _LIKENESS: Final = 0.75
 
 
 class Candidate(NamedTuple):
-    """A session whose epoch may be meant; `epoch_id` is None where its segment tells none."""
+    """A session whose epoch may be meant; `epoch_id` is None if its segment has none to read."""
 
     namespace: str
     session_id: SessionId
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
 
 class EpochUnknown(ShmepochError, LookupError):
-    """No epoch in shared memory has this id, or one that begins so."""
+    """No epoch in shared memory has an id that is, or begins with, the written text."""
 
     text: str
     namespace: str | None
@@ -56,7 +56,7 @@ class EpochUnknown(ShmepochError, LookupError):
 
 
 class EpochAmbiguous(ShmepochError, LookupError):
-    """Several epochs have ids that begin so."""
+    """Several epochs have ids that begin with the written text."""
 
     text: str
     candidates: tuple[Candidate, ...]
@@ -72,7 +72,7 @@ class EpochAmbiguous(ShmepochError, LookupError):
 
 
 def digits_of(text: str) -> str:
-    """The digits of an id, or of its beginning, without hyphens and capitals."""
+    """The digits of an id, or of its beginning, in lower case and without hyphens."""
     return text.strip().replace("-", "").lower()
 
 
@@ -85,10 +85,10 @@ def nearest(digits: str, known: Mapping[str, T]) -> tuple[T, ...]:
 
 
 def select(text: str, namespace: str | None) -> tuple[str, SessionId]:
-    """The namespace and the session of the epoch that is meant, of every namespace if that is None.
+    """The namespace and the session of the epoch that is meant. None searches every namespace.
 
-    `text` is the id of a session or of an epoch, or how it begins; with hyphens or without, in
-    capitals or not. Raises `EpochUnknown` and `EpochAmbiguous`.
+    `text` is the id of a session or of an epoch, or its beginning. Hyphens and capitals do not
+    matter. Raises `EpochUnknown` and `EpochAmbiguous`.
     """
     digits = digits_of(text)
     found = list(list_segments(namespace))
@@ -121,7 +121,7 @@ def _candidates(found: Iterable[tuple[str, SessionId]]) -> Iterator[Candidate]:
             raw = os.pread(opened.fileno(), at.ID_SIZE, at.EPOCH_ID_AT)
         finally:
             opened.close()
-        # Not more of the header is checked: what is wrong with it, its reader says.
+        # The rest of the header is not checked: its reader reports what is wrong with it.
         epoch_id = RuntimeEpochId.from_bytes(raw) if len(raw) == at.ID_SIZE else None
         yield Candidate(namespace, session_id, epoch_id)
 

@@ -33,11 +33,11 @@ _LOOK_S: Final = 0.25
 
 
 class OperationTracer:
-    """Makes a span of each operation of an epoch that has ended.
+    """Makes a span of each ended operation of an epoch.
 
     As a context manager it follows the epoch in a thread of its own, until the block or the epoch
-    ends. Without one, `emit` makes what is due; in an event loop, after each
-    `await feed.advanced(tracer.position)`.
+    ends. Without a thread, call `emit` to make the spans that are due; in an event loop, call it
+    after each `await feed.advanced(tracer.position)`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class OperationTracer:
         *,
         after_seq: CompletionSeq = 0,
     ) -> None:
-        """Begin after a sequence of the feed; those of the provider, or of the global one.
+        """Begin after a sequence of the feed. The spans go to the provider, or to the global one.
 
         `bindings` may be an observer's. Raises `EpochGone` and `EpochSealed` where they cannot
         attach any more.
@@ -63,7 +63,7 @@ class OperationTracer:
             "session.id": str(bindings.session_id),
             "shmepoch.epoch.id": str(bindings.epoch_id),
         }
-        #: What was dropped since the last span, which the next one tells.
+        #: The entries that were dropped since the last span. The next span tells of them.
         self._gap: CompletionFeedGap | None = None
         self._lock = threading.Lock()
         self._end: Final = threading.Event()
@@ -73,11 +73,11 @@ class OperationTracer:
 
     @property
     def position(self) -> CompletionSeq:
-        """The last sequence that was dealt with: where another tracer goes on."""
+        """The last sequence that was handled. Another tracer goes on after it."""
         return self._position
 
     def emit(self) -> int:
-        """Make the spans of what has ended since the last call; how many.
+        """Make the spans of the operations that have ended since the last call; their number.
 
         Raises `SegmentCorrupted` for an entry that is damaged.
         """
@@ -115,7 +115,7 @@ class OperationTracer:
                 span.add_event("started", timestamp=_ns(view.started_at_ms))
             progress = view.detail.last_progress
             if progress is not None:
-                # When it was reported is not known; that it was the last one is.
+                # The time of the report is not known; only that it was the last one.
                 facts: dict[str, str | int | float] = {
                     "message": progress.message,
                     "count": view.detail.progress_count,
@@ -131,7 +131,7 @@ class OperationTracer:
         span.end(ended_ns)
 
     def _tell_gap(self, span: Span, at_ns: int) -> None:
-        """Say on the first span after a gap what has none."""
+        """Say on the first span after a gap which operations have no span."""
         if self._gap is not None:
             facts = {
                 "after_seq": self._gap.after_seq,
@@ -159,7 +159,7 @@ class OperationTracer:
             except TimeoutError:
                 continue
             except (EpochSealed, EpochGone):
-                return  # with all that it had
+                return  # all its spans are made
             if not self._emit_or_say():
                 return
 

@@ -1,7 +1,8 @@
-"""Each need that shmepoch has of a kernel, tried for real on a file in shared memory.
+"""Trials of the kernel functions that shmepoch needs, on a file in shared memory.
 
-Not every kernel that says it is Linux has all of it: gVisor is written anew, and sandboxes forbid
-system calls. The file has a provisional name, so that one whose trial is killed is a leftover.
+Some kernels that call themselves Linux lack some of these functions: gVisor is a new
+implementation, and sandboxes forbid system calls. The file has a provisional name, so that it is a
+leftover if its trial is killed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Final
 from shmepoch._native import PAGE, PRESENCE_BYTE, Descriptor, is_locked, rename_new, try_lock
 from shmepoch.memory.files import SHM_DIR
 
-#: How long a trial waits for its other process.
+#: The time that a trial waits for its other process.
 _PATIENCE_S: Final = 20.0
 _PAUSE_S: Final = 0.001
 _FUTEX_WAIT: Final = 0
 _FUTEX_WAKE: Final = 1
 _BLOCK: Final = 512  # what stat(2) counts a file's memory in
-#: The number of futex(2), which no C library has a function for.
+#: The number of the system call futex(2): no C library has a function for it.
 _FUTEX: Final = {
     "x86_64": 202,
     "aarch64": 98,
@@ -39,12 +40,12 @@ _FUTEX: Final = {
     "armv7l": 240,
     "i686": 240,
 }
-#: Another byte than those that a new file has locked.
+#: A byte that is not among those that a new file has locked.
 _BYTE: Final = PRESENCE_BYTE + 1
 
 
 class TrialFailed(Exception):
-    """The kernel did something else than it should have done; the message says what."""
+    """The kernel did not do what it should; the message says what it did."""
 
 
 def try_memory() -> None:
@@ -110,8 +111,7 @@ TRIALS: Final[dict[str, Callable[[], None]]] = {
 
 
 def is_gvisor() -> bool:
-    """Whether the kernel is gVisor, which tells a program so in few places: its command line, or
-    its release."""
+    """Whether the kernel is gVisor. Only its command line and its release tell a program so."""
     try:
         line = Path("/proc/cmdline").read_text()
     except OSError:
@@ -125,7 +125,7 @@ class _Trial:
     def __init__(self) -> None:
         self.path = _path()
         self.fd: Final = Descriptor.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        with contextlib.suppress(OSError):  # where there are locks; or it is taken for a leftover
+        with contextlib.suppress(OSError):  # unlocked, it is a leftover; a kernel may lack locks
             try_lock(self.fd, PRESENCE_BYTE, True)
         os.truncate(self.fd.fileno(), PAGE)
 
@@ -145,9 +145,9 @@ class _Trial:
 
     @contextlib.contextmanager
     def sleeper(self) -> Iterator[None]:
-        """While another process holds a byte, if it can, and sleeps on the first word. At the end
-        it is killed."""
-        # Written, and not only mapped: without room that is an error, and no SIGBUS.
+        """Run another process that holds a byte, if it can, and sleeps on the first word. The
+        process is killed at the end."""
+        # The page is written and not only mapped: then a lack of room is an error, not a SIGBUS.
         os.pwrite(self.fd.fileno(), bytes(PAGE), 0)
         pid = os.fork()
         if pid == 0:
@@ -197,7 +197,7 @@ def _wait(look: Callable[[], bool], otherwise: str) -> None:
 
 
 def _futex(memory: mmap.mmap, operation: int, value: int) -> int:
-    """The futex at the beginning of `memory`; what the kernel says."""
+    """Call futex(2) on the first word of `memory`; returns the kernel's result."""
     number = _FUTEX.get(platform.machine())
     if number is None:
         raise TrialFailed(f"not tried: the number of futex(2) on {platform.machine()} is not known")
