@@ -8,10 +8,10 @@ In the order in which a program needs them:
   token
 - a worker: `with bindings.operation(name)`, or each step with `bindings.ops_lifecycle`
 - an agent: `AgentFactory().build(session_id, SessionOwned(bindings))`, and its `wait` and `drain`
-- what wakes the agent: `RuntimeLoop`
-- people who look: `list_sessions`, `observe_session`, `remove_unused`, and the `shmepoch` command
+- a loop that wakes the agent: `RuntimeLoop`
+- monitoring: `list_sessions`, `observe_session`, `remove_unused`, and the `shmepoch` command
 
-What can go wrong is a `ShmepochError`.
+All errors are subclasses of `ShmepochError`.
 """
 
 from shmepoch import starting  # first: it handles a Ctrl-C during the other imports

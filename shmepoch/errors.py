@@ -1,4 +1,4 @@
-"""What can go wrong: one hierarchy, each class with its facts as attributes."""
+"""The errors: one hierarchy, each class with its facts as attributes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ if TYPE_CHECKING:
     from shmepoch.ids import OperationId, RuntimeEpochId, SessionId
 
 
-#: How much of a conflicting value an error's text shows; its attributes have all of it.
+#: The number of characters of a conflicting value that an error's text shows. Its attributes have
+#: the whole value.
 _SHOWN = 400
 
 
 @dataclass_transform(eq_default=False)
 class ShmepochError(Exception):
-    """Base of everything shmepoch raises on its own account.
+    """Base of all errors that shmepoch itself raises.
 
-    The annotated attributes of a subclass are its facts: what it is made with, by position or by
-    name, and a value makes one optional. `message` is its text, with facts in braces, and its lines
-    are joined; a class without a text is a base of others, and cannot be raised itself. An error
-    survives pickling, so that one that was raised in a worker arrives whole in its parent.
+    The annotated attributes of a subclass are its facts. They are the arguments of its constructor,
+    by position or by name; a fact with a value is optional. `message` is the error's text, with
+    facts in braces; its lines are joined. A class without a text is a base of others and cannot be
+    raised itself. An error survives pickling: an error from a worker arrives whole in its parent.
     """
 
     message: ClassVar[str]
@@ -30,7 +31,7 @@ class ShmepochError(Exception):
     _defaults: ClassVar[dict[str, object]] = {}
 
     def __init_subclass__(cls) -> None:
-        # No dataclasses: to make sixty takes every process more than ten milliseconds.
+        # No dataclasses: making sixty of them takes every process more than ten milliseconds.
         own = cls.__annotations__
         cls._facts = cls._facts | own
         cls._defaults = cls._defaults | {name: vars(cls)[name] for name in own if name in vars(cls)}
@@ -48,7 +49,7 @@ class ShmepochError(Exception):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        """What `str` gives; overridden where the facts do more than fill in the message."""
+        """The text of the error, for `str`. A class overrides it if its message is not fixed."""
         return " ".join(self.message.split()).format_map(vars(self))
 
     def __reduce__(self) -> tuple[Callable[..., ShmepochError], tuple[Any, ...]]:
@@ -84,8 +85,8 @@ class NotFound(ShmepochError, LookupError):
 
 
 class OutcomeDropped(NotFound):
-    """The operation ended, and nothing holds its outcome any more: the feed dropped its entry, and
-    it was not kept for this watcher."""
+    """The operation ended, and its outcome is gone: the feed dropped its entry, and it was not kept
+    for this watcher."""
 
     message = """operation {id} ended, and its outcome is gone: the feed dropped it, and the epoch
     had no room to keep it for its watchers, or this watcher was closed; read it from the store, or
@@ -102,7 +103,7 @@ class InvalidTransition(ShmepochError):
 
 
 class PeerNotExpected(ShmepochError):
-    """A peer channel was handed over for a kind of operation that has none."""
+    """A peer channel was handed over for an operation of a kind without peers."""
 
     id: OperationId
     message = "operation {id} does not expect a peer: only mob_member_child operations do"
@@ -116,7 +117,8 @@ class AlreadyPeerReady(ShmepochError):
 
 
 class MaxConcurrentExceeded(ShmepochError):
-    """As many operations are running as the registry allows, or with those `entering` too many."""
+    """The registry's limit of running operations is reached, or the `entering` ones would exceed
+    it."""
 
     limit: int
     active: int
@@ -160,7 +162,7 @@ class PayloadTooLarge(ShmepochError, ValueError):
 
 
 class ArgumentInvalid(ShmepochError, TypeError):
-    """A call was given something of another type than it takes."""
+    """A call was given an argument of a wrong type."""
 
     call: str
     argument: str
@@ -205,7 +207,7 @@ class RecoveryNeedsRoom(ShmepochError, ValueError):
 
 
 class CursorAhead(ShmepochError):
-    """A cursor stands beyond the feed: its consumer hears of no completion up to there."""
+    """A cursor stands beyond the feed: its consumer is told of no completion up to there."""
 
     epoch_id: RuntimeEpochId
     cursor: str
@@ -228,7 +230,7 @@ class EpochSealed(ShmepochError):
 
 
 class WriterBusy(ShmepochError):
-    """Another transition of the epoch is in progress, and this one was not to wait for it."""
+    """Another transition of the epoch is in progress, and this call does not wait for it."""
 
     epoch_id: RuntimeEpochId
     message = "another transition of epoch {epoch_id} is in progress; try again later"
@@ -255,7 +257,7 @@ class WitnessMismatch(ShmepochError):
 
 
 class BindingsMismatch(ShmepochError):
-    """A factory, or an operation of the session `expected`, was handed those of `actual`."""
+    """A factory, or an operation, of the session `expected` was given bindings of `actual`."""
 
     expected: SessionId
     actual: SessionId
@@ -294,7 +296,7 @@ class BindingsNotTransferable(ShmepochError):
 
 
 class ObserverReadOnly(ShmepochError):
-    """A change was asked of an observer's bindings, which can only look."""
+    """A change was requested through an observer's bindings, which can only read."""
 
     epoch_id: RuntimeEpochId
     message = """these bindings of epoch {epoch_id} are an observer's and change nothing; ask the
@@ -302,7 +304,7 @@ class ObserverReadOnly(ShmepochError):
 
 
 class TokenInvalid(ShmepochError, ValueError):
-    """A token is cut, edited, of another version, or no token at all."""
+    """A token is cut, edited, of another version, or not a token at all."""
 
     reason: str
     message = "not a usable bindings token: {reason}; pass the text of to_token() unchanged"
@@ -371,7 +373,7 @@ class LoopAlreadyActive(ShmepochError):
 
 
 class LoopAnswerInvalid(ShmepochError, TypeError):
-    """A function of a runtime loop answered with something else than True and False."""
+    """A function of a runtime loop returned something other than True or False."""
 
     function: str
     answer: str
@@ -423,7 +425,7 @@ class SegmentExists(ShmepochError):
 
 
 class SegmentInRemoval(ShmepochError):
-    """A process that removes the segment stands still in the middle, so it cannot be attached."""
+    """A process is removing the segment and does not go on, so the segment cannot be attached."""
 
     name: str
     waited_s: float
@@ -443,7 +445,7 @@ class SegmentForeign(ShmepochError, PermissionError):
 
 
 class SegmentCorrupted(ShmepochError):
-    """A segment does not hold what its layout promises; `field` is what is wrong."""
+    """A segment does not match its layout; `field` is the wrong part."""
 
     name: str
     field: str
@@ -497,7 +499,7 @@ class ParticipantsExhausted(ShmepochError):
 
 
 class CursorsOnly(ShmepochError):
-    """An epoch that was made without a feed was asked for one."""
+    """An epoch was made without a feed, and a call needs one."""
 
     message = "this memory holds cursors only; operations and a feed need an OpsLifecycleConfig"
 
@@ -506,11 +508,11 @@ class CursorsOnly(ShmepochError):
 
 
 class StoreError(ShmepochError):
-    """Base of what can go wrong between an epoch and its store."""
+    """Base of the errors between an epoch and its store."""
 
 
 class StoreLoadFailed(StoreError):
-    """The store could not say what it holds of a session. That is not an empty store."""
+    """The store could not load a session. That is not an empty store."""
 
     session_id: SessionId
     reason: str
@@ -526,14 +528,14 @@ class StoreWriteFailed(StoreError):
 
 
 class StoreReadFailed(StoreError):
-    """The store could not read what it was asked for. That is not an empty answer."""
+    """The store could not read the requested data. That is not an empty answer."""
 
     reason: str
     message = "the store could not be read: {reason}; mend the store and ask again"
 
 
 class StoreUnusable(StoreError):
-    """What the path names cannot serve as a store."""
+    """The file at the path cannot serve as a store."""
 
     path: Path
     reason: str
@@ -541,7 +543,7 @@ class StoreUnusable(StoreError):
 
 
 class StoreConflict(StoreError):
-    """What was to be saved contradicts what is stored; saving it again cannot succeed."""
+    """The data to be saved contradicts the stored data; saving it again cannot succeed."""
 
     epoch_id: RuntimeEpochId
     field: str
@@ -557,10 +559,10 @@ class StoreConflict(StoreError):
 
 
 class CaptureInvalid(StoreError, OverflowError):
-    """What was to be saved of an epoch holds a value that no store keeps.
+    """The captured state of an epoch has a value that no store can keep.
 
-    It is that epoch's memory that is damaged: saving it again cannot succeed, and other epochs are
-    not held up by it.
+    The memory of that epoch is damaged. Saving it again cannot succeed; other epochs are not
+    delayed by it.
     """
 
     epoch_id: RuntimeEpochId
@@ -578,10 +580,10 @@ def _short(value: object) -> str:
 
 
 class StoreBehind(StoreError, TimeoutError):
-    """The store has not come as far as a call waits for it to come.
+    """The store has not reached the position for which a call waits.
 
-    `completed` says what became of the operation. False: it is as it was, since its completion
-    would have left the store too far behind, and the call may be made again. True: its completion
+    `completed` tells whether the operation ended. False: it is as it was, since its completion
+    would have left the store too far behind. The call may be made again. True: its completion
     stands, as `awaited_seq`, and is not durable yet.
     """
 
@@ -594,7 +596,7 @@ class StoreBehind(StoreError, TimeoutError):
 
     @property
     def lag(self) -> int:
-        """How many completions of the feed the store does not have."""
+        """The number of completions of the feed that the store does not have."""
         return self.watermark - self.durable_seq
 
     def _text(self) -> str:

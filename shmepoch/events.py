@@ -1,4 +1,4 @@
-"""What shmepoch logs: the names of its events, and the fields of a record besides its text."""
+"""The events that shmepoch logs: their names, and the fields of a record besides its text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Event(StrEnum):
-    """What happened. A name never changes; docs/logging.md says what each means, and what to do."""
+    """The events. A name never changes. docs/logging.md has the meaning and the remedy of each."""
 
-    # Where an epoch comes from, and how it ends.
+    # The beginning and the end of an epoch.
     EPOCH_CREATED = "epoch_created"
     EPOCH_CONTINUED = "epoch_continued"
     EPOCH_RECOVERED = "epoch_recovered"
@@ -25,7 +25,7 @@ class Event(StrEnum):
     STORED_EPOCH_ABANDONED = "stored_epoch_abandoned"
     OPERATIONS_LOST = "operations_lost"
     UNSTORED_LOST = "unstored_lost"
-    # What a runtime sees of its epochs.
+    # A runtime's supervision of its epochs.
     PARTICIPANTS_ENDED = "participants_ended"
     EPOCH_REPAIRED = "epoch_repaired"
     NAME_LOST = "name_lost"
@@ -74,7 +74,7 @@ def about(
     seq: int | None = None,
     **facts: str | int | list[int],
 ) -> dict[str, object]:
-    """The `extra` of a log record: the event, what it is about, and further facts by name."""
+    """The `extra` of a log record: the event, its subject, and further facts by name."""
     fields: dict[str, object] = {"event": event.value}
     if session is not None:
         fields["session"] = str(session)

@@ -1,4 +1,4 @@
-"""The `shmepoch` command: its commands, and what they have in common."""
+"""The `shmepoch` command: its commands, and their common options."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from shmepoch.cli.commands.watch import watch
 
 
 def described(command: Callable[..., None]) -> str:
-    """What a command's help says: its docstring, with lines as long as the terminal takes.
+    """The help of a command: its docstring, with lines as long as the terminal takes.
 
-    A paragraph that is indented is an example, and keeps its lines. It comes before the one on the
-    exit status, or typer takes the indentation away.
+    An indented paragraph is an example and keeps its lines. It has to come before the paragraph on
+    the exit status: otherwise typer removes the indentation.
     """
     text = inspect.getdoc(command) or ""
     paragraphs = text.replace("[", r"\[").split("\n\n")  # rich takes it for markup

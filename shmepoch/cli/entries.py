@@ -1,4 +1,4 @@
-"""What people are told of a completion, besides its name: when the operation ended, and how."""
+"""Texts about a completion, besides its name: the time and the manner of the operation's end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shmepoch.epoch.operations import (
 
 
 def how(outcome: OperationTerminalOutcome) -> str:
-    """How long it took, or the first line of why it ended otherwise."""
+    """The duration if it completed; otherwise the first line of the reason."""
     match outcome:
         case Completed(result):
             return f"in {result.duration_ms} ms"
@@ -31,5 +31,5 @@ def local_time(at_ms: int) -> str:
     """A time of the wall clock, in milliseconds since the Unix epoch, to the second."""
     try:
         return datetime.fromtimestamp(at_ms / 1000).isoformat(" ", "seconds")
-    except (ValueError, OverflowError, OSError):  # no year of a calendar
+    except (ValueError, OverflowError, OSError):  # not a year of the calendar
         return f"{at_ms} ms"

@@ -1,4 +1,4 @@
-"""How the command ends: its exit statuses, and which errors lead to them."""
+"""The exit statuses of the command, and the errors that lead to them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DONE: Final = 0
 NOT_WELL: Final = 1
 REFUSED: Final = 2
 NOT_CARRIED_OUT: Final = 3
-#: What the status of a command that a signal ended is above.
+#: The base of the status of a command that a signal ended; the signal's number is added.
 SIGNALLED: Final = 128
 
-#: What each status means, whatever the command is.
+#: The meaning of each status, the same for every command.
 MEANINGS: Final = {
     DONE: "it was done, and all is well",
     NOT_WELL: "it was done, and not all is well",
@@ -47,8 +47,8 @@ _REFUSALS: Final = (
 
 @contextlib.contextmanager
 def reporting(*refusals: type[Exception]) -> Iterator[None]:
-    """Print an error that is raised inside in one line, and exit with its status. `refusals` are
-    added to those of every command. `main` handles an `OSError`."""
+    """Print an error of the block in one line, and exit with its status. `refusals` are added to
+    those of every command. `main` handles an `OSError`."""
     refused: tuple[type[Exception], ...] = (*_REFUSALS, *refusals)
     try:
         yield
@@ -70,7 +70,7 @@ class ExtraMissing(ShmepochError):
 
 @contextlib.contextmanager
 def needing_extra(extra: str, package: str) -> Iterator[None]:
-    """Raise `ExtraMissing` if the package of an extra cannot be imported inside."""
+    """Raise `ExtraMissing` if the block cannot import the package of an extra."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -82,5 +82,5 @@ def needing_extra(extra: str, package: str) -> Iterator[None]:
 def fail(status: int, error: Exception) -> NoReturn:
     """Print an error, and exit with this status."""
     streams.complain(error)
-    streams.discard()  # or the exit of the process fails again, with another status
+    streams.discard()  # otherwise the exit of the process fails again, with another status
     sys.exit(status)

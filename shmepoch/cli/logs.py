@@ -1,4 +1,4 @@
-"""What the command logs on standard error: lines for people, or JSON for machines."""
+"""The log of the command on standard error: lines for people, or JSON for machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from shmepoch.cli import streams
 
-#: What every record has; the rest of a record's attributes are the fields of its event.
+#: The attributes that every record has. A record's other attributes are the fields of its event.
 _ORDINARY: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
@@ -26,7 +26,7 @@ class Level(StrEnum):
 
 
 class Log(msgspec.Struct, frozen=True):
-    """What of the log is shown, and how."""
+    """The part of the log that is shown, and its format."""
 
     level: Level = Level.ERROR
     json: bool = False
@@ -44,7 +44,7 @@ _configured = Log()
 
 
 def configured() -> Log:
-    """What was configured last, for processes that this one starts."""
+    """The last configuration, for processes that this one starts."""
     return _configured
 
 
@@ -54,7 +54,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """One object, in ASCII, on one line."""
+    """A record as one JSON object, in ASCII, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {

@@ -34,7 +34,7 @@ def seconds(least: float, most: float) -> Callable[[float | None], float | None]
 
 
 def _live_sessions(context: typer.Context, incomplete: str) -> list[str]:
-    """The sessions in shared memory that a shell may complete an id to."""
+    """The sessions in shared memory, as a shell offers them to complete an id."""
     with contextlib.suppress(ShmepochError, OSError):
         everywhere = context.params.get("all_namespaces", False)
         chosen = None if everywhere else resolve_namespace(context.params.get("namespace"))

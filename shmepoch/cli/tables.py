@@ -24,8 +24,8 @@ _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000
 
 
 def print_table(table: Table, *, least: int = _LEAST_WIDTH) -> None:
-    """Print a table whose texts may be long, and are folded where a terminal is narrow, but not to
-    less than `least` columns in all."""
+    """Print a table whose texts may be long. A narrow terminal folds them, but the table keeps at
+    least `least` columns in all."""
     console = Console()
     console.width = max(console.width, least) if console.is_terminal else _UNBOUNDED_WIDTH
     with console.capture() as captured:  # rich itself would end the process if the reader left
@@ -34,7 +34,7 @@ def print_table(table: Table, *, least: int = _LEAST_WIDTH) -> None:
 
 
 def table_of_entries(title: str, entries: Iterable[CompletionEntry]) -> Table:
-    """How operations have ended, one a row."""
+    """A table of ended operations, one per row."""
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("seq", justify="right", no_wrap=True)
     table.add_column("ended", no_wrap=True)
@@ -55,8 +55,8 @@ def table_of_entries(title: str, entries: Iterable[CompletionEntry]) -> Table:
 def print_columns(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()
 ) -> None:
-    """Print a table of short texts in ASCII, which may have thousands of rows: one a line, however
-    narrow the terminal. The columns with these headings are aligned to the right."""
+    """Print a table of short texts in ASCII, with one row per line, however narrow the terminal. It
+    may have thousands of rows. The columns named in `right` are aligned to the right."""
     lines = [headings, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     to_the_right = set(right)
@@ -69,7 +69,7 @@ def print_columns(
 
 
 def span(ms: int) -> str:
-    """How long something took, in its two largest units: `3h20m`."""
+    """A duration in its two largest units: `3h20m`."""
     for (unit, size), (smaller, rest) in pairwise(_UNITS):
         if ms >= size:
             return f"{ms // size}{unit}{ms % size // rest}{smaller}"

@@ -15,12 +15,12 @@ from shmepoch.errors import EpochSealed
 
 
 class FeedFollower:
-    """The completions of a feed above a position, and then those that come: for `for` and for
+    """The completions of a feed above a position, and then new ones. It works with `for` and with
     `async for`.
 
-    Completions that retention dropped before they were read come as a `CompletionFeedGap` in their
-    place. It ends when the epoch is sealed, after its last completion, and raises `EpochGone` when
-    the epoch is gone. Each iteration begins at the position anew.
+    If retention dropped completions before they were read, a `CompletionFeedGap` comes in their
+    place. The iteration ends after the last completion of a sealed epoch, and raises `EpochGone`
+    when the epoch is gone. Each iteration begins at the position again.
     """
 
     def __init__(self, feed: CompletionFeed, after_seq: CompletionSeq) -> None:

@@ -12,7 +12,7 @@ from shmepoch.epoch.codec import Record
 from shmepoch.ids import OperationId, RunId, SessionId, WaitRequestId
 from shmepoch.memory.clock import moment
 
-#: How many terminal operations a registry retains unless told otherwise.
+#: The number of terminal operations that a registry retains by default.
 DEFAULT_MAX_COMPLETED: Final = 256
 
 #: The largest count, or number of milliseconds, that a record and a store can hold.
@@ -21,7 +21,7 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LAST_COUNT)]
 
 
 class OperationKind(StrEnum):
-    """The sort of work of an operation."""
+    """The kind of an operation's work."""
 
     MOB_MEMBER_CHILD = "mob_member_child"
     """A child agent; it may hand over a peer channel, and its end does not wake an agent."""
@@ -30,7 +30,7 @@ class OperationKind(StrEnum):
 
 
 class OperationStatus(StrEnum):
-    """Where an operation is in its lifecycle."""
+    """The place of an operation in its lifecycle."""
 
     ABSENT = "absent"
     PROVISIONING = "provisioning"
@@ -102,16 +102,16 @@ class OperationPeerHandle(Record, frozen=True):
 
 
 class _Outcome(Record, frozen=True, tag_field="outcome_type"):
-    """What every kind of outcome answers."""
+    """The properties that every kind of outcome has."""
 
     @property
     def ok(self) -> bool:
-        """Whether the operation completed, and its result is no error of the tool's own."""
+        """Whether the operation completed, and its result is not a tool's own failure."""
         return False
 
     @property
     def text(self) -> str:
-        """What there is to read of it: the content, the error or the reason; else empty."""
+        """The text of the outcome: the content, the error or the reason; empty if there is none."""
         return ""
 
 
@@ -172,7 +172,7 @@ class Terminated(_Outcome, frozen=True, tag="terminated"):
 OperationTerminalOutcome: TypeAlias = (
     Completed | Failed | Aborted | Cancelled | Retired | Terminated
 )
-"""How an operation ended: exactly one of these; `outcome_type` says which."""
+"""The outcome of an operation: exactly one of these; `outcome_type` says which."""
 
 
 def status_of(outcome: OperationTerminalOutcome) -> OperationStatus:
@@ -206,17 +206,18 @@ class OperationLifecycleSnapshot(Record, kw_only=True, frozen=True):
 
     @property
     def created_at(self) -> datetime:
-        """When it was registered, in UTC; `OverflowError` for no year of a calendar, as below."""
+        """The time of its registration, in UTC; `OverflowError` if that is in no year of the
+        calendar. The other times raise it too."""
         return moment(self.created_at_ms)
 
     @property
     def started_at(self) -> datetime | None:
-        """When it started, in UTC."""
+        """The time of its start, in UTC."""
         return None if self.started_at_ms is None else moment(self.started_at_ms)
 
     @property
     def completed_at(self) -> datetime | None:
-        """When it ended, in UTC."""
+        """The time of its end, in UTC."""
         return None if self.completed_at_ms is None else moment(self.completed_at_ms)
 
 

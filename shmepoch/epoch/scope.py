@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-#: How many characters are kept of an error whose text does not fit the feed.
+#: The number of characters that are kept of an error's text if that does not fit the feed.
 _SHORT_ERROR: Final = 300
 
 
@@ -45,12 +45,12 @@ class OperationScope:
     - after an `Exception` as failed, with the exception as the error;
     - after any other exception, such as a cancellation or Ctrl-C, as cancelled.
 
-    The exception goes on. Where another process ended the operation meanwhile, that end stands, and
-    a block that ends well raises `InvalidTransition` or `NotFound`. Content that does not fit the
-    feed fails the operation, and raises `PayloadTooLarge`. A scope is entered once.
+    The exception propagates. If another process ended the operation meanwhile, that end stands. A
+    block that ends without an exception then raises `InvalidTransition` or `NotFound`. Content that
+    does not fit the feed fails the operation and raises `PayloadTooLarge`. A scope is entered once.
 
-    It also decorates a function, sync or async. Each call is an operation of its own, and the text
-    of what it returns is the content.
+    It also decorates a function, sync or async. Each call is an operation of its own; the text of
+    the returned value is the content.
 
     `async with` waits for the writer lock in a thread, so that it does not block the event loop.
     """
@@ -68,14 +68,14 @@ class OperationScope:
         return self._spec.id
 
     def progress(self, message: str, percent: float | None = None) -> None:
-        """Report how far it has come; `percent` is 0 to 100 where it is known.
+        """Report its progress; `percent` is 0 to 100 if it is known.
 
-        Raises what `report_progress` does.
+        Raises the errors of `report_progress`.
         """
         self._registry.report_progress(self.id, OperationProgressUpdate(message, percent))
 
     def complete(self, content: str = "", *, is_error: bool = False, tokens_used: int = 0) -> None:
-        """Have it end as completed; `is_error` marks a tool's own failure.
+        """Let it end as completed; `is_error` marks a tool's own failure.
 
         Its duration is the time from entering to leaving the block.
         """
@@ -86,12 +86,12 @@ class OperationScope:
         )
 
     def fail(self, error: str) -> None:
-        """Have it end as failed."""
+        """Let it end as failed."""
         require(str, error, "OperationScope.fail", "error")
         self._ending = Failed(error)
 
     def cancel(self, reason: str | None = None) -> None:
-        """Have it end as cancelled."""
+        """Let it end as cancelled."""
         require(str | None, reason, "OperationScope.cancel", "reason")
         self._ending = Cancelled(reason)
 
@@ -139,7 +139,7 @@ class OperationScope:
                     raise
 
     def _end_after(self, error: BaseException) -> None:
-        """End it for an exception that is on its way, and has to arrive."""
+        """End it because of an exception, which has to reach the caller."""
         try:
             if not isinstance(error, Exception):
                 self._registry.cancel_operation(self.id, type(error).__name__)
@@ -191,8 +191,8 @@ def _content(returned: object) -> str:
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Make a call in a thread. A cancellation is raised once the call is over, which cannot be
-    taken back."""
+    """Make a call in a thread. The call cannot be taken back, so a cancellation is raised once the
+    call is over."""
     future = asyncio.get_running_loop().run_in_executor(None, call)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -201,6 +201,6 @@ async def _in_thread(call: Callable[[], T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        future.exception()  # is of no account any more
+        future.exception()  # retrieved, so that asyncio does not log it
         raise cancelled
     return future.result()

@@ -87,7 +87,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     started_at_ms: int | None
     elapsed_ms: int | None = None
     entry: CompletionEntry | None = None
-    #: Its slot while it has not ended, and the slot's facts.
+    #: The slot and its contents, while the operation has not ended.
     slot: int = -1
     word: int = 0
     participant: int = 0
@@ -95,7 +95,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def status(self) -> OperationStatus:
-        """Where it is in its lifecycle."""
+        """Its place in its lifecycle."""
         if self.entry is not None:
             return status_of(self.entry.terminal_outcome)
         return STATUSES[self.word & at.STATUS_MASK]
@@ -121,7 +121,7 @@ class OperationTable:
             view = self.in_slot(slot) if slot >= 0 else self.in_record(seq)
             if view is not None and view.spec.id == id:
                 return view
-            # It has left that place since it was found.
+            # The operation has left that place since it was found.
 
     def place(self, id: OperationId) -> tuple[int, CompletionSeq] | None:
         """The slot of an operation and 0, or -1 and the sequence that ended it."""
@@ -135,7 +135,7 @@ class OperationTable:
                 yield view
 
     def slots(self) -> Iterator[RawSlot]:
-        """What each slot holds that is not free, as it lies there."""
+        """The contents of each slot that is not free, not decoded."""
         for slot in self._epoch.used():
             found = self.slot(slot)
             if found is not None:

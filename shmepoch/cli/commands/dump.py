@@ -70,7 +70,7 @@ def dump(
             raise
         except OSError as error:
             fail(NOT_CARRIED_OUT, error)
-        except MemoryError:  # which says nothing
+        except MemoryError:  # it has no text
             fail(NOT_CARRIED_OUT, MemoryError("there is no memory for a copy of the epoch"))
         if taken.summary.problem is not None:
             complain(f"the epoch is damaged: {taken.summary.problem}")
@@ -93,7 +93,7 @@ def _require_target(path: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path, *, replace: bool) -> Iterator[IO[bytes]]:
-    """A file for this user that takes its name once it is whole, or leaves nothing.
+    """A file for this user. It takes its name once it is whole; if it fails, nothing is left.
 
     Raises `FileExistsError` if the name is taken and not to be replaced.
     """

@@ -80,7 +80,7 @@ def gc(
 
 
 def _collect(namespace: str | None, wanted: Wanted, *, dry_run: bool, json: bool) -> bool:
-    """Remove what is to be removed, and print what was found; whether any of it failed."""
+    """Remove the files that are to be removed, and print the files found; whether any failed."""
     totals = _Totals()
     for found in _found(namespace, wanted):
         if found.remove and not dry_run:

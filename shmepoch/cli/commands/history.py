@@ -24,7 +24,7 @@ from shmepoch.ids import SessionId
 from shmepoch.monitoring.selection import digits_of, nearest
 from shmepoch.stores import EpochOverview, HistoryEntry, SqliteRuntimeStore
 
-#: How many sessions an error names that may be meant.
+#: The number of possible sessions that an error names.
 _NAMED: Final = 10
 
 
@@ -45,7 +45,7 @@ def history(
     last: Annotated[int | None, typer.Option(min=1, help="Only so many, the newest.")] = None,
     json: Json = False,
 ) -> None:
-    """Show what a store has: its sessions and their epochs, or how a session's operations ended.
+    """Show the contents of a store: its sessions and epochs, or how a session's operations ended.
 
     Times are local. The store is only read: a copy, a read-only mount or another user's will do.
 
@@ -73,7 +73,7 @@ def history(
 
 
 class _Filters(NamedTuple):
-    """Which operations of a session to show."""
+    """The operations of a session to show."""
 
     statuses: Collection[OperationStatus]
     since: datetime | None
@@ -82,7 +82,7 @@ class _Filters(NamedTuple):
 
 
 class SessionUnknown(ShmepochError, LookupError):
-    """The store has no session with an id that begins so."""
+    """The store has no session with an id that begins with the written text."""
 
     text: str
     store: Path
@@ -97,7 +97,7 @@ class SessionUnknown(ShmepochError, LookupError):
 
 
 class SessionAmbiguous(ShmepochError, LookupError):
-    """The store has several sessions with ids that begin so."""
+    """The store has several sessions with ids that begin with the written text."""
 
     text: str
     store: Path
@@ -168,8 +168,8 @@ def _show(store: Path, text: str, filters: _Filters, *, json: bool) -> None:
 
 
 def _chosen(store: SqliteRuntimeStore, text: str) -> SessionId:
-    """The session whose id is, or begins with, what was written: in hexadecimal digits, with
-    hyphens or without."""
+    """The session whose id is, or begins with, the written text: hexadecimal digits, with hyphens
+    or without."""
     digits = digits_of(text)
     known = {one.bytes.hex(): one for one in store.sessions() if one != RUNS}
     found = [id for name, id in known.items() if digits and name.startswith(digits)]
@@ -181,7 +181,7 @@ def _chosen(store: SqliteRuntimeStore, text: str) -> SessionId:
 
 
 def _stored_sessions(context: typer.Context, incomplete: str) -> list[str]:
-    """The sessions that a shell may complete an id to; none where that is not known."""
+    """The sessions that a shell offers to complete an id; none if they are not known."""
     with contextlib.suppress(ShmepochError, OSError):
         path = context.params.get("store")
         if path is not None:
@@ -209,7 +209,7 @@ def _reading(path: Path) -> Iterator[SqliteRuntimeStore]:
 
 
 def _print_tables(entries: Iterable[HistoryEntry]) -> None:
-    """A table for each epoch."""
+    """Print a table for each epoch."""
     for epoch_id, items in groupby(entries, key=lambda item: item.epoch_id):
         print_table(table_of_entries(f"epoch {epoch_id}", (item.entry for item in items)))
 

@@ -27,7 +27,7 @@ from shmepoch.monitoring.queries import (
     order,
 )
 
-#: How much is shown at least of an epoch's id.
+#: The least number of characters of an epoch's id that are shown.
 _LEAST_DIGITS: Final = 8
 
 
@@ -131,13 +131,13 @@ def _numbers(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def _short(problem: str) -> str:
-    """What is wrong, without what to do about it, which `show` says."""
+    """The problem, without the remedy. `show` has both."""
     return visible(problem).partition(";")[0]
 
 
 def _digits(epochs: Iterable[EpochSummary]) -> int:
-    """How much has to be shown of the id of an epoch to tell it from all others, and from every
-    session but its own."""
+    """The number of characters that tell the id of an epoch from all others, and from every session
+    except its own."""
     ids = [(str(epoch.session_id), number) for number, epoch in enumerate(epochs)]
     ids += [(str(epoch.epoch_id), number) for number, epoch in enumerate(epochs) if epoch.epoch_id]
     shared = (

@@ -1,4 +1,4 @@
-"""`shmepoch metrics`: serves what Prometheus collects of epochs, from a process of its own."""
+"""`shmepoch metrics`: serves metrics of epochs to Prometheus, from a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shmepoch.memory.files import require_shm
 if TYPE_CHECKING:
     from shmepoch.monitoring.metrics import EpochCollector
 
-#: How often it looks between scrapes: how exact the latency is until a completion is applied.
+#: The time between two polls. It limits how exact the latency of applied completions is.
 _POLL_S: Final = 0.25
 
 
@@ -37,7 +37,7 @@ def metrics(
 ) -> None:
     """Serve the metrics of epochs to Prometheus, until Ctrl-C, SIGTERM or SIGHUP.
 
-    It takes no lock and changes nothing. Standard error has the address once it serves.
+    It takes no lock and changes nothing. Standard error shows the address once it serves.
 
     Examples:
 
@@ -45,7 +45,7 @@ def metrics(
         shmepoch metrics --all-namespaces --port 9465 --by-session
 
     Exit status: 0, 2 for a bad namespace or address, 3 if the port is taken or there is no shared
-    memory to look at.
+    memory.
     """
     with reporting():
         chosen = chosen_namespace(namespace, all_namespaces)
@@ -60,13 +60,13 @@ def metrics(
 
 
 def _poll(collector: EpochCollector, end: End) -> None:
-    """Look again and again until the end is asked for."""
+    """Poll the epochs until the end is requested."""
     told = ""
     while True:
         try:
             collector.poll()
             told = ""
-        except OSError as error:  # it may be one of the moment, and scrapes fail with it
+        except OSError as error:  # it may be temporary; until then scrapes fail, too
             if str(error) != told:
                 told = str(error)
                 complain(f"epochs are not looked at: {said(error)}")
@@ -89,7 +89,7 @@ def _serving(collector: EpochCollector, address: str, port: int) -> Iterator[str
     """Serve the collector alone; the address that Prometheus is given. Raises `PortUnusable`."""
     from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
-    # Of each counter a second series, which nothing here needs.
+    # They would be a second series for each counter, which nothing here needs.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     registry.register(collector)

@@ -27,10 +27,10 @@ from shmepoch.stores import SqliteRuntimeStore
 
 _log = logging.getLogger(__name__)
 
-#: How soon a new epoch is found; completions until then are still in its feed. Also how long one
-#: poll waits for the end of an epoch to be stored.
+#: The time until a new epoch is found; its completions are still in its feed then. It is also the
+#: time that one poll waits until the end of an epoch is stored.
 _POLL_S: Final = 0.5
-#: How long the end waits for a failing or slow store.
+#: The time that the end waits for a failing or slow store.
 _END_TIMEOUT_S: Final = 10.0
 
 
@@ -114,8 +114,8 @@ class _Epochs:
         self._channel = channel
         self._followed: dict[SessionId, SessionRuntimeBindings] = {}
         self._said: dict[str, str] = {}
-        #: How many it has followed, and how many completions of those it left were dropped before
-        #: they were stored.
+        #: The number of epochs that it has followed; and of completions that were dropped before
+        #: they were stored, in epochs that it has left.
         self.count = 0
         self.missed = 0
 
@@ -125,7 +125,7 @@ class _Epochs:
         patience = _POLL_S
         for bindings in ended:
             if not self._is_stored(bindings, patience):
-                patience = _POLL_S / 10  # the store may be down; a poll does not wait for all
+                patience = _POLL_S / 10  # the store may be down; do not wait for each epoch
             else:
                 self._leave([bindings])
                 del self._followed[bindings.session_id]

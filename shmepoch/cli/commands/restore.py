@@ -25,7 +25,7 @@ def restore(
 ) -> None:
     """Bring an epoch back into shared memory, under the session of the dump.
 
-    No process has it attached then. A runtime may continue it, and every command may look at it.
+    No process has it attached then. A runtime may continue it, and every command can read it.
 
     Examples:
 
@@ -40,7 +40,7 @@ def restore(
         require_shm()
         try:
             restored = dumps.restore(file, chosen)
-        except SharedMemoryExhausted as error:  # which is an OSError, too
+        except SharedMemoryExhausted as error:  # it is an OSError, too
             fail(NOT_CARRIED_OUT, error)
         except OSError as error:
             fail(REFUSED, error)

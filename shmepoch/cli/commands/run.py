@@ -92,7 +92,7 @@ def run(
     without shared memory, a process or a working store; 130 after Ctrl-C, 143 after SIGTERM, 129
     after SIGHUP, 141 if the reader of its output has left.
     """
-    from shmepoch.cli.run.command import Options, execute  # what no other command needs
+    from shmepoch.cli.run.command import Options, execute  # no other command needs it
 
     if resume and store is None:
         raise typer.BadParameter(

@@ -22,7 +22,7 @@ from shmepoch.monitoring.details import Attached, EpochDetails, Lock, Process, U
 from shmepoch.monitoring.epochs import EpochState
 from shmepoch.monitoring.selection import select
 
-#: How many entries can be asked for: no feed has more.
+#: The largest number of entries that can be requested: no feed has more.
 _MOST_ENTRIES: Final = 2**31
 #: The least width of a table: an operation's id and status leave half of it to its texts.
 _LEAST_WIDTH: Final = 110

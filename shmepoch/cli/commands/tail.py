@@ -1,4 +1,4 @@
-"""`shmepoch tail`: how the operations of an epoch end, as they end."""
+"""`shmepoch tail`: the ends of an epoch's operations, as they come."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from shmepoch.ids import SessionId
 from shmepoch.memory.segment import ObservedSegment
 from shmepoch.monitoring.selection import select as select_epoch
 
-#: How many entries are shown first.
+#: The number of entries that are shown first.
 _LAST: Final = 10
-#: How long a wait goes on before it looks whether the epoch still has its name, and this a reader.
+#: The time between two checks that the epoch still has its name, and that the output has a reader.
 _LOOK_S: Final = 0.5
 
 Show = Callable[[CompletionEntry | CompletionFeedGap], None]
@@ -66,7 +66,7 @@ def tail(
     Exit status: 0 once it is sealed, 1 if its name is gone before, 2 if there is no such epoch,
     3 if it is damaged.
     """
-    # Each line is out by then, and nothing is held that others would wait for.
+    # Each line is written by then, and the process holds nothing that others wait for.
     on_interruption(lambda number, _: os._exit(128 + number))
     with reporting():
         if last is not None and since is not None:
@@ -91,14 +91,14 @@ def _peek(namespace: str, session_id: SessionId) -> ObservedSegment:
 
 
 def _before_the_last(segment: ObservedSegment, count: int) -> CompletionSeq:
-    """The sequence above which there are so many entries; the watermark for none."""
+    """The sequence above which there are `count` entries; the watermark for 0."""
     batch = SegmentFeed(segment).list_since(0)
     newest = batch.entries[-count:] if count else ()
     return newest[0].seq - 1 if newest else batch.watermark
 
 
 def _show_above(seen: CompletionSeq, segment: ObservedSegment, show: Show) -> CompletionSeq:
-    """Show what is above a sequence; the one up to which all is shown then."""
+    """Show the entries above a sequence; returns the sequence up to which all are shown."""
     batch = SegmentFeed(segment).list_since(seen)
     gap = batch.gap_after(seen)
     if gap is not None:
@@ -109,8 +109,8 @@ def _show_above(seen: CompletionSeq, segment: ObservedSegment, show: Show) -> Co
 
 
 def _follow(seen: CompletionSeq, segment: ObservedSegment, show: Show) -> None:
-    """Show what is above a sequence and what comes, until the epoch is sealed; `EpochGone` if it
-    loses its name before."""
+    """Show the entries above a sequence and then new ones, until the epoch is sealed; `EpochGone`
+    if it loses its name before."""
     while True:
         seen = _show_above(seen, segment, show)
         try:
@@ -118,8 +118,8 @@ def _follow(seen: CompletionSeq, segment: ObservedSegment, show: Show) -> None:
         except TimeoutError:
             if _is_unread():
                 reader_left()
-            # Where no process uses the epoch, none says in its memory that it is gone. The name
-            # first: a removal in good order has sealed the epoch before.
+            # If no process uses the epoch, its memory does not tell that it is gone. The name is
+            # checked first: a removal in good order has sealed the epoch before.
             if not segment.named and not segment.ended:
                 _show_above(seen, segment, show)
                 raise EpochGone(segment.session_id, segment.epoch_id, segment.name) from None
@@ -129,7 +129,7 @@ def _follow(seen: CompletionSeq, segment: ObservedSegment, show: Show) -> None:
 
 
 def _is_unread() -> bool:
-    """Whether the reader of a pipe has left, which otherwise only the next line would tell."""
+    """Whether the reader of a pipe has left. Otherwise only the next line would show it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -156,7 +156,7 @@ def _show_line(shown: CompletionEntry | CompletionFeedGap) -> None:
     line = visible(line).replace("\n", "\\n")
     if sys.stdout.isatty():
         text = Text(line)
-        # Looked up each time: people change the size of their terminals.
+        # The width is read each time: people change the size of their terminals.
         text.truncate(Console().width, overflow="ellipsis")
         line = text.plain
     print(line, flush=True)

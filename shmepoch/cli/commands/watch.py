@@ -29,7 +29,7 @@ def watch(
         typer.Option(callback=seconds(0.1, 3600), help="Seconds from one look to the next."),
     ] = 1.0,
 ) -> None:
-    """Show epochs, and one of them more closely, as they change; ? shows the keys.
+    """Show epochs, or one epoch in detail, as they change; ? shows the keys.
 
     It takes no lock and changes nothing.
 
@@ -40,7 +40,7 @@ def watch(
 
     Exit status: 0 after q, 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP; 2 without a terminal or for a bad namespace; 3 without the extra or
-    if there is no shared memory to look at.
+    if there is no shared memory.
     """
     with reporting(NoTerminal):
         chosen = chosen_namespace(namespace, all_namespaces)
@@ -53,7 +53,7 @@ def watch(
 
 
 def _require_terminal() -> None:
-    # textual shows on standard error, so that all three have to be one.
+    # textual writes to standard error, so all three streams have to be a terminal.
     for name, stream in (("input", sys.stdin), ("output", sys.stdout), ("error", sys.stderr)):
         if not stream.isatty():
             raise NoTerminal(f"standard {name} is not a terminal")

@@ -1,4 +1,4 @@
 """`shmepoch watch`: a live view of epochs in a terminal.
 
-`epochs` and `page` say what is on the screens, `widgets` and `screens` put it there.
+`epochs` and `page` compute the text of the screens; `widgets` and `screens` show it.
 """

@@ -1,4 +1,4 @@
-"""The application: looks at the epochs again and again, and has the screens show them."""
+"""The application: polls the epochs, and has the screens show them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ T = TypeVar("T")
 
 
 class SummariesSource(Protocol):
-    """Where the first screen comes from."""
+    """The source of the first screen."""
 
     def summaries(self) -> list[EpochSummary]: ...
 
 
 class EpochSource(Protocol):
-    """Where one epoch's page comes from."""
+    """The source of one epoch's page."""
 
     def read(self, after_seq: CompletionSeq, most: int) -> Seen | None: ...
     def close(self) -> None: ...
 
 
 class Problem(NamedTuple):
-    """Why something could not be read."""
+    """The reason why a source could not be read."""
 
     text: str
 
@@ -57,7 +57,7 @@ def _found(read: Callable[[], T]) -> T | Problem:
 
 
 class WatchApp(App[None]):
-    """The live view; `interval` None has it look only when it is told to."""
+    """The live view. With `interval` None it polls only when it is told to."""
 
     ENABLE_COMMAND_PALETTE = False
     ALLOW_SELECT = False
@@ -90,7 +90,7 @@ class WatchApp(App[None]):
         self._clock_ms = clock_ms
         self._epochs = Epochs()
         self._first = EpochsScreen(self._epochs, namespace)
-        #: What is read is read by one thread at a time.
+        #: One thread at a time reads the sources.
         self._looking = asyncio.Lock()
         self._source: EpochSource | None = None
         self._page: EpochScreen | None = None
@@ -99,7 +99,7 @@ class WatchApp(App[None]):
         return self._first
 
     def on_mount(self) -> None:
-        # The terminal has forgotten what it showed, and textual draws what it takes for changed.
+        # The terminal has forgotten its contents, and textual draws only the parts that changed.
         self.app_resume_signal.subscribe(self, lambda _: self.screen.query("*").refresh())
         if self._interruptions is not None:
             self._interruptions.pass_to(self.interrupt)
@@ -112,7 +112,7 @@ class WatchApp(App[None]):
             await asyncio.sleep(interval)
 
     async def look(self) -> None:
-        """Look at the epochs once, and show them."""
+        """Poll the epochs once, and show them."""
         async with self._looking:
             # In a thread of its own: shared memory may be swapped out.
             summaries = await asyncio.to_thread(_found, self._summaries.summaries)
@@ -167,7 +167,8 @@ class WatchApp(App[None]):
 
 
 def watch(namespace: str | None, interval: float) -> int:
-    """Show the epochs of a namespace, or of all, until that is ended; the exit status."""
+    """Show the epochs of a namespace, or of all, until the user or a signal ends it; the exit
+    status."""
     interruptions = Interruptions()
     threading.Thread(target=_end_with_the_terminal, daemon=True).start()
     reader = Reader(namespace)
@@ -187,11 +188,11 @@ def watch(namespace: str | None, interval: float) -> int:
 
 
 def _end_with_the_terminal() -> None:
-    """End this process when its terminal goes away, as SIGHUP does where it is not ignored.
+    """End this process when its terminal goes away, as SIGHUP does unless it is ignored.
 
-    There is nothing to restore then, and textual would wait for the terminal to take what it wrote.
+    Nothing has to be restored then, and textual would wait until the terminal takes its output.
     """
     terminal = select.poll()
-    terminal.register(0, 0)  # a hang-up is always told
+    terminal.register(0, 0)  # poll(2) always reports a hang-up
     terminal.poll()
     os._exit(128 + signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""The columns of the first screen: what each shows of an epoch, which fit a width, and sorting."""
+"""The columns of the first screen: their cells, the choice of columns for a width, and sorting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shmepoch.memory.namespaces import segment_name
 from shmepoch.memory.participants import Role
 from shmepoch.monitoring.epochs import EpochState, EpochSummary
 
-#: How a row is named: by what its segment is named by.
+#: The name of a row: the namespace and the session, as in its segment's name.
 Key: TypeAlias = tuple[str, SessionId]
 
 STATES: Final = {
@@ -31,12 +31,12 @@ _LETTERS: Final = {
     Role.OBSERVER: "O",
 }
 _GAP: Final = "  "
-#: How an id begins says when it was made, and how it ends tells it from the others of that time.
+#: The beginning of an id tells when it was made; its end tells it from others of that time.
 _SHORT_SESSION: Final = 8, 6
 
 
 class Row(NamedTuple):
-    """One epoch as it was seen last."""
+    """One epoch, as of the last poll."""
 
     summary: EpochSummary
     history: History
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """How many operations have not ended."""
+        """The number of operations that have not ended."""
         return sum(self.summary.operations.values())
 
     @property
@@ -57,19 +57,19 @@ class Row(NamedTuple):
 
     @property
     def problem(self) -> str:
-        """What is wrong with a damaged one, without the name that its row has."""
+        """The damage of a damaged one, without the segment's name, which the row shows."""
         name = segment_name(*self.key)
         return (self.summary.problem or "").removeprefix(f"segment {name!r} is ")
 
     @property
     def age_ms(self) -> int:
-        """Since the epoch was made; 0 if that is not known."""
+        """The time since the epoch was made; 0 if that is not known."""
         created_at_ms = self.summary.created_at_ms
         return max(0, self.now_ms - created_at_ms) if created_at_ms else 0
 
 
 class Column(NamedTuple):
-    """What a column shows of a row, and how it sorts. Those of a low rank find room first."""
+    """A column: its cell for a row, and its sort order. Columns of a low rank get room first."""
 
     name: str
     rank: int
@@ -77,7 +77,7 @@ class Column(NamedTuple):
     cell: Callable[[Row, int], Piece]
     order: Callable[[Row], Any]
     most: int = 0
-    """As wide as it becomes where there is room; 0: it does not grow."""
+    """The largest width, where there is room; 0: it does not grow."""
     right: bool = False
     largest_first: bool = False
 
@@ -150,7 +150,7 @@ def _letters(participants: dict[Role, int], dead: int) -> str:
     return " ".join([*found, *([f"{dead} dead"] if dead else [])])
 
 
-#: As they stand beside each other.
+#: The columns from left to right.
 COLUMNS: Final = (
     Column(
         name="session",
@@ -202,13 +202,13 @@ _BY_NAME: Final = {column.name: column for column in COLUMNS}
 
 
 class Fitted(NamedTuple):
-    """The columns that fit a width, and how wide each is there."""
+    """The columns that fit a width, and their widths."""
 
     columns: tuple[tuple[Column, int], ...]
 
     @classmethod
     def to(cls, width: int, *, namespaces: bool) -> Fitted:
-        """The columns for a terminal; with several namespaces, theirs as well."""
+        """The columns for a terminal. Several namespaces have a column of their own."""
         widths: dict[str, int] = {}
         room = width + len(_GAP)
         columns = sorted(COLUMNS, key=lambda column: column.rank)
@@ -216,20 +216,20 @@ class Fitted(NamedTuple):
             if column.name == "namespace" and not namespaces:
                 continue
             if room < column.width + len(_GAP):
-                break  # not one of a higher rank: which there are is to follow from the width
+                break  # no column of a higher rank either: the width alone decides on the columns
             widths[column.name] = column.width
             room -= column.width + len(_GAP)
         for column in columns:
             if column.name in widths and column.most:
                 more = min(room, column.most - column.width)
                 if column.name == "session" and more < column.most - column.width:
-                    continue  # a whole one, or a short one that lines up
+                    continue  # an id is whole, or short with the same width in each row
                 widths[column.name] += more
                 room -= more
         return cls(tuple((each, widths[each.name]) for each in COLUMNS if each.name in widths))
 
     def heading(self, sort: Sort) -> Line:
-        """The names of the columns; the one that sorts has an arrow."""
+        """The names of the columns; the sort column has an arrow."""
         pieces = [(self._name(column, width, sort), Tone.HEADING) for column, width in self.columns]
         return tuple(_apart(pieces))
 
@@ -255,7 +255,7 @@ class Fitted(NamedTuple):
         return tuple(_apart(pieces))
 
     def column_at(self, x: int) -> str | None:
-        """The name of the column at so many cells from the left."""
+        """The name of the column at `x` cells from the left."""
         for column, width in self.columns:
             if x < width + len(_GAP):
                 return column.name
@@ -272,25 +272,25 @@ def _apart(pieces: Iterable[Piece]) -> Iterable[Piece]:
 
 @dataclass(frozen=True)
 class Sort:
-    """What the rows are ordered by. Those that are damaged are always first."""
+    """The order of the rows. Damaged epochs are always first."""
 
     column: str = "session"
     descending: bool = False
 
     @classmethod
     def by(cls, column: str) -> Sort:
-        """By this column, as one wants to see it first."""
+        """The order by a column, in its usual direction."""
         return cls(column, _BY_NAME[column].largest_first)
 
     def clicked(self, column: str) -> Sort:
-        """By the column that was chosen; the other way round if it was that already."""
+        """The order by the chosen column; reversed if it was the order already."""
         return self.reversed() if column == self.column else Sort.by(column)
 
     def reversed(self) -> Sort:
         return Sort(self.column, not self.descending)
 
     def next(self, columns: Sequence[str], step: int) -> Sort:
-        """By the column beside it, of those that are shown."""
+        """The order by the next shown column, at `step` columns to the right."""
         if self.column not in columns:
             return Sort.by(columns[0])
         return Sort.by(columns[(columns.index(self.column) + step) % len(columns)])

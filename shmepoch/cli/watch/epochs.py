@@ -1,4 +1,4 @@
-"""The first screen, apart from its widgets: what is known of the epochs, and their totals."""
+"""The first screen, apart from its widgets: the known facts of the epochs, and their totals."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shmepoch.monitoring.epochs import EpochState, EpochSummary
 
 
 class Epochs:
-    """What is known of the epochs: how each was seen last, and what it did in the last minute."""
+    """The known facts of the epochs: the last poll of each, and its history of the last minute."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, Row] = {}
 
     def update(self, summaries: Iterable[EpochSummary], now: float, now_ms: int) -> None:
-        """Take what was seen at `now`, a time of a clock that does not go backwards."""
+        """Take the result of a poll at `now`, a time of a clock that does not go backwards."""
         rows: dict[Key, Row] = {}
         for summary in summaries:
             key = summary.namespace, summary.session_id
@@ -52,7 +52,7 @@ def _matches(row: Row, words: Sequence[str]) -> bool:
 
 
 def totals(rows: Sequence[Row]) -> list[Piece]:
-    """What all of them come to; what is wrong is first."""
+    """The totals of all epochs; problems are first."""
     states = Counter(row.summary.state for row in rows)
     dead = sum(row.summary.dead for row in rows)
     live = sum(sum(row.summary.participants.values()) for row in rows)

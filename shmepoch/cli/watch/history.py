@@ -1,16 +1,17 @@
-"""What an epoch did in the last minute: its lag, and how many completions it had a second."""
+"""The last minute of an epoch: its lag, and its completions per second."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Final
 
-#: A minute in so many steps. Steps begin at whole multiples, so that a sparkline moves by one.
+#: The length and the number of the steps of a minute. Steps begin at whole multiples of the length,
+#: so that a sparkline moves by one.
 STEP_S: Final = 4.0
 STEPS: Final = 15
-#: A rate is of this time at least, as far as there is so much.
+#: The least time that a rate covers, if the history is that long.
 _RATE_S: Final = 4.0
-#: One completion in a moment does not make a high rate.
+#: The least time that a rate is divided by: one completion in a moment makes no high rate.
 _LEAST_S: Final = 1.0
 
 
@@ -24,8 +25,10 @@ class _Step:
 
 
 class History:
-    """The last steps of one epoch, made of what was seen of it; times are seconds of one clock that
-    does not go backwards."""
+    """The last steps of one epoch, computed from the polls.
+
+    Times are seconds of one clock that does not go backwards.
+    """
 
     def __init__(self) -> None:
         self._steps: deque[_Step | None] = deque(maxlen=STEPS)
@@ -34,7 +37,7 @@ class History:
         self._watermark = 0
 
     def add(self, now: float, watermark: int, lag: int) -> None:
-        """Note how far the feed is now, and how far the last of its cursors is behind."""
+        """Note the feed's watermark now, and the lag of its last cursor."""
         step = self._step(int(now // STEP_S))
         step.lag = max(step.lag, lag)
         if self._seen_at is not None:
@@ -47,7 +50,7 @@ class History:
         last = self._steps[-1] if self._steps else None
         if last is None or number > self._number:
             missed = number - self._number - 1 if last is not None else 0
-            self._steps.extend([None] * min(STEPS, missed))  # there was no look then
+            self._steps.extend([None] * min(STEPS, missed))  # there was no poll then
             last = _Step()
             self._steps.append(last)
             self._number = number
@@ -55,17 +58,17 @@ class History:
 
     @property
     def lags(self) -> list[float | None]:
-        """The largest lag of each step; None for one without a look."""
+        """The largest lag of each step; None for a step without a poll."""
         return [None if step is None else step.lag for step in self._steps]
 
     @property
     def rates(self) -> list[float | None]:
-        """Completions a second of each step; the last one has not ended yet."""
+        """The completions per second of each step; the last step has not ended yet."""
         return [_rate(step.completions, step.seconds) if step else None for step in self._steps]
 
     @property
     def rate(self) -> float:
-        """Completions a second, of about the last few seconds."""
+        """The completions per second, of about the last few seconds."""
         completions, seconds = 0, 0.0
         for step in reversed(self._steps):
             if step is None or seconds >= _RATE_S:

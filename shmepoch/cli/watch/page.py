@@ -1,4 +1,4 @@
-"""One epoch's page, apart from its widgets: what is known of it, and the lines of each part."""
+"""One epoch's page, apart from its widgets: the known facts, and the lines of each part."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from shmepoch.epoch.table import OperationView
 from shmepoch.memory.participants import Participant
 from shmepoch.monitoring.epochs import EpochState
 
-#: How many lines of the feed are kept, and how many completions are read at once.
+#: The number of lines of the feed that are kept, and of completions that are read at once.
 FEED_LINES: Final = 500
-#: How long a participant is marked that came or went.
+#: The time for which a participant is marked that has joined or left.
 MARKED_S: Final = 15.0
-#: A writer that was found at work each time for so long is stopped, or waits for what is.
+#: The time after which a writer is marked as stopped, if each poll found one at work. It may also
+#: wait for something that is stopped.
 _LONG_S: Final = 5.0
 
 _CURSORS: Final = (
@@ -51,7 +52,7 @@ _STATUS_TONES: Final = {
 
 
 class _Known(NamedTuple):
-    """A participant as it was seen last, and since when it has been as it is."""
+    """A participant as of the last poll, and the time since which it has its mark."""
 
     participant: Participant
     mark: str
@@ -59,7 +60,7 @@ class _Known(NamedTuple):
 
 
 class Page:
-    """What is known of one epoch: as it was seen last, and what came and went before."""
+    """The known facts of one epoch: its last poll, and the changes before that."""
 
     def __init__(self, key: Key) -> None:
         self.key: Final = key
@@ -76,14 +77,14 @@ class Page:
 
     @property
     def read_through(self) -> CompletionSeq:
-        """The sequence that the feed was read up to."""
+        """The sequence up to which the feed was read."""
         return self._read_through
 
-    # --- what is known ------------------------------------------------------------------------
+    # --- the known facts ----------------------------------------------------------------------
 
     def update(self, seen: Seen | None, now: float, now_ms: int) -> None:
-        """Take what was seen at `now`, a time of a clock that does not go backwards; None if there
-        was nothing."""
+        """Take the result of a poll at `now`, a time of a clock that does not go backwards; None if
+        there was no epoch."""
         self._now, self._now_ms = now, now_ms
         self._gone = seen is None
         self.problem = None if seen is None else seen.problem or seen.summary.problem
@@ -102,7 +103,7 @@ class Page:
             self._held_since = now
 
     def fail(self, problem: str, now: float, now_ms: int) -> None:
-        """It could not be read: what was seen last stays."""
+        """Note that the epoch could not be read. The facts of the last poll stay."""
         self._now, self._now_ms = now, now_ms
         self.problem = problem
 
@@ -143,10 +144,10 @@ class Page:
         self._feed.extend(batch.entries)
         self._read_through = batch.watermark
 
-    # --- what is shown ------------------------------------------------------------------------
+    # --- the lines of each part ---------------------------------------------------------------
 
     def title(self, width: int) -> list[Line]:
-        """Which epoch this is, and how it is."""
+        """The epoch's ids, and its state."""
         namespace, session_id = self.key
         pieces: list[Piece] = [(f"session {session_id}", Tone.TITLE)]
         if self.seen is not None:
@@ -161,7 +162,7 @@ class Page:
         return [text.joined(pieces, width)]
 
     def banner(self, width: int) -> list[Line]:
-        """What there is to say of an epoch that does not go on as usual."""
+        """The message about an epoch that does not go on as usual."""
         said: list[Piece] = []
         seen = self.seen
         if seen is None:
@@ -203,7 +204,7 @@ class Page:
         ]
         if summary.durable_through:
             positions.append(("durable", summary.durable_through))
-        # From what the feed still has: cursors are near to the watermark of a feed that is long.
+        # Bars begin where the retained feed does: in a long feed, cursors are near the watermark.
         least = min([summary.dropped_through, *(at for _, at in positions)])
         span = max(1, summary.watermark - least)
         for name, position in positions:
@@ -227,7 +228,7 @@ class Page:
         return lines
 
     def room(self, width: int) -> list[Line]:
-        """How full its tables are, and what its writer does."""
+        """The use of its tables, and the state of its writer."""
         seen = self.seen
         if seen is None or seen.config is None:
             return []
@@ -255,7 +256,7 @@ class Page:
         return "writer lock free", Tone.DIM
 
     def participants(self, width: int, most: int) -> list[Line]:
-        """The processes that have it attached, and those that left or died a little while ago."""
+        """The processes that have it attached, and those that have left or died recently."""
         known = sorted(
             self._participants.values(),
             key=lambda one: (one.participant.role.number, one.participant.number),
@@ -360,7 +361,7 @@ def _how(outcome: OperationTerminalOutcome) -> str:
 def _clock(at_ms: int) -> str:
     try:
         return datetime.fromtimestamp(at_ms / 1000).strftime("%H:%M:%S")
-    except (ValueError, OverflowError, OSError):  # no time of a calendar
+    except (ValueError, OverflowError, OSError):  # not a time of the calendar
         return "--:--:--"
 
 

@@ -1,4 +1,4 @@
-"""Reads epochs again and again: what was opened once is kept open."""
+"""Reads epochs again and again: a segment that was opened once is kept open."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shmepoch.memory.segment import ObservedSegment
 from shmepoch.monitoring.details import is_broken_off, used_feed_bytes
 from shmepoch.monitoring.epochs import DAMAGE, EpochSummary, of_segment, summarize
 
-#: Each takes a descriptor, of which a process has 1,024 unless it is told otherwise. What is not
-#: kept open is opened each time, which takes longer.
+#: The number of segments that are kept open. Each takes a descriptor; a process has 1,024 by
+#: default. The other segments are opened each time, which takes longer.
 _MOST_OPEN: Final = 512
 
 
 class Reader:
-    """Sums up the epochs of one namespace, or of all. Not for several threads at once."""
+    """Sums up the epochs of one namespace, or of all. Only one thread may use it at a time."""
 
     def __init__(self, namespace: str | None) -> None:
         self._namespace = namespace
@@ -48,10 +48,10 @@ class Reader:
             return None
         except DAMAGE:
             pass
-        return summarize(*key)  # what is damaged, too
+        return summarize(*key)  # damaged epochs, too
 
     def _segment(self, key: Key) -> ObservedSegment | None:
-        """The segment that has the name now, if it is one of those that are kept open."""
+        """The segment that has the name now, if it is kept open."""
         segment = self._open.get(key)
         if segment is not None and not segment.named:
             self._open.pop(key).close()  # another epoch has the name
@@ -61,7 +61,7 @@ class Reader:
         return segment
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the segments that are kept open."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -71,7 +71,7 @@ class Place(StrEnum):
 
     NAMED = "named"
     REPLACED = "replaced"
-    """A later epoch of the session has it."""
+    """A later epoch of the session has the name."""
     REMOVED = "removed"
 
 
@@ -84,27 +84,27 @@ class Seen(NamedTuple):
     participants: Sequence[Participant] = ()
     operations: Sequence[OperationView] = ()
     feed_bytes: int = 0
-    """How much room the retained completions take."""
+    """The room that the retained completions take."""
     writer_held: bool = False
     broken_off: bool = False
-    """Whether a transition was broken off; the next writer repairs what it left."""
+    """Whether a transition was broken off. The next writer repairs it."""
     batch: CompletionBatch | None = None
-    """What the feed has above the sequence that was asked for, if it has more."""
+    """The feed's entries above the requested sequence, if there are any."""
     problem: str | None = None
-    """What could not be read, if the rest could."""
+    """The part that could not be read, if the rest could."""
 
 
 class EpochReader:
-    """Reads one epoch, and goes on with what is left when its name is gone. Not for several threads
-    at once."""
+    """Reads one epoch. It goes on with the mapped memory when the epoch's name is gone. Only one
+    thread may use it at a time."""
 
     def __init__(self, key: Key) -> None:
         self.key: Final = key
         self._segment: ObservedSegment | None = None
 
     def read(self, after_seq: CompletionSeq, most: int) -> Seen | None:
-        """The epoch with the completions above `after_seq`, but only the last `most`; None if there
-        is none. Raises `SegmentCorrupted` where it became damaged."""
+        """The epoch with the last `most` completions above `after_seq`; None if there is no epoch.
+        Raises `SegmentCorrupted` where it became damaged."""
         if self._segment is None:
             try:
                 self._segment = ObservedSegment.peek(*self.key)

@@ -18,7 +18,7 @@ from shmepoch.cli.watch.page import Page
 from shmepoch.cli.watch.text import Line, Piece, Tone
 from shmepoch.cli.watch.widgets import EpochTable, Lines
 
-#: What each key does.
+#: The keys and their actions.
 _KEYS: Final = (
     ("up down", "choose an epoch; also j k, page up and down, home, end, the wheel"),
     ("enter", "open the epoch's page; also a click"),
@@ -36,7 +36,7 @@ _LEGEND: Final = (
     "Damaged epochs are always first.",
 )
 
-#: The background is the terminal's own, and so are the colours.
+#: The style. The background and the colours are the terminal's own.
 STYLE: Final = """
 * {
     background: ansi_default; color: ansi_default;
@@ -77,7 +77,7 @@ class EpochsScreen(Screen[None]):
         self._namespace = namespace
         self._sort = Sort()
         self._filter = ""
-        #: Why the epochs could not be listed, if that is so.
+        #: The reason why the epochs could not be listed, if they could not.
         self.problem: str | None = None
         self._table = EpochTable(namespaces=namespace is None, id="epochs")
 
@@ -95,7 +95,7 @@ class EpochsScreen(Screen[None]):
         self._table.focus()
 
     def show(self) -> None:
-        """Show the epochs as they are known now."""
+        """Show the epochs as of the last poll."""
         rows = self._epochs.chosen(self._filter, self._sort)
         self._table.show(rows)
         for lines in self.query(Lines):
@@ -190,7 +190,7 @@ class EpochScreen(Screen[None]):
         self.call_after_refresh(self.show)
 
     def show(self) -> None:
-        """Show the epoch as it is known now."""
+        """Show the epoch as of the last poll."""
         for lines in self.query(Lines):
             lines.show()
 

@@ -1,4 +1,4 @@
-"""Lines of text with a tone, apart from what shows them; figures as people read them."""
+"""Lines of text with a tone, apart from the widgets; figures as people read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shmepoch.cli.streams import visible
 
 
 class Tone(StrEnum):
-    """What a piece of text is, from which follows how it looks. No tone says what no word does."""
+    """The role of a piece of text, which decides its style. A tone never carries a meaning alone:
+    a word says it too."""
 
     PLAIN = "plain"
     DIM = "dim"
@@ -44,7 +45,7 @@ def one_line(text: object) -> str:
 
 
 def fitted(text: str, width: int, *, right: bool = False) -> str:
-    """A text in exactly so many cells: padded, or cut with an ellipsis."""
+    """A text in exactly `width` cells: padded, or cut with an ellipsis."""
     missing = width - cell_len(text)
     if missing < 0:
         return set_cell_size(text, width - 1) + "…" if width > 0 else ""
@@ -52,12 +53,13 @@ def fitted(text: str, width: int, *, right: bool = False) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in lines of so many characters."""
+    """A text in lines of at most `width` characters."""
     return textwrap.wrap(text, max(10, width))
 
 
 def joined(pieces: Iterable[Piece], width: int, separator: str = "  ") -> Line:
-    """As many whole pieces as fit the width, apart; the first of them is cut if need be."""
+    """The first pieces, as many as fit the width, with separators. If the first does not fit, it is
+    cut."""
     line: list[Piece] = []
     for text, tone in pieces:
         if not line:
@@ -73,7 +75,7 @@ def joined(pieces: Iterable[Piece], width: int, separator: str = "  ") -> Line:
 
 
 def bar(part: float, whole: float, width: int) -> Line:
-    """A bar of so many cells, drawn as far as `part` is of `whole`; more than nothing is seen."""
+    """A bar of `width` cells, filled by the ratio of `part` to `whole`. A ratio above 0 is seen."""
     share = min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0
     halves = max(1, round(share * width * 2)) if share > 0 and width > 0 else 0
     full, rest = divmod(halves, 2)
@@ -82,8 +84,8 @@ def bar(part: float, whole: float, width: int) -> Line:
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """The last values as columns, each of its share of the largest; what is unknown is blank, and
-    only 0 is as low as 0."""
+    """The last values as columns, each as high as its share of the largest. An unknown value is
+    blank, and only 0 has the height of 0."""
     shown = values[-width:] if width > 0 else ()
     most = max((value for value in shown if value is not None), default=0)
     return "".join(" " if value is None else _level(value, most) for value in shown).rjust(width)
@@ -135,7 +137,7 @@ def duration(milliseconds: float) -> str:
 
 
 def took(milliseconds: float) -> str:
-    """How long something took: `812 ms`, `20.5 s`, `3m05s`."""
+    """A duration: `812 ms`, `20.5 s`, `3m05s`."""
     if milliseconds < 1000:
         return f"{milliseconds:.0f} ms"
     return f"{milliseconds / 1000:.1f} s" if milliseconds < 60_000 else duration(milliseconds)

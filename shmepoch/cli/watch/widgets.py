@@ -1,7 +1,7 @@
-"""The widgets: lines of text, and a table of them with a row that is chosen.
+"""The widgets: lines of text, and a table of lines with one chosen row.
 
-Textual draws again what is refreshed. So each of them compares its lines with those it shows, and
-refreshes only those that changed: most of a screen stays as it is.
+Textual redraws each line that is refreshed. So each widget compares its new lines with the shown
+ones, and refreshes only those that changed: most of a screen stays as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from textual.widget import Widget
 from shmepoch.cli.watch.columns import Fitted, Key, Row
 from shmepoch.cli.watch.text import Line, Tone
 
-#: The terminal's own colours: they fit its background, and are there in every terminal.
+#: The terminal's own colours: they fit its background, and every terminal has them.
 _STYLES: Final = {
     Tone.PLAIN: Style(),
     Tone.DIM: Style(dim=True),
@@ -44,7 +44,7 @@ def _strip(line: Line, width: int, chosen: bool = False) -> Strip:
 
 
 class Lines(Widget):
-    """Lines that are made for the width and the height there is."""
+    """Lines that are made for the present width and height."""
 
     DEFAULT_CSS = "Lines { height: auto; width: 1fr; }"
 
@@ -104,7 +104,7 @@ class EpochTable(ScrollView, can_focus=True):
     ]
 
     class Chosen(Message):
-        """An epoch that is to be opened."""
+        """The message that an epoch is to be opened."""
 
         def __init__(self, key: Key) -> None:
             super().__init__()
@@ -119,10 +119,10 @@ class EpochTable(ScrollView, can_focus=True):
         self.fitted = Fitted.to(0, namespaces=namespaces)
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Show these rows, and draw the lines that changed. The row that was chosen stays so."""
+        """Show these rows, and draw the lines that changed. The chosen row stays chosen."""
         chosen = self.chosen
         before, was_at = self._lines, self._at
-        # Its scroll bar takes a column, and comes after the rows that it is for.
+        # The scroll bar takes a column, and appears only after its rows.
         width = self.outer_size.width - (len(rows) > self.outer_size.height)
         self.fitted = Fitted.to(width, namespaces=self._namespaces)
         self._rows = rows
