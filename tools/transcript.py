@@ -147,6 +147,17 @@ def write(shell: Transcript) -> None:
         shell.type(f"shmepoch tail {session} --no-follow")
         shell.type(f"shmepoch show {session[:-1]}{'0' if session[-1] != '0' else '1'}")
         shell.type("shmepoch gc --dry-run --older-than 0")
+        fetch = "from urllib.request import urlopen; print(urlopen(input()).read().decode())"
+        shell.type(
+            "shmepoch metrics --port 0 2>address & until grep -q http address; do sleep 0.1; done; "
+            f"grep -o 'http.*' address | python -c '{fetch}' | grep '^shmepoch_operations{{'; "
+            "kill %1; wait %1"
+        )
+        is_stored = "shmepoch history --store other.db 2>&1 | grep -q '1 completed'"
+        shell.type(
+            f"shmepoch persist --store other.db & until {is_stored}; do sleep 0.1; done; "
+            "kill %1; wait %1"
+        )
         shell.say("## All of its processes are killed")
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
