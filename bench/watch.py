@@ -60,7 +60,7 @@ def watching(namespace: str, interval: float) -> Iterator[tuple[psutil.Process, 
 
 
 def _read(terminal: int) -> None:
-    with contextlib.suppress(OSError):  # EIO once nobody has the other end
+    with contextlib.suppress(OSError):  # EIO once the other end is closed
         while os.read(terminal, 65536):
             pass
 

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from shmepoch.epoch.operations import (
-    Aborted,
-    Cancelled,
-    Completed,
-    Failed,
-    OperationTerminalOutcome,
-    Terminated,
-)
+from shmepoch.epoch.operations import Completed, OperationTerminalOutcome
 
 
 def how(outcome: OperationTerminalOutcome) -> str:
     """The duration if it completed; otherwise the first line of the reason."""
-    match outcome:
-        case Completed(result):
-            return f"in {result.duration_ms} ms"
-        case Failed(text) | Terminated(text):
-            return text.partition("\n")[0]
-        case Aborted(reason) | Cancelled(reason):
-            return (reason or "").partition("\n")[0]
-        case _:
-            return ""
+    if isinstance(outcome, Completed):
+        return f"in {outcome.result.duration_ms} ms"
+    return outcome.text.partition("\n")[0]
 
 
 def local_time(at_ms: int) -> str:

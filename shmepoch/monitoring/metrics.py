@@ -29,13 +29,14 @@ from shmepoch.epoch.completions import CompletionSeq
 from shmepoch.epoch.cursors import EpochCursorSnapshot
 from shmepoch.epoch.operations import OperationKind, OperationStatus
 from shmepoch.epoch.table import STATUSES, OperationTable, RawRecord, Words
-from shmepoch.errors import LayoutUnsupported, SegmentCorrupted, SegmentForeign
+from shmepoch.errors import SegmentCorrupted
 from shmepoch.ids import SessionId
 from shmepoch.memory.clock import wall_ms
 from shmepoch.memory.namespaces import list_segments, resolve_namespace
 from shmepoch.memory.participants import Role
 from shmepoch.memory.segment import ObservedSegment
 from shmepoch.monitoring.epochs import (
+    DAMAGE,
     EpochState,
     EpochSummary,
     completions_between,
@@ -147,7 +148,7 @@ class EpochCollector:
                 segment = ObservedSegment.peek(namespace, session_id)
             except FileNotFoundError:
                 self._leave((namespace, session_id))
-            except (SegmentCorrupted, SegmentForeign, LayoutUnsupported):
+            except DAMAGE:
                 pass  # its summary says so, and its counts stay
             else:
                 segment.close()  # its memory stays mapped, and there is no descriptor to keep

@@ -118,7 +118,7 @@ def test_the_last_ones_and_then_each_that_comes(bindings: SessionRuntimeBindings
         for turn in range(13, 16):
             complete(bindings, f"job {turn}")
             assert shown.names(1) == [f"job {turn}"]  # it is not kept back for more
-        # It is there, and not in the epoch: nobody waits for it or counts it.
+        # It is there, and not in the epoch: no process waits for it or counts it.
         assert [one.pid for one in bindings.participants()] == [os.getpid()]
 
 

@@ -15,13 +15,9 @@ from shmepoch.cli.watch.reading import Place, Seen
 from shmepoch.cli.watch.text import Line, Piece, Tone
 from shmepoch.epoch.completions import CompletionEntry, CompletionSeq
 from shmepoch.epoch.operations import (
-    Aborted,
-    Cancelled,
     Completed,
-    Failed,
     OperationStatus,
     OperationTerminalOutcome,
-    Terminated,
     status_of,
 )
 from shmepoch.epoch.table import OperationView
@@ -345,17 +341,11 @@ def _entry(one: CompletionEntry | str, width: int) -> Line:
 
 
 def _how(outcome: OperationTerminalOutcome) -> str:
-    match outcome:
-        case Completed(result):
-            in_error = "error, " if result.is_error else ""
-            content = result.content.partition("\n")[0]
-            return text.one_line(f"{in_error}{text.took(result.duration_ms)}  {content}")
-        case Failed(why) | Terminated(why):
-            return text.one_line(why)
-        case Aborted(reason) | Cancelled(reason):
-            return text.one_line(reason or "")
-        case _:
-            return ""
+    if isinstance(outcome, Completed):
+        in_error = "" if outcome.ok else "error, "
+        content = outcome.text.partition("\n")[0]
+        return text.one_line(f"{in_error}{text.took(outcome.result.duration_ms)}  {content}")
+    return text.one_line(outcome.text)
 
 
 def _clock(at_ms: int) -> str:

@@ -100,7 +100,7 @@ class Terminal:
             self._reader.join()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # EIO once nobody has the other end
+        with contextlib.suppress(OSError):  # EIO once the other end is closed
             while not self._away.is_set():
                 if select.select([self._ours], [], [], 0.05)[0]:
                     self.sent += os.read(self._ours, 65536)
@@ -163,7 +163,7 @@ def test_a_signal_ends_it(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("before", ["", "trap '' HUP; "], ids=["", "ignored"])
 def test_a_terminal_that_goes_away(before: str) -> None:
-    """It ends, and does not wait for what nobody reads, even if SIGHUP is ignored."""
+    """It ends, and does not wait for a reader that is gone, even if SIGHUP is ignored."""
     with terminal(before=before) as screen:
         screen.shows("0 epochs")
         screen.go_away()
